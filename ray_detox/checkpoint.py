@@ -1,0 +1,69 @@
+"""Everything a run needs to go on, in one folder of safetensors and JSON.
+
+    adapter/                  LoRA weights and settings; plain peft loads this folder
+    value_head.safetensors
+    optimiser.safetensors     Adam's moments by parameter name
+    state.json                step, price of KL, seed, the run's settings
+
+Nothing in it depends on the number of workers. There is no state of a random generator: all that
+is drawn depends on (seed, step, prompt), so seed and step are that state, and the position in the
+data as well.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ray_detox import __version__
+from ray_detox.config import RunConfig
+from ray_detox.learner import Learner
+from ray_detox.policy import Policy
+
+FORMAT = 1
+
+
+def write(folder: Path, policy: Policy, learner: Learner, config: RunConfig, step: int) -> None:
+    """Write the state after `step` steps into an empty folder."""
+    policy.save_adapter(folder / "adapter")
+    policy.save_value_head(folder / "value_head.safetensors")
+    save_file(learner.optimiser_state(), folder / "optimiser.safetensors")
+    state = {
+        "format": FORMAT,
+        "version": __version__,
+        "step": step,
+        "seed": config.seed,
+        "kl_coef": learner.kl_coef,
+        "config": config.to_dict(),
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read(folder: Path, policy: Policy, learner: Learner) -> int:
+    """Take up the state that `write` left, and return its step.
+
+    Raises:
+        ValueError: the folder is of another format.
+    """
+    state = read_state(folder)
+    policy.load_adapter(folder / "adapter")
+    policy.load_value_head(folder / "value_head.safetensors")
+    learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
+    learner.kl_coef = float(state["kl_coef"])
+    return int(state["step"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        ValueError: it is of a format that this version does not know.
+    """
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"The checkpoint {folder} has format {state.get('format')}; this version reads "
+            f"{FORMAT}. Go on with ray-detox {state.get('version')}."
+        )
+    return state

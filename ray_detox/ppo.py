@@ -1,0 +1,259 @@
+"""The mathematics of PPO on text, as functions of tensors.
+
+Everything here is stateless and runs on one process: tensors in, tensors out.
+Collecting text lives in `rollout.py`, gradients in `learner.py`, Ray in `stages/`.
+The letters B, R and the masks are those of `records.py`: a mask is True where a token
+counts, and `response_mask` is a run of True (through end-of-sequence) and then of False.
+
+An encoder-decoder needs no shift: the logits at decoder position t predict response token t,
+so the first token and the end-of-sequence token are trained like any other.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SumOverWorkers = Callable[[Tensor], Tensor]
+"""Adds a tensor up across workers; every worker gets the sum. `identity` where there is one worker."""
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return `x` unchanged: the sum over workers when there is a single worker."""
+    return x
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` over the positions where `mask` is True. Scalar, NaN for an empty mask."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+# ---- KL ------------------------------------------------------------------------------------
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = log p - log p_ref. Unbiased, may be negative. Same shape as the arguments, in nats.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = (log p - log p_ref)^2 / 2. Low variance, biased; as a loss its gradient is the KL's.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = (r - 1) - log r with r = p_ref / p. Unbiased and never negative.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def next_kl_coef(
+    kl_coef: float, kl: float, kl_target: float, kl_horizon: int, responses: int
+) -> float:
+    """Steer the price of KL so that a response's KL moves towards a target.
+
+        kl_coef * (1 + clip(kl / kl_target - 1, -0.2, 0.2) * responses / kl_horizon)
+
+    Args:
+        kl_coef: the price so far.
+        kl: mean KL of a response in this step, in nats.
+        kl_target: the KL aimed at, in nats.
+        kl_horizon: responses over which the price reacts.
+        responses: responses in this step, over all workers.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * responses / kl_horizon)
+
+
+# ---- rewards and advantages ----------------------------------------------------------------
+
+
+def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """Spread one score per response into one reward per token.
+
+    Every response token pays for leaving the reference policy, and the last one also
+    earns the reward model's score:
+
+        r_t = -kl_coef * kl_t + [t is the last token] * score
+
+    Args:
+        scores: [B] reward-model logits; higher is less toxic.
+        kl: [B, R] per-token estimate of log pi - log pi_ref, in nats.
+        response_mask: [B, R] True on response tokens, at least one per row.
+        kl_coef: price of one nat, in units of score.
+
+    Returns:
+        [B, R] rewards, zero outside the mask.
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2.
+    """
+    rewards = torch.where(response_mask, -kl_coef * kl, 0.0)
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    last_token = torch.where(response_mask, positions, 0).amax(dim=1)
+    rewards[torch.arange(len(scores), device=scores.device), last_token] += scores
+    return rewards
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns by generalised advantage estimation.
+
+    Walking each response from its last token to its first:
+
+        delta_t = r_t + gamma * V_{t+1} - V_t
+        A_t     = delta_t + gamma * gae_lambda * A_{t+1}
+
+    A response is one finished episode, so V and A are zero after its last token,
+    whatever the value head says about padding.
+
+    Args:
+        rewards: [B, R] reward for emitting token t.
+        values: [B, R] V_t, the value estimated just before token t is emitted.
+        response_mask: [B, R] True on response tokens.
+        gamma: discount per token, in [0, 1].
+        gae_lambda: 0 trusts the value head (one-step TD), 1 trusts the rewards (Monte Carlo).
+
+    Returns:
+        advantages [B, R] and returns [B, R] = advantages + values, both zero outside the mask.
+
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    """
+    rewards = torch.where(response_mask, rewards, 0.0)
+    values = torch.where(response_mask, values, 0.0)
+
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = delta + gamma * gae_lambda * next_advantage
+        next_value, next_advantage = values[:, t], advantages[:, t]
+
+    return advantages, advantages + values
+
+
+def standardise(
+    x: Tensor, mask: Tensor, sum_over_workers: SumOverWorkers = identity, eps: float = 1e-8
+) -> Tensor:
+    """Shift and scale the masked entries of `x` to mean 0 and standard deviation 1.
+
+        (x - mean) / sqrt(variance + eps),  variance with Bessel's n - 1
+
+    The moments are taken over every worker's batch, so two workers with half the
+    batch each take the same step as one worker with the whole of it.
+
+    Args:
+        x: [B, R].
+        mask: [B, R] True on entries that count, at least one over all workers.
+        sum_over_workers: adds a tensor up across workers; a Ray Train worker passes an all-reduce.
+        eps: keeps the division finite where all entries are equal.
+
+    Returns:
+        [B, R], zero outside the mask.
+    """
+    x = torch.where(mask, x, 0.0)
+    # float64: the two sums cross many thousand tokens, and a worker's share must not matter.
+    count, total = sum_over_workers(torch.stack([mask.sum().double(), x.double().sum()]))
+    centred = torch.where(mask, x - (total / count).to(x.dtype), 0.0)
+    square = sum_over_workers((centred.double() ** 2).sum())
+    variance = square / (count - 1).clamp(min=1)
+    return centred * torch.rsqrt(variance + eps).to(x.dtype)
+
+
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, sum_over_workers: SumOverWorkers = identity
+) -> float:
+    """How much of the returns' variance the value head foresaw: 1 is all, 0 is none.
+
+        1 - Var(returns - values) / Var(returns), over the masked tokens of all workers
+
+    Zero where the returns do not vary. Arguments are [B, R].
+    """
+    returns, error = returns[mask].double(), (returns - values)[mask].double()
+    ones = torch.ones_like(returns)
+    sums = torch.stack([c.sum() for c in (ones, returns, returns**2, error, error**2)])
+    count, r, rr, e, ee = sum_over_workers(sums).tolist()
+    variance = rr / count - (r / count) ** 2
+    return 1 - (ee / count - (e / count) ** 2) / variance if variance > 1e-12 else 0.0
+
+
+# ---- losses ----------------------------------------------------------------------------------
+#
+# Losses come back per token and not as a mean: the mean divides by the tokens of all workers,
+# which only the caller knows.
+
+
+def policy_loss(
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate, per token, and where the clip held a token back.
+
+        ratio = exp(new_logprobs - logprobs)
+        loss  = -min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A)
+
+    Args:
+        new_logprobs: [B, R] under the policy being trained; carries the gradient.
+        logprobs: [B, R] under the policy that sampled the response.
+        advantages: [B, R].
+        response_mask: [B, R] True on response tokens.
+        clip_range: how far the probability ratio may move from 1 before it stops paying.
+
+    Returns:
+        loss [B, R] to be summed and minimised, and held_back [B, R] bool; zero and False
+        outside the mask.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    """
+    # Padding is masked before exp(): an overflow there would turn its zero gradient into NaN.
+    ratio = torch.exp(torch.where(response_mask, new_logprobs - logprobs, 0.0))
+    free = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = torch.where(response_mask, -torch.minimum(free, clipped), 0.0)
+    return loss, (clipped < free) & response_mask
+
+
+def value_loss(
+    new_values: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    clip_range: float,
+) -> Tensor:
+    """Half the squared error of the value head, per token, with the same caution as the policy.
+
+        clipped = values + clip(new_values - values, -clip_range, clip_range)
+        loss    = max((new_values - returns)^2, (clipped - returns)^2) / 2
+
+    Args:
+        new_values: [B, R] from the value head being trained; carries the gradient.
+        values: [B, R] estimated while sampling.
+        returns: [B, R].
+        response_mask: [B, R] True on response tokens.
+        clip_range: how far a value may move before moving further stops paying.
+
+    Returns:
+        loss [B, R], zero outside the mask.
+
+    Source: Schulman et al. 2017 code release; Engstrom et al. 2020, arXiv:2005.12729, section 2.
+    """
+    clipped = values + (new_values - values).clamp(-clip_range, clip_range)
+    worst = torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
+    return torch.where(response_mask, 0.5 * worst, 0.0)

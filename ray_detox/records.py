@@ -1,0 +1,266 @@
+"""What passes from one part of a PPO step to the next: plain records, complete when made.
+
+Letters for shapes, here and in every docstring of the project:
+
+    B  sequences in a batch      Q  prompt (query) tokens
+    R  response tokens           V  vocabulary entries       D  model width
+
+A mask is True where a token counts. Per-token tensors are `[B, R]` and zero outside the mask.
+Log-probabilities are natural logarithms. Scores are higher for less toxic text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Prompts to be answered: tokens for the policy, texts for the reward.
+
+    Example: two prompts, the second of one token.
+
+        query_ids [[71, 8, 1], [5, 0, 0]]      query_mask [[T, T, T], [T, F, F]]
+    """
+
+    ids: list[str]
+    """Hash of each prompt's text: pairs a response before training with the one after."""
+    texts: list[str]
+    """The prompts as text."""
+    query_ids: Tensor
+    """[B, Q] int64, padded on the right: T5 counts positions from the left."""
+    query_mask: Tensor
+    """[B, Q] bool, True on prompt tokens."""
+    columns: dict[str, list[Any]]
+    """The data's other columns, such as the reference summary; reward functions receive them."""
+
+    def __post_init__(self) -> None:
+        batch = len(self.ids)
+        if self.query_ids.shape != self.query_mask.shape or len(self.query_ids) != batch:
+            raise ValueError(
+                f"PromptBatch.query_ids has shape {tuple(self.query_ids.shape)} and query_mask "
+                f"{tuple(self.query_mask.shape)} for {batch} ids; expected [{batch}, Q] for both."
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> "PromptBatch":
+        """The given rows, in that order, padded no further than the longest of them."""
+        mask = self.query_mask[list(rows)]
+        width = int(mask.sum(dim=1).max()) if len(rows) else 0
+        return PromptBatch(
+            ids=[self.ids[i] for i in rows],
+            texts=[self.texts[i] for i in rows],
+            query_ids=self.query_ids[list(rows), :width],
+            query_mask=mask[:, :width],
+            columns={name: [column[i] for i in rows] for name, column in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the policy sampled for a batch of prompts, all on the policy's device."""
+
+    response_ids: Tensor
+    """[B, R] int64 sampled tokens, padded on the right."""
+    response_mask: Tensor
+    """[B, R] bool, True up to and including end-of-sequence; at least one per row."""
+    logprobs: Tensor
+    """[B, R] float32, log-probability of each token under the distribution it was drawn from."""
+    values: Tensor
+    """[B, R] float32, the value estimated just before each token."""
+    encoder_states: Tensor | None
+    """[B, Q, D] where the encoder is frozen and one encoding serves every pass, else None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the reward said about a batch of responses."""
+
+    rewards: np.ndarray
+    """[B] float32, the sum that PPO maximises: classifier logit plus weighted extra terms."""
+    logits: np.ndarray
+    """[B] float32, the classifier's raw logit of the rewarded label ("nothate")."""
+    toxicity: np.ndarray
+    """[B] float32, 1 minus the probability of the rewarded label."""
+    truncated: np.ndarray
+    """[B] bool, True where the text was longer than the classifier reads."""
+    terms: dict[str, np.ndarray]
+    """Each extra term by name, [B] float32, before its weight."""
+
+    @staticmethod
+    def concatenate(parts: Sequence["Scores"]) -> "Scores":
+        """Several batches as one, in the order given."""
+        join = lambda name: np.concatenate([getattr(part, name) for part in parts])
+        return Scores(
+            rewards=join("rewards"),
+            logits=join("logits"),
+            toxicity=join("toxicity"),
+            truncated=join("truncated"),
+            terms={
+                name: np.concatenate([part.terms[name] for part in parts])
+                for name in parts[0].terms
+            },
+        )
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Scores":
+        """The given rows, in that order."""
+        return Scores(
+            rewards=self.rewards[rows],
+            logits=self.logits[rows],
+            toxicity=self.toxicity[rows],
+            truncated=self.truncated[rows],
+            terms={name: values[rows] for name, values in self.terms.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What happened when the policy answered a batch of prompts.
+
+    Example: one prompt of 3 tokens, a 2-token answer padded to 4.
+
+        query_ids     [[71, 8, 1]]          response_ids  [[205, 1, 0, 0]]
+        query_mask    [[T, T, T]]           response_mask [[T, T, F, F]]
+        logprobs      [[-0.7, -0.1, 0, 0]]  scores        [3.2]
+    """
+
+    query_ids: Tensor
+    """[B, Q] int64 prompt tokens, padded on the right."""
+    query_mask: Tensor
+    """[B, Q] bool, True on prompt tokens."""
+    response_ids: Tensor
+    """[B, R] int64 sampled tokens, padded on the right."""
+    response_mask: Tensor
+    """[B, R] bool, True up to and including end-of-sequence, at least one per row."""
+    logprobs: Tensor
+    """[B, R] float32, log-probability of each token under the policy that sampled it."""
+    ref_logprobs: Tensor
+    """[B, R] float32, the same under the frozen reference."""
+    values: Tensor
+    """[B, R] float32, the value estimated just before each token."""
+    scores: Tensor
+    """[B] float32, the reward for the whole response."""
+    encoder_states: Tensor | None
+    """[B, Q, D] where the encoder is frozen and one encoding serves every pass, else None."""
+
+    def __post_init__(self) -> None:
+        batch, response = self.response_ids.shape
+        for name in ("response_mask", "logprobs", "ref_logprobs", "values"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (batch, response):
+                raise ValueError(
+                    f"Rollout.{name} has shape {shape}, but response_ids has shape "
+                    f"{(batch, response)}; every per-token field is [B, R]."
+                )
+        if self.scores.shape != (batch,):
+            raise ValueError(
+                f"Rollout.scores has shape {tuple(self.scores.shape)}, expected ({batch},): "
+                "one score per response. Sum or index the reward model's output first."
+            )
+        if not bool(self.response_mask[:, :1].all()):
+            raise ValueError("Rollout.response_mask has an empty row; every response has a token.")
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The given rows (int64 [N]), padded no further than the longest of them."""
+        queries = int(self.query_mask[rows].sum(dim=1).max())
+        responses = int(self.response_mask[rows].sum(dim=1).max())
+        states = self.encoder_states
+        cut = {
+            "query_ids": self.query_ids[rows, :queries],
+            "query_mask": self.query_mask[rows, :queries],
+            "scores": self.scores[rows],
+            "encoder_states": None if states is None else states[rows, :queries],
+        }
+        per_token = {f.name for f in fields(self)} - set(cut)
+        return Rollout(**cut, **{name: getattr(self, name)[rows, :responses] for name in per_token})
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a rollout asks the policy to learn; every tensor is [B, R] float32."""
+
+    kl: Tensor
+    """Per-token KL estimate to the reference, in nats."""
+    rewards: Tensor
+    """Reward per token: the KL price on each, the score on the last."""
+    advantages: Tensor
+    """Standardised over all workers."""
+    returns: Tensor
+    """What the value head should have said."""
+
+    def select(self, rows: Tensor, responses: int) -> "Targets":
+        """The given rows (int64 [N]), cut to `responses` tokens."""
+        return Targets(*(getattr(self, f.name)[rows, :responses] for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """The figures of one PPO step, already summed over all workers. One row of metrics.jsonl."""
+
+    step: int
+    """Steps done, this one included."""
+    score: float
+    """Mean reward of a response."""
+    score_std: float
+    """Standard deviation of the rewards."""
+    toxicity: float
+    """Mean probability of hate of the sampled responses."""
+    kl: float
+    """KL to the reference per response, in nats (k1)."""
+    kl_coef: float
+    """Price of a nat that was in force."""
+    entropy: float
+    """Mean of -log p per sampled token, in nats."""
+    length: float
+    """Mean response length, in tokens."""
+    policy_loss: float
+    """Mean over minibatches, per token."""
+    value_loss: float
+    """Mean over minibatches, per token, before value_coef."""
+    approx_kl: float
+    """Per-token KL from the sampling policy, mean over minibatches, in nats (k3)."""
+    clip_fraction: float
+    """Share of tokens whose ratio the clip held back."""
+    ratio: float
+    """Mean probability ratio of the first minibatch: 1 unless sampling and training disagree."""
+    value_explained: float
+    """1 - Var(returns - values) / Var(returns), before the update."""
+    grad_norm: float
+    """Mean gradient norm before clipping."""
+    minibatches: int
+    """Optimiser steps taken; fewer than configured where the update ended early."""
+    truncated: int
+    """Responses longer than the reward model reads."""
+    terms: dict[str, float]
+    """Mean of each extra reward term, before its weight."""
+    seconds_sample: float
+    """Sampling, mean over workers."""
+    seconds_score: float
+    """Waiting for scores after sampling had ended, mean over workers."""
+    seconds_reference: float
+    """Log-probabilities under the reference, mean over workers."""
+    seconds_update: float
+    """Targets and optimiser steps, mean over workers."""
+    seconds: float
+    """The whole step, mean over workers."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to ids and mask, both [B, longest], padded on the right."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max()) if len(rows) else 0
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(np.asarray(row), dtype=torch.long)
+    return ids, torch.arange(width) < lengths[:, None]

@@ -1,0 +1,128 @@
+"""Where models come from: a name in the config becomes a local folder, here and on every node.
+
+A name is `lab` (a model inside this package), a local folder, an `s3://` address, or a hub id.
+Only configuration, tokenizer and safetensors files are ever fetched: nothing from a model's
+repository is executed or unpickled.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ray_detox import lab
+from ray_detox.config import ConfigError
+
+DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
+WEIGHT_FILES = ["*.safetensors"]
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+LAB_MODELS = {"policy.model": lab.T5, "reward.model": lab.ROBERTA}
+
+
+def local_folder(name: str, revision: str | None, setting: str, *, weights: bool = True) -> Path:
+    """The folder that holds the model called `name`, fetched first if need be.
+
+    Args:
+        name: `lab`, a folder, `s3://bucket/prefix`, or a hub id.
+        revision: commit or tag of a hub model.
+        setting: the config key that named it, for messages; also picks the `lab` model.
+        weights: False fetches configuration and tokenizer only.
+
+    Raises:
+        ConfigError: nothing is there, or it cannot be reached.
+    """
+    if name == "lab" and setting in LAB_MODELS:
+        return LAB_MODELS[setting]
+    if name.startswith("s3://"):
+        return _from_s3(name, setting)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if looks_like_path(name):
+        raise ConfigError(
+            f"{setting} is {name!r}, and no such folder is here. Give the folder of a model that "
+            "save_pretrained wrote, a hub id or an s3:// address."
+        )
+    return _from_hub(name, revision, setting, weights)
+
+
+def looks_like_path(name: str) -> bool:
+    """True where `name` can only mean a place on this machine, and not a hub id."""
+    return name.startswith(("/", ".", "~")) or not HUB_ID.match(name) or Path(name).exists()
+
+
+def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    patterns = DESCRIPTION_FILES + (WEIGHT_FILES if weights else [])
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and the hub has no such model, or not for you. Check the id, "
+            "or give a local folder or an s3:// address."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"{setting} is the hub id {name!r}, and the hub cannot be reached from here "
+            f"({type(error).__name__}). Download the model elsewhere and set "
+            f"{setting}=/path/to/its/folder (or s3://bucket/prefix)."
+        ) from error
+
+
+def _from_s3(address: str, setting: str) -> Path:
+    """Copy everything under `address` into a local cache that is keyed by what is there now."""
+    filesystem, root = s3_filesystem(address, setting)
+    from pyarrow import fs
+
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} is {address!r}, and listing it failed: {_first_line(error)} Check the "
+            "address, the region and the credentials."
+        ) from error
+    files = [info for info in infos if info.type == fs.FileType.File]
+    wanted = [f for f in files if any(Path(f.path).match(p) for p in DESCRIPTION_FILES + WEIGHT_FILES)]
+    if not wanted:
+        raise ConfigError(f"{setting} is {address!r}, and no model files are there.")
+
+    listing = "\n".join(f"{f.path} {f.size} {f.mtime_ns}" for f in sorted(wanted, key=lambda f: f.path))
+    key = hashlib.sha256(listing.encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-detox" / key
+    if cache.is_dir():
+        return cache
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    # Downloaded beside and renamed: a second process never sees half a model.
+    part = Path(tempfile.mkdtemp(dir=cache.parent))
+    for file in wanted:
+        target = part / Path(file.path).relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filesystem.open_input_stream(file.path) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    try:
+        part.rename(cache)
+    except OSError:  # another process was first, with the same content
+        shutil.rmtree(part)
+    return cache
+
+
+def s3_filesystem(address: str, setting: str) -> tuple[Any, str]:
+    """A pyarrow filesystem for an `s3://` address, and the path in it."""
+    from pyarrow import fs
+
+    try:
+        filesystem, root = fs.FileSystem.from_uri(address)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{setting} is {address!r}, and it cannot be opened: {_first_line(error)}"
+        ) from error
+    return filesystem, root
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") + "."
