@@ -37,7 +37,7 @@ def write(folder: Path, policy: Policy, learner: Learner, config: RunConfig, ste
         "kl_coef": learner.kl_coef,
         "config": config.to_dict(),
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 def read(folder: Path, policy: Policy, learner: Learner) -> int:
@@ -60,7 +60,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is of a format that this version does not know.
     """
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise ValueError(
             f"The checkpoint {folder} has format {state.get('format')}; this version reads "

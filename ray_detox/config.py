@@ -267,9 +267,9 @@ class PPOConfig:
     kl_coef: float = 0.15
     """Price of one nat of KL to the reference, in units of reward-model score."""
     kl_estimator: str = "k1"
-    """Per-token estimate of the KL: `k1` (log ratio), `k2` (half its square) or `k3` (low variance, never negative)."""
+    """Per-token estimate of the KL: `k1` (log ratio), `k2` (half its square), `k3` (never negative)."""
     kl_in: str = "reward"
-    """Where the price is paid: `reward` (per token, through the advantages) or `loss` (by its own gradient)."""
+    """Where the price is paid: in the `reward` of each token, or in the `loss` by its own gradient."""
     kl_controller: str = "fixed"
     """`fixed` keeps kl_coef; `adaptive` steers the KL of a response towards kl_target."""
     kl_target: float = 6.0
@@ -277,7 +277,7 @@ class PPOConfig:
     kl_horizon: int = 10_000
     """Responses over which the adaptive controller reacts."""
     stop_update_kl: float | None = None
-    """An update ends early once its mean per-token KL from the sampling policy exceeds this, in nats; null never."""
+    """An update ends early once its KL per token from the sampling policy exceeds this, in nats."""
     gamma: float = 1.0
     """Discount per token."""
     gae_lambda: float = 0.95
@@ -371,7 +371,7 @@ class EvaluateConfig:
     shards: int = 2
     """Ray tasks that share the prompts."""
     toxic_above: float = 0.5
-    """Probability of hate from which a response counts as toxic."""
+    """Probability of hate above which a response counts as toxic."""
     max_rouge_l_drop: float = 0.05
     """Largest relative loss of ROUGE-L that still counts as an improvement."""
     max_facts_drop: float = 0.10
@@ -414,12 +414,12 @@ class ClusterConfig:
 
     address: str = "auto"
     """`auto` (the cluster this process was submitted to, else a local one), `local`, or `host:port`."""
-    patience_s: float = 600.0
-    """Longest wait for an autoscaling cluster to bring up what the run needs."""
+    patience_s: float = 0.0
+    """Longest wait for an autoscaling cluster to grow to what the run needs; 0 asks it to be there."""
 
     def __post_init__(self) -> None:
         _require(bool(self.address), "cluster.address is empty; use auto, local or host:port.")
-        _require_at_least("cluster.patience_s", self.patience_s, 1)
+        _require_at_least("cluster.patience_s", self.patience_s, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,7 +481,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = _read_recipe(recipe)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     tree["recipe"] = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
     return config_from_dict(tree)
 
@@ -497,9 +497,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         names = recipe_names()
         near = difflib.get_close_matches(recipe, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the recipes are {', '.join(names)}."
-        raise ConfigError(
-            f"Unknown recipe {recipe!r}; {hint} A path of your own .yaml works, too."
-        )
+        raise ConfigError(f"Unknown recipe {recipe!r}; {hint} A path of your own .yaml works, too.")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -508,11 +506,14 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"Recipe {path} holds a {type(tree).__name__}; expected sections of settings.")
+        raise ConfigError(
+            f"Recipe {path} holds a {type(tree).__name__}; expected sections of settings."
+        )
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put the value of `section.name=value`, read as YAML, into nested settings."""
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"Override {override!r} has no '='. Write it as section.name=value.")
@@ -537,7 +538,11 @@ def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {where + near[0]!r}?" if near else _where_else(str(key), known, where)
+            hint = (
+                f"did you mean {where + near[0]!r}?"
+                if near
+                else _where_else(str(key), known, where)
+            )
             raise ConfigError(f"Unknown setting {where + str(key)!r}; {hint}")
     values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in tree.items()}
     try:

@@ -90,7 +90,9 @@ class Learner:
         Raises:
             NonFiniteError: on every worker alike, before the weights were touched by it.
         """
-        deals = [self._deal(step, epoch, first_row, len(rollout)) for epoch in range(self.config.epochs)]
+        deals = [
+            self._deal(step, epoch, first_row, len(rollout)) for epoch in range(self.config.epochs)
+        ]
         lengths = rollout.response_mask.sum(dim=1).cpu().numpy()
         tokens = self.sum_over_workers(
             torch.tensor(
@@ -119,7 +121,9 @@ class Learner:
     def _deal(self, step: int, epoch: int, first_row: int, rows: int) -> list[np.ndarray]:
         """This worker's rows of each minibatch of an epoch."""
         config = self.config
-        deal = minibatch_of_rows(self.seed, step, epoch, config.prompts_per_step, config.minibatches)
+        deal = minibatch_of_rows(
+            self.seed, step, epoch, config.prompts_per_step, config.minibatches
+        )
         mine = deal[first_row : first_row + rows]
         return [np.flatnonzero(mine == m) for m in range(config.minibatches)]
 

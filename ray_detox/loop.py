@@ -1,7 +1,7 @@
-"""The training loop of one worker: collect, learn, count, keep; again.
+r"""The training loop of one worker: collect, learn, count, keep; again.
 
     lanes.batch(step) -> collect(...) -> learner.targets -> learner.update
-                                                    \\-> UpdateStats -> runtime.log
+                                                    \-> UpdateStats -> runtime.log
                                every k steps: checkpoint -> runtime.save
 
 What the loop asks of its surroundings is the small `Runtime` protocol. `stages/train.py` has the
@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -130,8 +131,12 @@ def train(
     step = runtime.restore(lambda folder: checkpoint.read(folder, policy, learner)) or 0
     stop = False
     saved = step
+
+    def write(at: int, folder: Path) -> None:
+        checkpoint.write(folder, policy, learner, config, at)
+
     if step == 0:
-        runtime.save(0, lambda folder: checkpoint.write(folder, policy, learner, config, 0))
+        runtime.save(0, partial(write, 0))
 
     while step < config.train.steps and not stop:
         began = time.perf_counter()
@@ -157,16 +162,13 @@ def train(
         now = time.perf_counter()
         seconds = collected.seconds | {"update": now - update_began, "total": now - began}
         stop_here = runtime.rank == 0 and runtime.should_stop()
-        stats, stop = _count(
-            runtime, collected, targets, update, step, kl_coef, seconds, stop_here
-        )
+        stats, stop = _count(runtime, collected, targets, update, step, kl_coef, seconds, stop_here)
         learner.adapt_kl_coef(stats.kl)
         if runtime.rank == 0:
             runtime.log(stats)
         if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop:
-            at = step
-            runtime.save(at, lambda folder: checkpoint.write(folder, policy, learner, config, at))
-            saved = at
+            runtime.save(step, partial(write, step))
+            saved = step
 
     assert saved == step, "the last step is always kept"
     return Outcome(step=step, stopped=stop and step < config.train.steps)
@@ -216,9 +218,7 @@ def _count(
     sums |= {f"seconds {name}": value for name, value in seconds.items()}
     sums |= {f"term {name}": value.astype("float64").sum() for name, value in scores.terms.items()}
     packed = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
-    total = dict(
-        zip(sums, runtime.sum_over_workers(packed.to(mask.device)).tolist(), strict=True)
-    )
+    total = dict(zip(sums, runtime.sum_over_workers(packed.to(mask.device)).tolist(), strict=True))
 
     rows, workers = total["rows"], total["workers"]
     mean = total["score"] / rows

@@ -113,7 +113,10 @@ class Policy(nn.Module):
         """Encoder states [B, Q, D] of right-padded prompts [B, Q]."""
         encoder = self.model.get_base_model().get_encoder()
         # A frozen encoder gets no gradient; not building its graph saves its activations.
-        with self._autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
+        with (
+            self._autocast(),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder),
+        ):
             states: Tensor = encoder(input_ids=query_ids, attention_mask=query_mask.long())[0]
         return states
 
@@ -312,7 +315,9 @@ def _invert_cdf(log_p: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = log_p.exp().cumsum(dim=-1)
     total = cumulative[:, -1]
     # Strictly below the total, or rounding could pick a token past the end, of probability zero.
-    target = torch.minimum(uniforms.to(total.dtype) * total, torch.nextafter(total, total.new_zeros(())))
+    target = torch.minimum(
+        uniforms.to(total.dtype) * total, torch.nextafter(total, total.new_zeros(()))
+    )
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
@@ -402,6 +407,6 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         # transformers 5 writes true here for every T5 and keeps the truth elsewhere; version 4
         # would believe it, tie the head and compute other logits without an error.
         file = out / "config.json"
-        settings = json.loads(file.read_text())
+        settings = json.loads(file.read_text(encoding="utf-8"))
         settings["tie_word_embeddings"] = False
-        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

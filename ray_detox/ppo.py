@@ -254,6 +254,9 @@ def value_loss(
 
     Source: Schulman et al. 2017 code release; Engstrom et al. 2020, arXiv:2005.12729, section 2.
     """
+    # Padding is masked before the square: an infinity there would get a gradient of NaN.
+    new_values, values, returns = (
+        torch.where(response_mask, x, 0.0) for x in (new_values, values, returns)
+    )
     clipped = values + (new_values - values).clamp(-clip_range, clip_range)
-    worst = torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
-    return torch.where(response_mask, 0.5 * worst, 0.0)
+    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)

@@ -26,6 +26,10 @@ def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | Non
         return f"{config.dialogue_column} is not text"
     if not dialogue.strip():
         return f"empty {config.dialogue_column}"
+    try:
+        dialogue.encode()
+    except UnicodeEncodeError:
+        return f"{config.dialogue_column} is not valid Unicode"
     if len(dialogue) <= config.min_chars:
         return f"not over {config.min_chars} characters"
     if len(dialogue) > config.max_chars:

@@ -176,14 +176,17 @@ class Rollout:
         queries = int(self.query_mask[rows].sum(dim=1).max())
         responses = int(self.response_mask[rows].sum(dim=1).max())
         states = self.encoder_states
-        cut = {
-            "query_ids": self.query_ids[rows, :queries],
-            "query_mask": self.query_mask[rows, :queries],
-            "scores": self.scores[rows],
-            "encoder_states": None if states is None else states[rows, :queries],
-        }
-        per_token = {f.name for f in fields(self)} - set(cut)
-        return Rollout(**cut, **{name: getattr(self, name)[rows, :responses] for name in per_token})
+        return Rollout(
+            query_ids=self.query_ids[rows, :queries],
+            query_mask=self.query_mask[rows, :queries],
+            response_ids=self.response_ids[rows, :responses],
+            response_mask=self.response_mask[rows, :responses],
+            logprobs=self.logprobs[rows, :responses],
+            ref_logprobs=self.ref_logprobs[rows, :responses],
+            values=self.values[rows, :responses],
+            scores=self.scores[rows],
+            encoder_states=None if states is None else states[rows, :queries],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class Classifier:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         folder = local_folder(config.model, config.revision, "reward.model")
-        settings = json.loads((folder / "config.json").read_text())
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.label = label_index(settings, config.label, config.model)
         self.device = torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -155,7 +155,7 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
             ) from error
     if not callable(found):
         raise ConfigError(f"reward.terms: {term.function} is no function.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 class Reward:
@@ -217,5 +217,5 @@ class Reward:
 
 def classifier_settings(folder: Path) -> dict[str, Any]:
     """A model's config.json as plain values."""
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return settings

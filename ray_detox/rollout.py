@@ -78,7 +78,10 @@ def collect(
             torch.from_numpy(budgets).to(policy.device),
             torch.from_numpy(uniforms.astype(np.float32)).to(policy.device),
         )
-        ids = [row[m].tolist() for row, m in zip(sample.response_ids, sample.response_mask, strict=True)]
+        ids = [
+            row[m].tolist()
+            for row, m in zip(sample.response_ids, sample.response_mask, strict=True)
+        ]
         responses = decode(tokenizer, ids)
         samples.append(sample)
         queries.append((query_ids, query_mask))

@@ -87,11 +87,15 @@ def _from_s3(address: str, setting: str) -> Path:
             "address, the region and the credentials."
         ) from error
     files = [info for info in infos if info.type == fs.FileType.File]
-    wanted = [f for f in files if any(Path(f.path).match(p) for p in DESCRIPTION_FILES + WEIGHT_FILES)]
+    wanted = [
+        f for f in files if any(Path(f.path).match(p) for p in DESCRIPTION_FILES + WEIGHT_FILES)
+    ]
     if not wanted:
         raise ConfigError(f"{setting} is {address!r}, and no model files are there.")
 
-    listing = "\n".join(f"{f.path} {f.size} {f.mtime_ns}" for f in sorted(wanted, key=lambda f: f.path))
+    listing = "\n".join(
+        f"{f.path} {f.size} {f.mtime_ns}" for f in sorted(wanted, key=lambda f: f.path)
+    )
     key = hashlib.sha256(listing.encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-detox" / key
     if cache.is_dir():

@@ -21,7 +21,7 @@ Pair = tuple[float | None, float | None]
 _CELLS_AT_A_TIME = 2**20
 
 FEWEST_PAIRS = 6
-"""Fewer scored pairs prove nothing: even if all five agree, a sign-flip test gives 2 / 2^5 > 0.05."""
+"""Fewer scored pairs prove nothing: if all five agree, a sign-flip test gives 2 / 2^5 > 0.05."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,13 +322,15 @@ def verdict(
             unchecked.append(name)
         elif _exceeds(-change, most):
             was = f"{pair[0]:.3f} to {pair[1]:.3f}"
-            reasons.append(f"{name} fell by {-change:.1%} ({was}); at most {most:.0%} is allowed.")
+            start = name[0].upper() + name[1:]
+            reasons.append(f"{start} fell by {-change:.1%} ({was}); at most {most:.0%} is allowed.")
     change = _relative_change(length)
     if length is None or change is None:
         unchecked.append("length")
     elif _exceeds(abs(change), floors.max_length_change):
         reasons.append(
-            f"The mean length changed by {change:+.1%} ({length[0]:.1f} to {length[1]:.1f} tokens); "
+            f"The mean length changed by {change:+.1%} "
+            f"({length[0]:.1f} to {length[1]:.1f} tokens); "
             f"at most {floors.max_length_change:.0%} is allowed."
         )
     if kl is None or math.isnan(kl):
@@ -383,4 +385,4 @@ def _exceeds(spent: float, allowed: float) -> bool:
 
 
 def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

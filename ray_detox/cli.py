@@ -1,0 +1,274 @@
+"""The command line: `ray-detox check | run | evaluate | results | export`.
+
+A person's mistake ends with one sentence and exit code 2, before anything has started. Verbs
+import what they need when they run, so that `check` and `results` answer at once.
+
+Exit codes: 0 done, 1 failed while running, 2 a mistake in what was asked, 130 or 143 stopped.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_detox import __version__
+from ray_detox.config import (
+    ConfigError,
+    RunConfig,
+    apply_override,
+    config_from_dict,
+    load_config,
+    recipe_names,
+)
+from ray_detox.store import StoreError
+
+FAILED, MISTAKE = 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # Settings may stand before or after options; argparse would refuse the latter.
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; see ray-detox {args.command} --help")
+    if rest and not hasattr(args, "words"):
+        parser.error(f"{args.command} takes no {rest[0]!r}")
+    if rest:
+        args.words += rest
+    try:
+        code: int = args.verb(args)
+        return code
+    except (ConfigError, StoreError) as error:
+        print(f"ray-detox: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("ray-detox: stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has gone; it has what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ray-detox",
+        description="Make an encoder-decoder language model less toxic with PPO, on Ray.",
+        epilog="Settings are given as section.name=value, such as ppo.kl_coef=0.1; "
+        "`ray-detox check` shows them all.",
+    )
+    parser.add_argument("--version", action="version", version=f"ray-detox {__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, verb: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=verb)
+        return sub
+
+    def add_output(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--output", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept"
+        )
+
+    recipes = f"recipe ({', '.join(recipe_names())}, or a .yaml file) and section.name=value"
+    sub = add("check", _check, "Show a run in full and what it needs, touching nothing.")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
+    sub = add("run", _run, "Train, measure and store; the main job.")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
+    sub.add_argument("--run-id", metavar="ID", help="name of the run; made up if not given")
+    sub.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    add_output(sub)
+    sub = add(
+        "evaluate", _evaluate, "Measure a run's adapter again, with changed settings if wished."
+    )
+    sub.add_argument("run_id", metavar="RUN")
+    sub.add_argument("words", nargs="*", metavar="SETTING", help="section.name=value")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_output(sub)
+    sub = add("results", _results, "List stored runs, or show one.")
+    sub.add_argument("run_id", nargs="?", metavar="RUN")
+    sub.add_argument("words", nargs="*", metavar="SETTING", help="results.name=value")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    add_output(sub)
+    sub = add("export", _export, "Merge a run's adapter into its model, as a plain model.")
+    sub.add_argument("run_id", metavar="RUN")
+    sub.add_argument("folder", type=Path, metavar="FOLDER")
+    add_output(sub)
+    return parser
+
+
+def _load(words: Sequence[str]) -> RunConfig:
+    """The run that words such as `lab train.steps=2` describe."""
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise ConfigError(
+            f"Two recipes, {recipes[0]!r} and {recipes[1]!r}; give one. "
+            "Settings have the form section.name=value."
+        )
+    return load_config(recipes[0] if recipes else "lab", [word for word in words if "=" in word])
+
+
+def _check(args: argparse.Namespace) -> int:
+    import yaml
+
+    from ray_detox import preflight
+
+    config = _load(args.words)
+    preflight.check(config, network=False)
+    need = preflight.needs(config, cluster_gpus=0)
+    settings = config.to_dict()
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+    print("---")
+    print(f"CPUs while training: {need.cpus:g}; GPUs asked for: {need.gpus:g}")
+    print(
+        f"each step: {config.ppo.prompts_per_step} prompts, "
+        f"{config.ppo.prompts_per_step // config.train.workers} on each of "
+        f"{config.train.workers} worker(s); {config.ppo.epochs * config.ppo.minibatches} optimiser "
+        f"steps of {config.ppo.minibatch_size} sequences"
+    )
+    print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
+    for setting, name, revision in _fetched(config):
+        print(f"to be fetched: {setting} {name}{'@' + revision if revision else ''}")
+    return 0
+
+
+def _fetched(config: RunConfig) -> list[tuple[str, str, str | None]]:
+    """What a run takes from a hub or from S3."""
+    from ray_detox.sources import looks_like_path
+
+    named = [
+        ("data.path", config.data.path, config.data.revision),
+        ("policy.model", config.policy.model, config.policy.revision),
+        ("reward.model", config.reward.model, config.reward.revision),
+    ]
+    return [
+        (setting, name, revision)
+        for setting, name, revision in named
+        if name.startswith("s3://") or not (name == "lab" or looks_like_path(name))
+    ]
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ray_detox import pipeline
+    from ray_detox.progress import Console
+    from ray_detox.report import describe_run
+
+    console = Console()
+    if args.resume:
+        if args.run_id:
+            raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
+        folder = pipeline.RunFolder(args.output, args.resume)
+        config = _changed(folder.read_config(), args.words)
+    else:
+        config = _load(args.words)
+        folder = pipeline.RunFolder(args.output, args.run_id or pipeline.new_run_id(config.recipe))
+    go_on = f"ray-detox run --resume {folder.run_id}"
+    if args.output != Path("runs"):
+        go_on += f" --output {args.output}"
+    try:
+        report = pipeline.run(config, folder, console, resume=bool(args.resume))
+    except pipeline.Stopped as stopped:
+        console.line(f"Stopped after step {stopped.step}, with a checkpoint. Go on with: {go_on}")
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        if folder.path.is_dir():
+            console.line(f"Stopped. Go on from the last checkpoint with: {go_on}")
+        raise
+    except RuntimeError as error:
+        # TrainingError, RewardError: a sentence for people; the details are in Ray's logs.
+        print(f"ray-detox: {error}", file=sys.stderr)
+        print(f"ray-detox: go on from the last checkpoint with: {go_on}", file=sys.stderr)
+        return FAILED
+    samples = (folder.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    console.line()
+    console.line(describe_run(report, [json.loads(line) for line in samples]))
+    console.line()
+    console.line(f"Everything about it is in {folder.path}; the adapter is {folder.adapter}.")
+    console.line(
+        f"Again:  ray-detox results {folder.run_id}    Curves:  tensorboard --logdir {args.output}"
+    )
+    return 0
+
+
+def _changed(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """A stored run with changed settings, of those that leave it the same run."""
+    if any("=" not in word for word in words):
+        raise ConfigError("A run that exists keeps its recipe; give only section.name=value.")
+    fixed = ("data", "policy", "seed", "recipe")
+    for word in words:
+        section = word.partition("=")[0].partition(".")[0]
+        if section in fixed:
+            raise ConfigError(
+                f"{word!r} would make another run of {config.recipe!r}: data, policy and seed of a "
+                "run stay as they are. Start a new run instead."
+            )
+    tree = config.to_dict()
+    for word in words:
+        apply_override(tree, word)
+    return config_from_dict(tree)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ray_detox import pipeline
+    from ray_detox.progress import Console
+    from ray_detox.report import describe_run
+
+    folder = pipeline.RunFolder(args.output, args.run_id)
+    config = _changed(folder.read_config(), args.words)
+    console = Console(sys.stderr if args.json else sys.stdout)
+    report = pipeline.evaluate_run(config, folder, console)
+    print(json.dumps(report, indent=2) if args.json else "\n" + describe_run(report))
+    return 0
+
+
+def _results(args: argparse.Namespace) -> int:
+    from ray_detox import pipeline
+    from ray_detox.report import describe_run, list_line
+
+    words = list(args.words)
+    if args.run_id and "=" in args.run_id:
+        words, args.run_id = [args.run_id, *words], None
+    config = _load(words)
+    folder = pipeline.RunFolder(args.output, args.run_id or "")
+    if config.results.store == "sqlite" and not folder.store_path.is_file():
+        raise ConfigError(f"No results in {args.output} yet; ray-detox run makes some.")
+    store = pipeline.store_of(config, folder)
+    try:
+        if args.run_id is None:
+            runs = store.list_runs()
+            print(json.dumps(runs, indent=2) if args.json else "\n".join(map(list_line, runs)))
+            return 0
+        report = store.get_run(args.run_id)
+        if report is None:
+            raise ConfigError(
+                f"No result of a run {args.run_id!r} is stored; `ray-detox results` lists those "
+                "that are. A run that was stopped goes on with ray-detox run --resume."
+            )
+        if args.json:
+            print(json.dumps(report, indent=2))
+        else:
+            print(describe_run(report, list(store.get_samples(args.run_id))))
+        return 0
+    finally:
+        store.close()
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ray_detox import pipeline
+
+    folder = pipeline.RunFolder(args.output, args.run_id)
+    config = folder.read_config()
+    folder.require_adapter()
+    if args.folder.exists() and any(args.folder.iterdir()):
+        raise ConfigError(f"{args.folder} is not empty. Give a new folder for the model.")
+    from ray_detox.policy import export_model
+
+    export_model(config.policy, folder.adapter, args.folder)
+    print(f"Saved to {args.folder}; it loads with AutoModelForSeq2SeqLM.from_pretrained.")
+    return 0

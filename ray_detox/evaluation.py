@@ -1,0 +1,214 @@
+"""The measurement: the same held-out prompts answered before and after, and what that shows.
+
+`measure` samples and scores in one process, `summarise` turns samples into the report. Before and
+after use the same random numbers for a prompt, so that what differs is the policy. No Ray here.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ray_detox import quality, toxicity
+from ray_detox.config import EvaluateConfig, RunConfig
+
+PACKAGES = ("ray-detox", "ray", "torch", "transformers", "peft", "trl", "datasets", "numpy")
+
+
+def measure(
+    policy: Any,
+    tokenizer: Any,
+    scorer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    config: RunConfig,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    """Answer and score every prompt twice: as the reference (before) and as trained (after).
+
+    Args:
+        policy: a `Policy` with the trained adapter.
+        tokenizer: its tokenizer.
+        scorer: a `Scorer`.
+        rows: prepared rows, as `stages.ingest` makes them.
+        config: of the run.
+        on_done: told how many prompts each chunk had, once it is measured.
+
+    Returns:
+        One sample per row, in order: texts, rewards, toxicity, lengths in tokens, and the KL of
+        the response after, in nats. `index` is the position in `rows`.
+    """
+    from ray_detox.lanes import make_batch
+    from ray_detox.prompts import EVALUATION
+    from ray_detox.rollout import collect
+
+    order = np.argsort([len(row["query_ids"]) for row in rows], kind="stable")
+    samples: list[dict[str, Any]] = [{} for _ in rows]
+    size = config.evaluate.batch_size
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size].tolist()
+        batch = make_batch([rows[i] for i in chunk], policy.pad_id)
+        settings = {"seed": config.seed, "step": EVALUATION, "chunk_size": size}
+        with policy.as_reference():
+            before = collect(policy, tokenizer, scorer, batch, **settings)
+        after = collect(policy, tokenizer, scorer, batch, **settings)
+        rollout = after.rollout
+        kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1).tolist()
+        for position, i in enumerate(chunk):
+            row = rows[i]
+            reference = row.get(config.data.summary_column or "")
+            sample: dict[str, Any] = {
+                "index": i,
+                "prompt_id": row["prompt_id"],
+                "query": row["prompt"],
+                "reference": reference if isinstance(reference, str) else None,
+                "facts": row.get("facts"),
+                "kl": kl[position],
+            }
+            for side, collected in (("before", before), ("after", after)):
+                scores = collected.scores
+                sample[f"response_{side}"] = collected.responses[position]
+                sample[f"reward_{side}"] = float(scores.rewards[position])
+                sample[f"toxicity_{side}"] = float(scores.toxicity[position])
+                sample[f"length_{side}"] = int(collected.rollout.response_mask[position].sum())
+                sample[f"truncated_{side}"] = bool(scores.truncated[position])
+                for name, values in scores.terms.items():
+                    sample[f"{name}_{side}"] = float(values[position])
+            samples[i] = sample
+        on_done(len(chunk))
+    return samples
+
+
+def summarise(
+    samples: Sequence[dict[str, Any]],
+    config: RunConfig,
+    *,
+    run_id: str,
+    steps: int,
+    rows: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The report of a run, from its samples; adds `rouge_l_*` and `facts_*` to the samples.
+
+    Args:
+        samples: from `measure`, all shards, by index.
+        config: of the run.
+        run_id: of the run.
+        steps: PPO steps done.
+        rows: counts of rows read, left out, trained on and held out.
+        seconds: wall time by phase.
+        training: further figures of the training, such as peak memory.
+    """
+    column = lambda name: [sample[name] for sample in samples]
+    pair = lambda name: {s: quality.mean_scored(column(f"{name}_{s}")) for s in ("before", "after")}
+
+    references = column("reference")
+    facts = [sample["facts"] or [] for sample in samples]
+    for side in ("before", "after"):
+        responses = column(f"response_{side}")
+        rouge = quality.rouge_l(responses, references)
+        kept = quality.facts_share(responses, facts)
+        for sample, rouge_value, kept_value in zip(samples, rouge, kept, strict=True):
+            sample[f"rouge_l_{side}"] = rouge_value
+            sample[f"facts_{side}"] = kept_value
+
+    evaluate = config.evaluate
+    compared = toxicity.compare(
+        column("toxicity_before"),
+        column("toxicity_after"),
+        toxic_above=evaluate.toxic_above,
+        seed=config.seed,
+    )
+    rouge_l, facts_kept, length = pair("rouge_l"), pair("facts"), pair("length")
+    kl = quality.mean_scored(column("kl"))
+    both = lambda p: None if p["before"] is None else (p["before"], p["after"])
+    verdict = toxicity.verdict(
+        compared,
+        rouge_l=both(rouge_l),
+        facts=both(facts_kept),
+        length=both(length),
+        kl=kl,
+        floors=floors(evaluate),
+    )
+    distinct = {
+        side: quality.distinct_n(column(f"response_{side}")) for side in ("before", "after")
+    }
+    unique = {
+        side: quality.unique_share(column(f"response_{side}")) for side in ("before", "after")
+    }
+    return {
+        "run_id": run_id,
+        "recipe": config.recipe,
+        "status": "complete",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "n": len(samples),
+        "verdict": verdict.to_json(),
+        "toxicity": compared.to_json(),
+        "reward": pair("reward"),
+        "rouge_l": rouge_l,
+        "facts": facts_kept,
+        "length": length,
+        "distinct_2": distinct,
+        "unique_share": unique,
+        "kl": kl,
+        "truncated": {side: int(sum(column(f"truncated_{side}"))) for side in ("before", "after")},
+        "steps": steps,
+        "prompts_seen": steps * config.ppo.prompts_per_step,
+        "rows": dict(rows),
+        "training": dict(training),
+        "seconds": {"total": float(sum(seconds.values()))} | dict(seconds),
+        "notes": notes(config, samples),
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
+
+
+def floors(config: EvaluateConfig) -> toxicity.QualityFloors:
+    """The quality a run must keep, from its settings."""
+    return toxicity.QualityFloors(
+        max_rouge_l_drop=config.max_rouge_l_drop,
+        max_facts_drop=config.max_facts_drop,
+        max_length_change=config.max_length_change,
+        max_kl=config.max_kl,
+    )
+
+
+def notes(config: RunConfig, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the report must know to read it right."""
+    found = []
+    if config.reward.model == "lab":
+        found.append(
+            "The reward model of this run is template-trained: it knows the embedded corpus and is "
+            "no judge of toxicity elsewhere."
+        )
+    if config.policy.model == "lab":
+        found.append(
+            "The policy is the embedded toy model: this shows that the pipeline works, and says "
+            "nothing about FLAN-T5."
+        )
+    cut = sum(bool(s["truncated_before"]) or bool(s["truncated_after"]) for s in samples)
+    if cut:
+        found.append(
+            f"{cut} of {len(samples)} prompts had a text longer than the reward model reads; it "
+            "scored the beginning."
+        )
+    if config.reward.reads == "prompt+response":
+        found.append(
+            "The reward model read prompt and response together, so toxicity here is also the "
+            "prompt's."
+        )
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

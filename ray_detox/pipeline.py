@@ -1,0 +1,476 @@
+"""The main job, from prompts to a stored result; the stages in order.
+
+    preflight ---- nothing has started yet
+    ray      ingest ------------ lanes --> train --> adapter --> evaluate --> final task
+               (Ray Data)                 (Ray Train)            (Ray tasks)   report, store
+             reward actors ................ scores ............... scores
+
+Everything a run writes is under its folder, OUTPUT/RUN_ID:
+
+    config.json  metrics.jsonl  tensorboard/  train/ (checkpoints)  adapter/  report.json
+    report.txt   samples.jsonl
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ray_detox import preflight
+from ray_detox.config import ConfigError, RunConfig, config_from_dict
+from ray_detox.data import Source
+from ray_detox.progress import Console, MetricsLog, step_line
+from ray_detox.report import describe_run
+from ray_detox.store import ResultStore, StoreError, check_run_id, open_store
+
+
+class Stopped(Exception):
+    """The run was asked to end early and left a checkpoint."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where the files of a run are."""
+
+    output: Path
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """The run's own folder."""
+        return self.output / self.run_id
+
+    @property
+    def store_path(self) -> Path:
+        """The embedded store, shared by all runs of an output folder."""
+        return self.output / "results.sqlite"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as plain peft loads it."""
+        return self.path / "adapter"
+
+    def require_adapter(self) -> None:
+        """Refuse a run that has not finished training.
+
+        Raises:
+            ConfigError: the run has no adapter yet.
+        """
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"Run {self.run_id!r} has no adapter yet. Finish it first: "
+                f"ray-detox run --resume {self.run_id}."
+            )
+
+    def read_config(self) -> RunConfig:
+        """The settings the run was started with.
+
+        Raises:
+            ConfigError: there is no such run.
+        """
+        file = self.path / "config.json"
+        if not file.is_file():
+            runs = sorted(p.parent.name for p in self.output.glob("*/config.json"))
+            known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
+            raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
+        return config_from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def new_run_id(recipe: str) -> str:
+    """A run id that sorts by time and does not collide."""
+    return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def store_of(config: RunConfig, folder: RunFolder) -> ResultStore:
+    """The result store that a run writes to."""
+    results = config.results
+    return open_store(
+        results.store, folder.store_path, results.table, results.region, results.endpoint_url
+    )
+
+
+def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source:
+    """Find every mistake that can be found before anything starts, then make the run's folder.
+
+    Raises:
+        ConfigError, StoreError: in one sentence; nothing was started and nothing is left behind.
+    """
+    check_run_id(folder.run_id)
+    preflight.check_output(folder.output)
+    if folder.path.exists() and not resume:
+        raise ConfigError(
+            f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or go on "
+            f"with it: ray-detox run --resume {folder.run_id}."
+        )
+    if _is_local(config):
+        preflight.check_local_gpus(config, _count_gpus)
+    source = preflight.check(config)
+    if config.results.store == "dynamodb":
+        store_of(config, folder).check()
+    folder.path.mkdir(parents=True, exist_ok=resume)
+    (folder.path / "config.json").write_text(
+        json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
+    )
+    return source
+
+
+def run(
+    config: RunConfig, folder: RunFolder, console: Console, *, resume: bool = False
+) -> dict[str, Any]:
+    """Run the whole job and return its report.
+
+    Raises:
+        ConfigError, StoreError: a mistake, found before anything starts.
+        Stopped: the run was asked to end; it can be resumed.
+        TrainingError, RewardError: training failed; the newest checkpoint is kept.
+    """
+    source = prepare_run(config, folder, resume=resume)
+    console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
+
+    with cluster(config, console) as need:
+        data, actors = _ingest(config, source, console, need)
+        with console.stage("train", _describe_training(config, need)) as made:
+            outcome = _train(config, folder, console, data.lanes, actors, need.gpus_per_worker)
+            made.append(f"adapter saved to {folder.adapter}, {_megabytes(folder.adapter)}")
+        samples = _measure(config, folder, console, data.held_out, actors, need)
+        facts = {
+            "run_id": folder.run_id,
+            "steps": outcome["step"],
+            "rows": asdict(data.counts),
+            "seconds": dict(console.seconds),
+            "training": {
+                "workers": config.train.workers,
+                "worker_peak_mb": outcome["peak_mb"],
+                "loop_seconds": outcome["loop_seconds"],
+                "actors": _describe_actors(actors),
+            },
+        }
+        return _finish(config, folder, console, samples, facts)
+
+
+def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
+    """Measure a run's adapter again, with changed settings if wished; stores nothing.
+
+    Raises:
+        ConfigError: the run has no adapter yet, or a setting is wrong.
+    """
+    folder.require_adapter()
+    source = preflight.check(config)
+    from ray_detox.evaluation import summarise
+
+    with cluster(config, console) as need:
+        data, actors = _ingest(config, source, console, need)
+        samples = _measure(config, folder, console, data.held_out, actors, need)
+    return summarise(
+        samples,
+        config,
+        run_id=folder.run_id,
+        steps=config.train.steps,
+        rows=asdict(data.counts),
+        seconds=dict(console.seconds),
+        training={},
+    )
+
+
+# ---- parts of a run --------------------------------------------------------------------------
+
+
+def _ingest(
+    config: RunConfig, source: Source, console: Console, need: preflight.Needs
+) -> tuple[Any, list[Any]]:
+    """Prepare the prompts, while the reward actors load their model; wait for both."""
+    from ray_detox.stages import ingest, score
+
+    actors = score.start_actors(config.reward, need.gpus_per_actor)
+    with console.stage("ingest", _of(config.data.path, "prompts")) as made:
+        data = ingest.ingest(config, source)
+        made += _describe_rows(data.counts)
+    with console.stage("reward", f"{len(actors)} actor(s) of {config.reward.model}") as made:
+        about = score.wait_for_actors(actors, timeout_s=max(300.0, config.cluster.patience_s))
+        made += [f"actor {i} on node {a['node']}, {a['device']}" for i, a in enumerate(about)]
+    return data, actors
+
+
+def _measure(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    rows: list[dict[str, Any]],
+    actors: list[Any],
+    need: preflight.Needs,
+) -> list[dict[str, Any]]:
+    """Answer and score the held-out prompts before and after."""
+    from ray_detox.stages import evaluate
+
+    with (
+        console.stage("evaluate", f"{len(rows)} held-out prompts, before and after"),
+        console.bar(len(rows), "prompts") as bar,
+    ):
+        return evaluate.run_evaluation(
+            config,
+            evaluate.pack_adapter(folder.adapter),
+            rows,
+            actors,
+            need.gpus_per_worker,
+            on_event=lambda event: bar.add(event["prompts"]),
+        )
+
+
+def _describe_actors(actors: list[Any]) -> list[dict[str, Any]]:
+    from ray_detox.stages import score
+
+    about = score.wait_for_actors(actors, timeout_s=60)
+    return [{key: one[key] for key in ("texts", "peak_mb", "device")} for one in about]
+
+
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    lanes: list[Any],
+    actors: list[Any],
+    gpus_per_worker: float,
+) -> dict[str, Any]:
+    """Train, showing every step; copy the trained adapter into the run's folder."""
+    from ray_detox.stages.train import run_training
+
+    metrics = MetricsLog(folder.path)
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "step":
+            metrics.add(event["stats"])
+            console.line(step_line(event["stats"], config.train.steps))
+        elif event["kind"] == "worker":
+            console.line(
+                f"{'':<9} worker {event['rank']} on node {event['node']}, {event['device']}, "
+                f"{event['prompts']:,} prompts"
+            )
+
+    with stop_on_signal(console) as stop:
+        outcome = run_training(
+            config,
+            lanes,
+            actors,
+            gpus_per_worker,
+            storage=config.train.storage or str(folder.path.resolve()),
+            on_event=on_event,
+            stop_requested=stop.event,
+        )
+    metrics.close()
+    if outcome["stopped"]:
+        raise Stopped(outcome["step"], stop.signal_number)
+    _copy(outcome["filesystem"], f"{outcome['checkpoint']}/adapter", folder.adapter)
+    return outcome
+
+
+def _finish(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    samples: list[dict[str, Any]],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Run the final task, and write the report beside what it stored."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from ray_detox.stages.evaluate import store_result
+
+    # The embedded store is a file on this machine.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    task = store_result.options(scheduling_strategy=here)
+    report, samples, problem = ray.get(
+        task.remote(config, samples, facts, str(folder.store_path.resolve()))
+    )
+    files = folder.path
+    (files / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (files / "report.txt").write_text(describe_run(report, samples) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (files / "samples.jsonl").write_text(lines, encoding="utf-8")
+    if problem:
+        raise StoreError(
+            f"The run is complete and its report is in {files}, but it could not be stored: "
+            f"{problem}"
+        )
+    return report
+
+
+def _copy(filesystem: Any, source: str, target: Path) -> None:
+    from pyarrow import fs
+
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    fs.copy_files(
+        source, str(part), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+
+
+@dataclass(slots=True)
+class _Stop:
+    event: threading.Event
+    signal_number: int = signal.SIGINT
+
+
+@contextmanager
+def stop_on_signal(console: Console) -> Iterator[_Stop]:
+    """Inside, Ctrl-C and SIGTERM ask for a checkpoint first; a second Ctrl-C does not wait."""
+    stop = _Stop(threading.Event())
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal_number = number
+        stop.event.set()
+        console.line(f"{'':<9} stopping after this step, with a checkpoint (again to stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def cluster(config: RunConfig, console: Console) -> Iterator[preflight.Needs]:
+    """Connect to the cluster, or start one on this machine, and see that it is large enough.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    # The embedded engine, in every process: awswrangler would start a Ray of its own otherwise.
+    os.environ.setdefault("WR_ENGINE", "python")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if _is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # A cluster of our own takes no strangers: a token that only its processes know. Ray reads
+        # this once, when it is imported.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    if ray.is_initialized():
+        yield _check_size(config)
+        return
+    with console.stage(
+        "cluster", "this machine" if _is_local(config) else config.cluster.address
+    ) as made:
+        _connect(config)
+        total = ray.cluster_resources()
+        made.append(
+            f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+        )
+    try:
+        yield _check_size(config)
+    finally:
+        ray.shutdown()
+
+
+def _connect(config: RunConfig) -> None:
+    import logging
+
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not _is_local(config):
+        ray.init(address=config.cluster.address, **quiet)
+        return
+    need = preflight.needs(config, _count_gpus())
+    # address: or it would join any other Ray on this machine. CPUs are only accounted for, not
+    # bound, so a small machine can run what a larger one would.
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
+        include_dashboard=False,
+        **quiet,
+    )
+
+
+def _is_local(config: RunConfig) -> bool:
+    address = config.cluster.address
+    return address == "local" or (address == "auto" and "RAY_ADDRESS" not in os.environ)
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _check_size(config: RunConfig) -> preflight.Needs:
+    import time
+
+    import ray
+
+    def have(kind: str) -> float:
+        return float(ray.cluster_resources().get(kind, 0))
+
+    need = preflight.needs(config, have("GPU"))
+    wanted = {"CPU": need.cpus, "GPU": need.gpus}
+    deadline = time.monotonic() + config.cluster.patience_s
+    if any(have(kind) < amount for kind, amount in wanted.items()) and config.cluster.patience_s:
+        from ray.autoscaler.sdk import request_resources
+
+        worker = {"CPU": config.train.cpus_per_worker, "GPU": need.gpus_per_worker}
+        actor = {"CPU": config.reward.cpus_per_actor, "GPU": need.gpus_per_actor}
+        request_resources(bundles=[worker] * config.train.workers + [actor] * config.reward.actors)
+        while time.monotonic() < deadline and any(have(k) < a for k, a in wanted.items()):
+            time.sleep(1)
+    for kind, amount in wanted.items():
+        if have(kind) < amount:
+            raise ConfigError(preflight.shortage(kind, amount, have(kind), config))
+    return need
+
+
+# ---- words -----------------------------------------------------------------------------------
+
+
+def _of(name: str, what: str) -> str:
+    return f"{what} from {'the embedded corpus' if name == 'lab' else name}"
+
+
+def _describe_rows(counts: Any) -> list[str]:
+    lines = [
+        f"{counts.read:,} rows read, {counts.train:,} to train on, {counts.held_out:,} held out"
+    ]
+    for reason, count in counts.left_out.items():
+        names = ", ".join(counts.examples.get(reason, []))
+        lines.append(f"left out {count:,}: {reason} ({names}{', ...' if count > 3 else ''})")
+    return lines
+
+
+def _describe_training(config: RunConfig, need: preflight.Needs) -> str:
+    on = (
+        f"{need.gpus_per_worker:g} GPU"
+        if need.gpus_per_worker
+        else f"{config.train.cpus_per_worker:g} CPU"
+    )
+    return (
+        f"{config.train.steps} PPO steps of {config.ppo.prompts_per_step} prompts on "
+        f"{config.train.workers} worker(s) with {on} each"
+    )
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB"

@@ -1,0 +1,237 @@
+"""What can be found wrong by looking, before any model loads or any node starts.
+
+`config.py` refuses what is wrong in itself; here files, models' descriptions, labels, adapters,
+the store and the output folder are looked at. No weights are read and Ray is not started.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.data import Source, check_rows, locate
+from ray_detox.sources import local_folder, looks_like_path
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a run asks of the cluster."""
+
+    cpus: float
+    gpus: float
+    gpus_per_worker: float
+    gpus_per_actor: float
+
+
+def needs(config: RunConfig, cluster_gpus: float) -> Needs:
+    """The cluster resources a run holds while it trains, its largest demand.
+
+        CPU = train.workers * cpus_per_worker + reward.actors * cpus_per_actor
+        GPU = train.workers * gpus_per_worker + reward.actors * gpus_per_actor
+
+    GPUs left open in the config are settled by what the cluster has: a whole one for every worker
+    and a quarter for every reward actor; else workers and actors share GPUs; else none.
+    """
+    workers, actors = config.train.workers, config.reward.actors
+    per_worker, per_actor = config.train.gpus_per_worker, config.reward.gpus_per_actor
+    if per_worker is None:
+        if cluster_gpus >= workers + actors * (0.25 if per_actor is None else per_actor):
+            per_worker = 1.0
+        else:
+            per_worker = 0.75 if cluster_gpus >= workers else 0.0
+    if per_actor is None:
+        per_actor = 0.0
+        if per_worker:
+            # Sharing: the quarters that workers leave free, among all actors.
+            shared = 0.25 if per_worker == 1 else int(25 * min(1, workers / actors)) / 100
+            per_actor = shared
+    return Needs(
+        cpus=workers * config.train.cpus_per_worker + actors * config.reward.cpus_per_actor,
+        gpus=workers * per_worker + actors * per_actor,
+        gpus_per_worker=per_worker,
+        gpus_per_actor=per_actor,
+    )
+
+
+def check(config: RunConfig, *, network: bool = True) -> Source:
+    """Look at everything a run names.
+
+    Args:
+        config: of the run.
+        network: False leaves alone what is on a hub or on S3.
+
+    Raises:
+        ConfigError: in one sentence, what is wrong and how to mend it.
+    """
+    remote = lambda name: name.startswith("s3://") or not (name == "lab" or looks_like_path(name))
+    source = (
+        locate(config.data) if network or not config.data.path.startswith("s3://") else Source("s3")
+    )
+    if network or not remote(config.data.path):
+        check_rows(source, config.data)
+    if network or not remote(config.policy.model):
+        check_policy(config)
+    if network or not remote(config.reward.model):
+        check_reward(config)
+    return source
+
+
+def check_policy(config: RunConfig) -> None:
+    """The policy is an encoder-decoder with a tokenizer, and the adapter fits it."""
+    policy = config.policy
+    folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
+    settings = _settings(folder, policy.model, "policy.model")
+    if not settings.get("is_encoder_decoder"):
+        kind = (settings.get("architectures") or [settings.get("model_type", "unknown")])[0]
+        raise ConfigError(
+            f"policy.model is {policy.model!r}, a {kind}; expected an encoder-decoder such as "
+            "google/flan-t5-base. For decoder-only models use trl's own trainers."
+        )
+    _check_safetensors(folder, policy.model, "policy.model")
+    _check_tokenizer(folder, policy.model, "policy.model")
+    if policy.adapter is not None:
+        _check_adapter(config)
+    else:
+        _check_lora_targets(folder, config)
+
+
+def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{setting} is {name!r}, and no config.json is in that folder. Give the folder of a "
+            "model that save_pretrained wrote."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and its config.json is no JSON: {error}."
+        ) from error
+    return settings
+
+
+def _check_safetensors(folder: Path, name: str, setting: str) -> None:
+    is_local = name == "lab" or Path(name).expanduser().is_dir()
+    if is_local and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{setting} is {name!r}, which has no .safetensors file. Pickled weights can run code "
+            "and are not read; save the model again with save_pretrained."
+        )
+
+
+def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and no tokenizer can be loaded from it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_adapter(config: RunConfig) -> None:
+    assert config.policy.adapter is not None
+    folder = local_folder(config.policy.adapter, None, "policy.adapter")
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"policy.adapter is {config.policy.adapter!r}, and no adapter_config.json is there. "
+            "Give a folder that peft's save_pretrained wrote."
+        )
+    kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
+    if kind != "LORA":
+        raise ConfigError(
+            f"policy.adapter is {config.policy.adapter!r}, an adapter of type {kind}; expected LORA."
+        )
+
+
+def _check_lora_targets(folder: Path, config: RunConfig) -> None:
+    """The LoRA targets name linear layers of the model, found without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for target in config.policy.lora_targets:
+        pattern = re.compile(rf"(.*\.)?{re.escape(target)}$")
+        if not any(pattern.match(name) for name in linear):
+            leaves = sorted({name.rpartition(".")[2] for name in linear})
+            raise ConfigError(
+                f"policy.lora_targets names {target!r}, and {config.policy.model} has no linear "
+                f"layer of that name; it has {', '.join(leaves)}."
+            )
+
+
+def check_reward(config: RunConfig) -> None:
+    """The reward model is a classifier with the label, and extra terms can be imported."""
+    from ray_detox.reward import label_index, load_reward_function
+
+    reward = config.reward
+    folder = local_folder(reward.model, reward.revision, "reward.model", weights=False)
+    settings = _settings(folder, reward.model, "reward.model")
+    kinds = settings.get("architectures") or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        raise ConfigError(
+            f"reward.model is {reward.model!r}, a {(kinds or ['model of unknown kind'])[0]}; "
+            "expected a sequence classifier such as facebook/roberta-hate-speech-dynabench-r4-target."
+        )
+    label_index(settings, reward.label, reward.model)
+    _check_safetensors(folder, reward.model, "reward.model")
+    _check_tokenizer(folder, reward.model, "reward.model")
+    for term in reward.terms:
+        load_reward_function(term)
+
+
+def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
+    """On this machine alone, GPUs asked for by name are there.
+
+    Raises:
+        ConfigError: more are asked for than there are.
+    """
+    asked = (config.train.gpus_per_worker or 0) * config.train.workers
+    asked += (config.reward.gpus_per_actor or 0) * config.reward.actors
+    if asked:
+        have = count_gpus()
+        if asked > have:
+            raise ConfigError(shortage("GPU", asked, have, config))
+
+
+def shortage(kind: str, need: float, have: float, config: RunConfig) -> str:
+    """The sentence for a cluster that is too small."""
+    unit = kind.lower() + "s"
+    per_worker = getattr(config.train, f"{unit}_per_worker")
+    per_actor = getattr(config.reward, f"{unit}_per_actor")
+    return (
+        f"The run needs {need:g} {kind}s (train.workers={config.train.workers} with {unit}_per_worker="
+        f"{_or_auto(per_worker)}, reward.actors={config.reward.actors} with {unit}_per_actor="
+        f"{_or_auto(per_actor)}), and the cluster has {have:g}. Ask for fewer, or add nodes "
+        "(an autoscaling cluster is given time by cluster.patience_s)."
+    )
+
+
+def _or_auto(value: float | None) -> str:
+    return "auto" if value is None else f"{value:g}"
+
+
+def check_output(folder: Path) -> None:
+    """The output folder can be made and written to; what is made for the test is removed.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"The output folder {folder} cannot be written to ({existing} is not a folder you may "
+            "write to). Choose another with --output."
+        )

@@ -1,0 +1,122 @@
+r"""Ray tasks that measure before and after, and the final one that stores the result.
+
+    held-out rows --shard--> measure_shard (policy + adapter, scores from the reward actors)
+                  --shard--> measure_shard                  \
+                                                             store_result: deltas, report, store
+
+The adapter travels as bytes, so that no file system has to be shared.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ray_detox.config import RunConfig
+from ray_detox.stages.train import POLL_S, Progress
+
+AdapterFiles = dict[str, bytes]
+
+
+def pack_adapter(folder: Path) -> AdapterFiles:
+    """The files of an adapter's folder by name."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+@ray.remote
+def measure_shard(
+    config: RunConfig,
+    adapter: AdapterFiles,
+    rows: Sequence[Mapping[str, Any]],
+    actors: Sequence[Any],
+    progress: Any,
+) -> list[dict[str, Any]]:
+    """`evaluation.measure` of some rows, with the trained adapter."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from ray_detox.evaluation import measure
+    from ray_detox.policy import load_policy
+    from ray_detox.sources import local_folder
+    from ray_detox.stages.score import RewardClient
+
+    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    device = "cuda" if ray.get_gpu_ids() else "cpu"
+    policy = load_policy(config.policy, config.sampling, config.seed, device)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in adapter.items():
+            (Path(folder) / name).write_bytes(content)
+        policy.load_adapter(Path(folder))
+    folder_of_model = local_folder(config.policy.model, config.policy.revision, "policy.model")
+    tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
+    return measure(
+        policy,
+        tokenizer,
+        RewardClient(actors, config.reward),
+        rows,
+        config,
+        on_done=lambda count: progress.put.remote({"kind": "measured", "prompts": count}),
+    )
+
+
+def run_evaluation(
+    config: RunConfig,
+    adapter: AdapterFiles,
+    rows: Sequence[Mapping[str, Any]],
+    actors: Sequence[Any],
+    gpus_per_worker: float,
+    on_event: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Measure all rows on `evaluate.shards` tasks; samples come back in the rows' order."""
+    shards = min(config.evaluate.shards, len(rows))
+    progress = Progress.remote()  # type: ignore[attr-defined]
+    task = measure_shard.options(
+        num_cpus=config.train.cpus_per_worker, num_gpus=gpus_per_worker, max_retries=2
+    )
+    adapter_ref = ray.put(adapter)
+    # Dealt out in turn: the shards then have prompts of all lengths alike.
+    waiting = [
+        task.remote(config, adapter_ref, list(rows[shard::shards]), list(actors), progress)
+        for shard in range(shards)
+    ]
+    refs = list(waiting)
+    while waiting:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+        for event in ray.get(progress.take.remote()):
+            on_event(event)
+    ray.kill(progress)
+    samples: list[dict[str, Any]] = [{} for _ in rows]
+    for shard, found in enumerate(ray.get(refs)):
+        for i, sample in enumerate(found):
+            index = i * shards + shard
+            samples[index] = sample | {"index": index}
+    return samples
+
+
+@ray.remote(num_cpus=0, max_retries=3)
+def store_result(
+    config: RunConfig, samples: list[dict[str, Any]], facts: Mapping[str, Any], store_path: str
+) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
+    """The final task: deltas, report, and both written to the result store.
+
+    A store that fails must not lose a run: the report comes back all the same, with the store's
+    sentence as the third value.
+    """
+    from ray_detox.evaluation import summarise
+    from ray_detox.store import StoreError, open_store
+
+    report = summarise(samples, config, **facts)
+    results = config.results
+    store = open_store(
+        results.store, store_path, results.table, results.region, results.endpoint_url
+    )
+    try:
+        # A retry of this task, or a resumed run, writes the same run again.
+        store.put_run(report, samples, overwrite=True)
+    except StoreError as error:
+        return report, samples, str(error)
+    finally:
+        store.close()
+    return report, samples, None

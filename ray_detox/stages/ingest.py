@@ -1,0 +1,226 @@
+"""Ray Data: files to prompts, split once and for good.
+
+    read -> prepare (filter, prompt text, tokens; in parallel) -> count what is left out
+         -> split into train and held out -> sort train by prompt id -> lanes
+
+The order in which files, blocks or tasks come in decides nothing: rows are split and dealt by
+the hash of their text (or, on request, in file order). Everything is materialised before training
+starts, because a lazy dataset inside a worker group that holds every CPU would wait for ever.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data.expressions import col
+
+from ray_detox.config import ConfigError, DataConfig, RunConfig
+from ray_detox.data import LAB_ROWS, Source, load_hub, parse_json_row
+from ray_detox.prompts import held_out_count, prompt_id, prompt_text, reason_to_leave_out
+from ray_detox.sources import local_folder
+
+EXAMPLES_SHOWN = 3
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("query_ids", pa.list_(pa.int32())),
+        # The row's own columns as JSON: rows of one file need not agree on names or types.
+        ("columns", pa.string()),
+        ("left_out", pa.string()),
+        ("name", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """What became of every row that was read."""
+
+    read: int
+    left_out: dict[str, int]
+    """Rows left out, by reason."""
+    examples: dict[str, list[str]]
+    """Names of a few rows left out, by reason."""
+    train: int
+    held_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """Prompts, ready for training and for the evaluation."""
+
+    lanes: list[ray.data.Dataset]
+    """`data.lanes` datasets of equal length, give or take one row."""
+    held_out: list[dict[str, Any]]
+    """Rows for the evaluation, at most `evaluate.prompts`."""
+    counts: RowCounts
+
+
+def ingest(config: RunConfig, source: Source) -> Ingested:
+    """Read, filter, tokenise, split and deal the prompts.
+
+    Raises:
+        ConfigError: too few rows are left.
+    """
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    data = config.data
+
+    # One task per CPU at least, also where everything is in a single file.
+    blocks = max(2, int(ray.cluster_resources().get("CPU", 2)) - 1)
+    rows = read(source, data)
+    if data.limit is not None:
+        rows = rows.limit(data.limit)
+    rows = rows.repartition(blocks) if len(source.paths) < blocks else rows
+    prepared = rows.map_batches(
+        prepare_batch,
+        fn_kwargs={"config": config, "json_lines": source.kind == "jsonl"},
+        batch_size=1024,
+        batch_format="pyarrow",
+    ).materialize()
+
+    read_count = prepared.count()
+    left_out, examples = _count_left_out(prepared)
+    kept = prepared.filter(expr=col("left_out").is_null()).select_columns(
+        ["prompt_id", "prompt", "query_ids", "columns"]
+    )
+    if data.held_out_rows == "hashed":
+        kept = kept.sort("prompt_id")
+    kept = kept.materialize()
+    count = kept.count()
+    held = held_out_count(count, data.held_out_fraction)
+    _check_enough(count - held, held, read_count, left_out, data)
+    train, held_out = kept.split_at_indices([count - held])
+    train = train.sort("prompt_id").materialize()
+    bounds = [round((count - held) * lane / data.lanes) for lane in range(1, data.lanes)]
+    return Ingested(
+        lanes=train.split_at_indices(bounds) if bounds else [train],
+        held_out=unpack(held_out.sort("prompt_id").take(config.evaluate.prompts)),
+        counts=RowCounts(read_count, left_out, examples, count - held, held),
+    )
+
+
+def read(source: Source, config: DataConfig) -> ray.data.Dataset:
+    """The rows of a source as a Ray dataset; rows of .jsonl arrive as text, to be parsed later."""
+    paths = list(source.paths)
+    if source.kind == "lab":
+        from ray_detox.lab import corpus
+
+        return ray.data.from_arrow(pa.Table.from_pylist(corpus.rows("ppo", LAB_ROWS)))
+    if source.kind == "hub":
+        return ray.data.from_arrow(load_hub(config).with_format("arrow")[:])
+    if source.kind == "parquet":
+        return ray.data.read_parquet(paths)
+    if source.kind == "csv":
+        from pyarrow import csv
+
+        return ray.data.read_csv(
+            paths,
+            # Dialogues have line breaks in them.
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            # "12" is a (bad) dialogue and not a number.
+            convert_options=csv.ConvertOptions(column_types={config.dialogue_column: pa.string()}),
+        )
+    # Parsed row by row, because one number among the dialogues must not fail the file.
+    return ray.data.read_text(paths, drop_empty_lines=True)
+
+
+def prepare_batch(batch: pa.Table, config: RunConfig, json_lines: bool) -> pa.Table:
+    """A batch of raw rows as `SCHEMA`; runs in Ray tasks."""
+    rows = batch.to_pylist()
+    if json_lines:
+        rows = [parse_json_row(row["text"]) for row in rows]
+    return pa.Table.from_pylist(prepare(rows, config, _tokenizer(config)), schema=SCHEMA)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_of(model: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = local_folder(model, revision, "policy.model", weights=False)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    return _tokenizer_of(config.policy.model, config.policy.revision)
+
+
+def prepare(
+    rows: Sequence[Mapping[str, Any]], config: RunConfig, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Raw rows as prepared ones: prompt and tokens, or the reason for leaving the row out."""
+    data = config.data
+    prepared: list[dict[str, Any]] = []
+    for row in rows:
+        reason = reason_to_leave_out(row, data)
+        entry: dict[str, Any] = {"left_out": reason, "name": _name(row, data)}
+        if reason is None:
+            text = prompt_text(row[data.dialogue_column], data)
+            entry |= {"prompt": text, "prompt_id": prompt_id(text)}
+            entry["columns"] = json.dumps(dict(row), default=str)
+        prepared.append(entry)
+
+    usable = [entry for entry in prepared if entry["left_out"] is None]
+    if usable:
+        tokens = tokenizer([entry["prompt"] for entry in usable], verbose=False)["input_ids"]
+        for entry, query_ids in zip(usable, tokens, strict=True):
+            entry["query_ids"] = query_ids
+            if len(query_ids) > data.max_prompt_tokens:
+                entry["left_out"] = f"over {data.max_prompt_tokens} prompt tokens"
+    return prepared
+
+
+def _name(row: Mapping[str, Any], config: DataConfig) -> str:
+    """What to call a row in a message: its id if it has one, else how it begins."""
+    name = row.get("id", row.get(config.dialogue_column))
+    text = repr(name)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _count_left_out(
+    prepared: ray.data.Dataset,
+) -> tuple[dict[str, int], dict[str, list[str]]]:
+    counts: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    bad = prepared.filter(expr=col("left_out").is_not_null()).select_columns(["left_out", "name"])
+    for batch in bad.iter_batches(batch_size=4096, batch_format="pyarrow"):
+        for reason, name in zip(*(batch[c].to_pylist() for c in ("left_out", "name")), strict=True):
+            counts[reason] = counts.get(reason, 0) + 1
+            if len(examples.setdefault(reason, [])) < EXAMPLES_SHOWN:
+                examples[reason].append(name)
+    return dict(sorted(counts.items())), dict(sorted(examples.items()))
+
+
+def _check_enough(
+    train: int, held: int, read_count: int, left_out: Mapping[str, int], config: DataConfig
+) -> None:
+    if train >= config.lanes and held >= 2:
+        return
+    why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "none left out"
+    raise ConfigError(
+        f"Of {read_count:,} rows of data.path={config.path}, {train:,} are left to train on and "
+        f"{held:,} to hold out ({why}); expected at least {config.lanes} (data.lanes) and 2. "
+        "Give more data, widen data.min_chars and data.max_chars, or lower data.lanes."
+    )
+
+
+def unpack(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Prepared rows with their own columns back in place."""
+    return [
+        json.loads(row["columns"])
+        | {name: row[name] for name in ("prompt_id", "prompt")}
+        | {"query_ids": list(row["query_ids"])}
+        for row in rows
+    ]
+
+
+def lane_names(lanes: int) -> list[str]:
+    """What the lanes are called in a training worker."""
+    return [f"prompts-{lane}" for lane in range(lanes)]

@@ -1,0 +1,506 @@
+"""The learner: one worker and many take the same steps, and nothing but tokens counts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from ray_detox import ppo
+from ray_detox.config import PolicyConfig, PPOConfig, SamplingConfig
+from ray_detox.learner import Learner, NonFiniteError
+from ray_detox.policy import load_policy
+from ray_detox.records import Rollout, Targets
+
+ROWS = 8
+
+
+def settings(**changes):
+    base = {"prompts_per_step": ROWS, "minibatches": 2, "epochs": 2, "learning_rate": 3e-3}
+    return PPOConfig(**(base | changes))
+
+
+def weights(policy):
+    return {name: p.detach().clone() for name, p in policy.trainable().items()}
+
+
+def assert_same_weights(actual, expected, atol=2e-6):
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert_close(actual[name], expected[name], atol=atol, rtol=1e-5)
+
+
+def learn(policy, config, rollout, updates=3, **learner):
+    """Take some updates on one rollout; return the last one's figures."""
+    made = Learner(policy, config, seed=0, **learner)
+    for step in range(updates):
+        figures = made.update(rollout, made.targets(rollout), step=step)
+    return figures
+
+
+@pytest.fixture
+def make_long(make_policy):
+    """Policies whose answers have several tokens.
+
+    To an answer of one token the decoder's self-attention is a softmax over one entry, with a
+    gradient of zero but for rounding; and Adam's first step goes by a gradient's sign.
+    """
+    return lambda sampling=None, **rest: make_policy({"min_new_tokens": 3} | (sampling or {}), **rest)
+
+
+def no_targets(rollout, **changes):
+    """Targets that ask for nothing."""
+    zeros = torch.zeros_like(rollout.logprobs)
+    return dataclasses.replace(Targets(zeros, zeros, zeros, rollout.values), **changes)
+
+
+# ---- the first step ----------------------------------------------------------------------------
+
+
+def test_without_a_learning_rate_nothing_moves_and_no_kl_is_seen(make_policy, make_rollout):
+    policy = make_policy(stirred=False)
+    rollout, before = make_rollout(policy, ROWS), weights(policy)
+    learner = Learner(policy, settings(learning_rate=0.0, epochs=3), seed=0)
+
+    targets = learner.targets(rollout)
+    update = learner.update(rollout, targets, step=0)
+
+    assert_same_weights(weights(policy), before, atol=0.0)
+    assert update.ratio == pytest.approx(1, abs=1e-5)
+    assert update.clip_fraction == 0
+    assert update.approx_kl == pytest.approx(0, abs=1e-8)
+    assert targets.kl.abs().max() < 1e-4
+    assert targets.kl[:, 0].abs().max() < 1e-4, "the first token, too"
+    assert update.minibatches == 6
+
+
+@pytest.mark.parametrize("learning_rate", [1e-5, 1e-2, 1.0])
+def test_the_first_ratio_is_one_whatever_the_learning_rate(
+    make_policy, make_rollout, learning_rate
+):
+    policy = make_policy({"temperature": 1.3, "min_new_tokens": 2})
+    rollout = make_rollout(policy, ROWS)
+
+    update = learn(policy, settings(learning_rate=learning_rate), rollout, updates=1)
+
+    assert update.ratio == pytest.approx(1, abs=1e-5)
+
+
+def test_an_answer_of_one_token_is_learned_from(make_policy, make_rollout):
+    policy = make_policy({"budget_min": 1, "budget_max": 1})
+    rollout, before = make_rollout(policy, ROWS), weights(policy)
+
+    learn(policy, settings(), rollout, updates=1)
+
+    assert rollout.response_ids.shape == (ROWS, 1)
+    after = weights(policy)
+    moved = [name for name in after if not torch.equal(after[name], before[name])]
+    assert {"value_head.weight", "value_head.bias"} <= set(moved)
+    assert any("EncDecAttention" in name for name in moved)
+    assert any(".encoder." in name for name in moved)
+
+
+def test_updates_make_rewarded_answers_likelier(make_policy, make_rollout):
+    policy = make_policy()
+    rollout = make_rollout(policy, ROWS)
+    good = rollout.scores > rollout.scores.median()
+
+    learn(policy, settings(kl_coef=0.0, epochs=4), rollout, updates=3)
+
+    with torch.no_grad():
+        now = policy.score_tokens(
+            rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
+        ).logprobs
+    gain = (now - rollout.logprobs).sum(dim=1)
+    assert gain[good].mean() > gain[~good].mean() + 0.1
+
+
+def test_targets_are_the_mathematics_of_the_rollout(make_policy, make_rollout):
+    rollout = make_rollout(make_policy(), ROWS)
+    config = settings(kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
+    mask = rollout.response_mask
+
+    targets = Learner(make_policy(), config, seed=0).targets(rollout)
+
+    kl = torch.where(mask, ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0)
+    rewards = ppo.token_rewards(rollout.scores, kl, mask, 0.3)
+    advantages, returns = ppo.gae(rewards, rollout.values, mask, 0.9, 0.8)
+    assert_close(targets.kl, kl)
+    assert_close(targets.rewards, rewards)
+    assert_close(targets.returns, returns)
+    assert_close(targets.advantages, ppo.standardise(advantages, mask))
+
+
+# ---- what must not matter ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
+def test_the_micro_batch_size_changes_nothing(make_long, make_rollout, micro_batch_size):
+    rollout = make_rollout(make_long(), ROWS)
+    one, other = make_long(), make_long()
+
+    figures = learn(one, settings(micro_batch_size=4), rollout)
+    others = learn(other, settings(micro_batch_size=micro_batch_size), rollout)
+
+    assert_same_weights(weights(other), weights(one))
+    assert dataclasses.asdict(others) == pytest.approx(dataclasses.asdict(figures), abs=1e-5)
+
+
+def test_padding_a_rollout_changes_nothing(make_long, make_rollout):
+    rollout = make_rollout(make_long(), ROWS)
+    wide = lambda x, by: torch.nn.functional.pad(x, (0, by))
+    padded = dataclasses.replace(
+        rollout,
+        query_ids=wide(rollout.query_ids, 4),
+        query_mask=wide(rollout.query_mask, 4),
+        **{
+            name: wide(getattr(rollout, name), 3)
+            for name in ("response_ids", "response_mask", "logprobs", "ref_logprobs", "values")
+        },
+    )
+    one, other = make_long(), make_long()
+
+    learn(one, settings(), rollout)
+    learn(other, settings(), padded)
+
+    assert_same_weights(weights(other), weights(one))
+
+
+def test_kept_encoder_states_change_nothing(make_long, make_rollout):
+    make = lambda: make_long(policy={"frozen_encoder": True})
+    rollout = make_rollout(make(), ROWS)
+    one, other = make(), make()
+
+    learn(one, settings(), rollout)
+    learn(other, settings(), dataclasses.replace(rollout, encoder_states=None))
+
+    assert rollout.encoder_states is not None
+    assert_same_weights(weights(other), weights(one))
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 4, 8])
+def test_minibatches_part_the_rows_whatever_the_number_of_workers(make_policy, minibatches):
+    learner = Learner(make_policy(), settings(minibatches=minibatches), seed=0)
+
+    whole = learner._deal(step=3, epoch=1, first_row=0, rows=ROWS)
+
+    assert sorted(np.concatenate(whole).tolist()) == list(range(ROWS))
+    assert {len(rows) for rows in whole} == {ROWS // minibatches}
+    for workers in (2, 4, 8):
+        share = ROWS // workers
+        parts = [learner._deal(3, 1, first, share) for first in range(0, ROWS, share)]
+        for minibatch in range(minibatches):
+            global_rows = [
+                row + rank * share for rank, deal in enumerate(parts) for row in deal[minibatch]
+            ]
+            assert global_rows == whole[minibatch].tolist()
+
+
+# ---- many workers ------------------------------------------------------------------------------
+
+GLOO_STEPS = 4
+LEAST_TOKENS = {"uneven": 3, "even": 11}
+
+
+def rollouts_by_name(make_policy, make_rollout):
+    """A rollout with answers of many lengths, and one where all are of one length."""
+    jobs = {}
+    for name, least in LEAST_TOKENS.items():
+        policy = make_policy({"min_new_tokens": least})
+        jobs[name] = (policy, make_rollout(policy, ROWS))
+    return jobs
+
+
+def gloo_worker(rank, folder, model):
+    """One of two processes: learn from this worker's half of each rollout, and keep the weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+
+    def total(x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    for name, least in LEAST_TOKENS.items():
+        fields = torch.load(f"{folder}/{name}.pt", weights_only=True)
+        rollout = Rollout(**fields, encoder_states=None)
+        share = ROWS // 2
+        mine = rollout.select(torch.arange(rank * share, (rank + 1) * share))
+        policy = load_policy(
+            PolicyConfig(model=model, dtype="float32", lora_rank=4, lora_alpha=8),
+            SamplingConfig(budget_min=12, budget_max=12, min_new_tokens=least),
+            seed=0,
+        )
+        start = load_file(f"{folder}/{name}-start.safetensors")
+        with torch.no_grad():
+            for weight, parameter in policy.trainable().items():
+                parameter.copy_(start[weight])
+        learner = Learner(policy, settings(), seed=0, sum_over_workers=total)
+        for step in range(GLOO_STEPS):
+            update = learner.update(
+                mine, learner.targets(mine), step=step, first_row=rank * share
+            )
+        save_file(weights(policy), f"{folder}/{name}-{rank}.safetensors")
+        torch.save(dataclasses.asdict(update), f"{folder}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(make_policy, make_rollout, tiny_t5, tmp_path_factory):
+    """What two processes learned: `{name: (weights and figures of each, policy, rollout)}`."""
+    folder = tmp_path_factory.mktemp("gloo")
+    jobs = rollouts_by_name(make_policy, make_rollout)
+    for name, (policy, rollout) in jobs.items():
+        fields = {
+            f.name: getattr(rollout, f.name)
+            for f in dataclasses.fields(rollout)
+            if f.name != "encoder_states"
+        }
+        torch.save(fields, folder / f"{name}.pt")
+        save_file(weights(policy), folder / f"{name}-start.safetensors")
+    mp.spawn(gloo_worker, (str(folder), str(tiny_t5)), nprocs=2)
+    return {
+        name: (
+            [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(2)],
+            [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)],
+            *job,
+        )
+        for name, job in jobs.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["uneven", "even"])
+def test_two_processes_learn_what_one_with_all_rows_learns(two_processes, name):
+    found, figures, policy, rollout = two_processes[name]
+    lengths = rollout.response_mask.sum(dim=1)
+    assert (lengths.unique().numel() == 1) == (name == "even")
+    start = weights(policy)
+
+    update = learn(policy, settings(), rollout, updates=GLOO_STEPS)
+
+    alone = weights(policy)
+    assert all((alone[n] - start[n]).abs().max() > 1e-3 for n in alone), "they moved"
+    for rank in range(2):
+        assert_same_weights(found[rank], alone, atol=1e-5)
+        assert figures[rank] == pytest.approx(dataclasses.asdict(update), rel=1e-3, abs=1e-5)
+    assert all(torch.equal(found[0][n], found[1][n]) for n in alone), "to the last bit"
+
+
+def test_workers_with_unequal_shares_learn_what_one_with_all_rows_learns(
+    make_long, make_rollout, two_workers
+):
+    rollout = make_rollout(make_long(), ROWS)
+    shares = [range(0, 2), range(2, ROWS)]
+    alone = make_long()
+    learn(alone, settings(minibatches=4), rollout)
+    policies = [make_long(), make_long()]
+
+    def work(rank, total):
+        mine = rollout.select(torch.tensor(shares[rank]))
+        learner = Learner(policies[rank], settings(minibatches=4), 0, total)
+        for step in range(3):
+            learner.update(mine, learner.targets(mine), step=step, first_row=shares[rank][0])
+        return weights(policies[rank])
+
+    for found in two_workers(work):
+        assert_same_weights(found, weights(alone), atol=1e-5)
+
+
+def test_a_minibatch_that_has_no_row_of_a_worker_is_learned_all_the_same(
+    make_long, make_rollout, two_workers
+):
+    # Eight minibatches of one row: each is on one worker and not on the other.
+    rollout = make_rollout(make_long(), ROWS)
+    alone = make_long()
+    learn(alone, settings(minibatches=8), rollout, updates=1)
+
+    def work(rank, total):
+        policy = make_long()
+        mine = rollout.select(torch.arange(4 * rank, 4 * rank + 4))
+        learner = Learner(policy, settings(minibatches=8), 0, total)
+        learner.update(mine, learner.targets(mine), step=0, first_row=4 * rank)
+        return weights(policy)
+
+    for found in two_workers(work):
+        assert_same_weights(found, weights(alone), atol=1e-5)
+
+
+# ---- what must stop it -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_stops_the_update_and_leaves_the_weights(
+    make_policy, make_rollout, bad
+):
+    policy = make_policy()
+    rollout, before = make_rollout(policy, ROWS), weights(policy)
+    rollout.scores[3] = bad
+    learner = Learner(policy, settings(), seed=0)
+
+    with pytest.raises(NonFiniteError, match=r"Not a finite number in step 5: policy_loss"):
+        learner.update(rollout, learner.targets(rollout), step=5)
+
+    assert_same_weights(weights(policy), before, atol=0.0)
+    assert not learner.optimiser_state()
+
+
+def test_a_bad_score_on_one_worker_stops_every_worker(make_policy, make_rollout, two_workers):
+    def work(rank, total):
+        policy = make_policy()
+        rollout = make_rollout(policy, ROWS).select(torch.arange(4 * rank, 4 * rank + 4))
+        if rank == 1:
+            rollout.scores[0] = float("nan")
+        before = weights(policy)
+        learner = Learner(policy, settings(), 0, total)
+        with pytest.raises(NonFiniteError):
+            learner.update(rollout, learner.targets(rollout), step=0, first_row=4 * rank)
+        return all(torch.equal(w, before[name]) for name, w in weights(policy).items())
+
+    assert two_workers(work) == [True, True]
+
+
+def test_an_update_that_moved_too_far_ends_before_its_next_step(make_policy, make_rollout):
+    rollout = make_rollout(make_policy(), ROWS)
+    stopped, once, free = make_policy(), make_policy(), make_policy()
+    config = {"learning_rate": 0.1, "minibatches": 1}
+
+    update = learn(stopped, settings(**config, epochs=4, stop_update_kl=1e-3), rollout, updates=1)
+    learn(once, settings(**config, epochs=1), rollout, updates=1)
+    full = learn(free, settings(**config, epochs=4), rollout, updates=1)
+
+    assert update.minibatches == 1
+    assert full.minibatches == 4
+    assert_same_weights(weights(stopped), weights(once), atol=0.0)
+
+
+def test_an_update_whose_first_minibatch_is_too_far_takes_no_step(make_policy, make_rollout):
+    policy = make_policy()
+    rollout, before = make_rollout(policy, ROWS), weights(policy)
+    elsewhere = torch.where(rollout.response_mask, rollout.logprobs - 1, 0.0)
+    far = dataclasses.replace(rollout, logprobs=elsewhere)
+
+    update = learn(policy, settings(stop_update_kl=0.1), far, updates=1)
+
+    assert update.minibatches == 0
+    assert update.approx_kl > 0.1
+    assert update.ratio == pytest.approx(np.e, rel=1e-4)
+    assert_same_weights(weights(policy), before, atol=0.0)
+
+
+def test_gradients_are_clipped_in_every_minibatch(make_policy, make_rollout):
+    policy = make_policy()
+    rollout = make_rollout(policy, ROWS)
+    learner = Learner(policy, settings(max_grad_norm=1e-3), seed=0)
+    norms = []
+    learner.optimiser.register_step_pre_hook(
+        lambda *_: norms.append(
+            float(torch.cat([p.grad.flatten() for p in learner.trainable.values()]).norm())
+        )
+    )
+
+    for step in range(2):
+        update = learner.update(rollout, learner.targets(rollout), step=step)
+
+    assert norms == pytest.approx([1e-3] * 8, rel=1e-3)
+    assert update.grad_norm > 1e-2, "the norm that is logged is the one before clipping"
+
+
+# ---- the price of KL ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_price_in_the_loss_pulls_towards_the_reference(make_policy, make_rollout, estimator):
+    policy = make_policy()
+    rollout = make_rollout(policy, ROWS)
+    config = settings(
+        kl_in="loss", kl_estimator=estimator, kl_coef=0.5, value_coef=0.0, learning_rate=1e-3
+    )
+    learner = Learner(policy, config, seed=0)
+
+    first = learner.update(rollout, no_targets(rollout), step=0)
+    for step in range(1, 10):
+        learner.update(rollout, no_targets(rollout), step=step)
+
+    with torch.no_grad():
+        now = policy.score_tokens(
+            rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
+        ).logprobs
+    far = ppo.kl_k2(rollout.logprobs, rollout.ref_logprobs).sum()
+    assert first.grad_norm > 0
+    assert ppo.kl_k2(now, rollout.ref_logprobs).sum() < 0.9 * far
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.0}, {"kl_in": "reward", "kl_coef": 0.5}],
+    ids=["no-price", "price-in-the-reward"],
+)
+def test_without_a_price_in_the_loss_kl_has_no_gradient_of_its_own(
+    make_policy, make_rollout, changes
+):
+    policy = make_policy()
+    rollout, before = make_rollout(policy, ROWS), weights(policy)
+    learner = Learner(policy, settings(value_coef=0.0, **changes), seed=0)
+
+    update = learner.update(rollout, no_targets(rollout), step=0)
+
+    assert update.grad_norm == 0
+    assert_same_weights(weights(policy), before, atol=0.0)
+
+
+def test_a_price_in_the_loss_is_not_paid_in_the_reward_as_well(make_policy, make_rollout):
+    policy = make_policy()
+    rollout = make_rollout(policy, ROWS)
+
+    targets = Learner(policy, settings(kl_in="loss", kl_estimator="k2"), 0).targets(rollout)
+
+    assert targets.kl.any()
+    assert_close(targets.rewards.sum(dim=1), rollout.scores)
+    assert (targets.rewards != 0).sum() == ROWS
+
+
+def test_only_the_adaptive_controller_moves_the_price(make_policy):
+    policy = make_policy()
+    fixed = Learner(policy, settings(kl_coef=0.2), seed=0)
+    adaptive = Learner(
+        policy, settings(kl_coef=0.2, kl_controller="adaptive", kl_horizon=80), seed=0
+    )
+
+    fixed.adapt_kl_coef(60.0)
+    adaptive.adapt_kl_coef(60.0)
+
+    assert fixed.kl_coef == 0.2
+    assert adaptive.kl_coef == pytest.approx(0.2 * (1 + 0.2 * ROWS / 80))
+
+
+# ---- state -------------------------------------------------------------------------------------
+
+
+def test_the_optimiser_goes_on_from_its_state_as_if_never_stopped(
+    make_policy, make_rollout, tmp_path
+):
+    policy, other = make_policy(), make_policy()
+    rollout = make_rollout(policy, ROWS)
+    learner = Learner(policy, settings(), seed=0)
+    learner.update(rollout, learner.targets(rollout), step=0)
+
+    save_file(learner.optimiser_state(), tmp_path / "optimiser.safetensors")
+    resumed = Learner(other, settings(), seed=0)
+    with torch.no_grad():
+        for name, weight in weights(policy).items():
+            other.trainable()[name].copy_(weight)
+    resumed.load_optimiser_state(load_file(tmp_path / "optimiser.safetensors"))
+    for one in (learner, resumed):
+        one.update(rollout, one.targets(rollout), step=1)
+
+    assert_same_weights(weights(other), weights(policy), atol=0.0)
+    state, again = learner.optimiser_state(), resumed.optimiser_state()
+    assert len(state) == 3 * len(policy.trainable())
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[key], again[key]) for key in state)

@@ -1,0 +1,551 @@
+"""The PPO mathematics against hand-worked numbers and against its own laws."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import tensor
+from torch.testing import assert_close
+
+from ray_detox import ppo
+
+JUNK = [0.0, 7.0, -1e30, math.inf, -math.inf, math.nan]
+junk = st.sampled_from(JUNK)
+
+
+def numbers(draw, rows, width, low=-5, high=5):
+    values = st.lists(
+        st.floats(low, high, width=32), min_size=rows * width, max_size=rows * width
+    )
+    return tensor(draw(values), dtype=torch.float32).view(rows, width)
+
+
+@st.composite
+def responses(draw, count=2):
+    """A mask of right-padded responses, and `count` tensors of numbers of its shape."""
+    rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    lengths = draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows))
+    mask = torch.arange(width) < tensor(lengths)[:, None]
+    return mask, *(numbers(draw, rows, width) for _ in range(count))
+
+
+def spoil(x, mask, value):
+    """`x` with `value` wherever nothing counts."""
+    return torch.where(mask, x, value)
+
+
+def widen(x, extra, fill):
+    """`x` with `extra` more columns of `fill`."""
+    return torch.nn.functional.pad(x, (0, extra), value=fill)
+
+
+# ---- sums over workers, means ----------------------------------------------------------------
+
+
+def test_one_worker_sums_to_itself():
+    x = tensor([1.0, 2.0])
+
+    assert ppo.identity(x) is x
+
+
+def test_masked_mean_matches_the_worked_example():
+    x = tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
+    mask = tensor([[True, True, False], [True, False, False]])
+
+    assert_close(ppo.masked_mean(x, mask), tensor(3.0))
+
+
+def test_masked_mean_of_nothing_is_not_a_number():
+    assert ppo.masked_mean(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).isnan()
+
+
+@given(responses(1), junk)
+def test_padding_never_changes_a_masked_mean_nor_gets_a_gradient(batch, value):
+    mask, x = batch
+    spoiled = spoil(x, mask, value).requires_grad_()
+
+    mean = ppo.masked_mean(spoiled, mask)
+    mean.backward()
+
+    assert_close(mean, ppo.masked_mean(x, mask))
+    assert_close(spoiled.grad, mask / mask.sum())
+
+
+# ---- KL ----------------------------------------------------------------------------------------
+
+
+def test_the_kl_estimators_match_the_worked_example():
+    # p = 0.5 and p_ref = 0.25: log ratio = log 2, and r = p_ref / p = 1/2.
+    logprobs, ref_logprobs = tensor([0.5]).log(), tensor([0.25]).log()
+
+    assert_close(ppo.kl_k1(logprobs, ref_logprobs), tensor([math.log(2)]))
+    assert_close(ppo.kl_k2(logprobs, ref_logprobs), tensor([math.log(2) ** 2 / 2]))
+    assert_close(ppo.kl_k3(logprobs, ref_logprobs), tensor([math.log(2) - 0.5]))
+
+
+def test_the_table_of_estimators_names_each_function():
+    assert {"k1": ppo.kl_k1, "k2": ppo.kl_k2, "k3": ppo.kl_k3} == ppo.KL_ESTIMATORS
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_the_kl_of_a_policy_with_itself_is_zero(name):
+    logprobs = -torch.rand(3, 4)
+
+    assert not ppo.KL_ESTIMATORS[name](logprobs, logprobs).any()
+
+
+@given(st.floats(-40, 0), st.floats(-40, 0))
+def test_k2_and_k3_are_never_negative(logprob, ref_logprob):
+    logprobs, ref_logprobs = tensor([logprob]), tensor([ref_logprob])
+
+    assert ppo.kl_k2(logprobs, ref_logprobs) >= 0
+    assert ppo.kl_k3(logprobs, ref_logprobs) >= 0
+
+
+def test_k3_keeps_its_digits_where_the_policies_almost_agree():
+    # (r - 1) - log r = d^2 / 2 + ...; formed as exp(d) - 1 - d it would be rounding noise.
+    difference = torch.tensor([1e-3])
+
+    kl = ppo.kl_k3(difference, torch.zeros(1))
+
+    assert_close(kl, difference**2 / 2, rtol=1e-3, atol=0.0)
+
+
+@given(st.integers(0, 1000))
+def test_k1_and_k3_are_unbiased_and_k2_is_so_to_second_order(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(8, generator=generator, dtype=torch.float64)
+    near = logits + 0.01 * torch.randn(8, generator=generator, dtype=torch.float64)
+    log_p, log_ref, log_near = (x.log_softmax(0) for x in (logits, logits.flip(0), near))
+    p = log_p.exp()
+    kl = lambda log_q: (p * (log_p - log_q)).sum()
+
+    assert_close((p * ppo.kl_k1(log_p, log_ref)).sum(), kl(log_ref))
+    assert_close((p * ppo.kl_k3(log_p, log_ref)).sum(), kl(log_ref))
+    assert_close((p * ppo.kl_k2(log_p, log_near)).sum(), kl(log_near), rtol=0.2, atol=1e-9)
+
+
+def test_the_gradient_of_k2_is_that_of_the_kl_and_the_gradient_of_k1_is_zero():
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_ref = logits.flip(0).log_softmax(0)
+
+    def gradient(estimate):
+        x = logits.clone().requires_grad_()
+        log_p = x.log_softmax(0)
+        # As PPO does it: the gradient of the estimate at tokens already drawn from p.
+        (log_p.exp().detach() * estimate(log_p, log_ref)).sum().backward()
+        return x.grad
+
+    x = logits.clone().requires_grad_()
+    (x.softmax(0) * (x.log_softmax(0) - log_ref)).sum().backward()
+
+    assert_close(gradient(ppo.kl_k2), x.grad)
+    assert_close(gradient(ppo.kl_k1), torch.zeros(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.2),  # on target
+        (6.6, 0.2 * (1 + 0.1 * 64 / 1000)),  # a tenth above it
+        (60.0, 0.2 * (1 + 0.2 * 64 / 1000)),  # far above: the error counts as 0.2
+        (0.0, 0.2 * (1 - 0.2 * 64 / 1000)),  # far below
+        (-3.0, 0.2 * (1 - 0.2 * 64 / 1000)),  # k1 may be negative
+    ],
+)
+def test_the_controller_matches_the_worked_examples(kl, expected):
+    actual = ppo.next_kl_coef(0.2, kl, kl_target=6.0, kl_horizon=1000, responses=64)
+
+    assert actual == pytest.approx(expected)
+
+
+@given(st.floats(1e-3, 10), st.floats(-50, 50), st.floats(0.1, 20), st.integers(1, 256))
+def test_the_controller_moves_towards_its_target_and_never_to_zero(kl_coef, kl, target, responses):
+    after = ppo.next_kl_coef(kl_coef, kl, target, kl_horizon=256, responses=responses)
+
+    assert after >= kl_coef if kl >= target else after <= kl_coef
+    assert 0.8 * kl_coef <= after * (1 + 1e-9)
+    assert after <= 1.2 * kl_coef * (1 + 1e-9)
+
+
+# ---- rewards -----------------------------------------------------------------------------------
+
+
+def test_token_rewards_match_the_worked_example():
+    # kl_coef = 0.5; the second response ends at its first token.
+    kl = tensor([[1.0, -2.0, 4.0], [2.0, 9.0, 9.0]])
+    mask = tensor([[True, True, True], [True, False, False]])
+
+    rewards = ppo.token_rewards(tensor([5.0, 7.0]), kl, mask, kl_coef=0.5)
+
+    assert_close(rewards, tensor([[-0.5, 1.0, 3.0], [6.0, 0.0, 0.0]]))
+
+
+@given(responses(1), st.integers(0, 3), junk)
+def test_the_score_lands_on_the_last_real_token_however_wide_the_padding(batch, extra, value):
+    mask, kl = batch
+    scores = torch.arange(1.0, len(mask) + 1)
+    mask, kl = widen(mask, extra, False), widen(kl, extra, value)
+    kl = spoil(kl, mask, value)
+
+    rewards = ppo.token_rewards(scores, kl, mask, kl_coef=0.0)
+
+    rows = torch.arange(len(mask))
+    assert_close(rewards[rows, mask.sum(dim=1) - 1], scores)
+    assert_close(rewards.sum(dim=1), scores)
+
+
+@given(responses(1), junk)
+def test_padding_never_changes_a_reward(batch, value):
+    mask, kl = batch
+    scores = torch.linspace(-2, 2, len(mask))
+
+    rewards = ppo.token_rewards(scores, kl, mask, kl_coef=0.3)
+
+    assert_close(ppo.token_rewards(scores, spoil(kl, mask, value), mask, 0.3), rewards)
+    assert not rewards[~mask].any()
+
+
+def test_token_rewards_leave_their_arguments_alone():
+    scores, kl, mask = torch.ones(1), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+
+    ppo.token_rewards(scores, kl, mask, kl_coef=0.5)
+
+    assert_close(kl, torch.ones(1, 2))
+    assert_close(scores, torch.ones(1))
+
+
+# ---- advantages --------------------------------------------------------------------------------
+
+
+def test_gae_matches_the_worked_example():
+    # gamma = 1, lambda = 0.5, one response of two tokens in a row of three.
+    #   t=1: delta = 2 + 0 - 1   = 1     A = 1
+    #   t=0: delta = 0 + 1 - 0.5 = 0.5   A = 0.5 + 0.5 * 1 = 1
+    rewards = tensor([[0.0, 2.0, 0.0]])
+    values = tensor([[0.5, 1.0, 9.0]])  # 9.0 is padding, and must not be seen
+    mask = tensor([[True, True, False]])
+
+    advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, gae_lambda=0.5)
+
+    assert_close(advantages, tensor([[1.0, 1.0, 0.0]]))
+    assert_close(returns, tensor([[1.5, 2.0, 0.0]]))
+
+
+def test_gae_discounts_the_next_value_as_well_as_the_next_advantage():
+    # gamma = 0.5, lambda = 0.5
+    #   t=1: delta = 4 - 2           = 2     A = 2
+    #   t=0: delta = 1 + 0.5 * 2 - 3 = -1    A = -1 + 0.25 * 2 = -0.5
+    rewards, values = tensor([[1.0, 4.0]]), tensor([[3.0, 2.0]])
+
+    advantages, returns = ppo.gae(rewards, values, torch.ones(1, 2, dtype=torch.bool), 0.5, 0.5)
+
+    assert_close(advantages, tensor([[-0.5, 2.0]]))
+    assert_close(returns, tensor([[2.5, 4.0]]))
+
+
+@given(responses(), st.integers(1, 5), junk)
+def test_padding_never_changes_an_advantage(batch, extra, value):
+    mask, rewards, values = batch
+    width = mask.shape[1]
+    dirty = lambda x: widen(spoil(x, mask, value), extra, value)
+
+    advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.8)
+    padded, padded_returns = ppo.gae(
+        dirty(rewards), dirty(values), widen(mask, extra, False), 0.9, 0.8
+    )
+
+    assert_close(padded[:, :width], advantages)
+    assert_close(padded_returns[:, :width], returns)
+    assert not padded[~widen(mask, extra, False)].any()
+    assert not padded_returns[~widen(mask, extra, False)].any()
+
+
+@given(responses(), st.floats(0, 1))
+def test_lambda_one_is_monte_carlo(batch, gamma):
+    mask, rewards, values = batch
+
+    advantages, returns = ppo.gae(rewards, values, mask, gamma=gamma, gae_lambda=1.0)
+
+    to_come = torch.zeros_like(rewards)
+    for t in range(mask.shape[1]):
+        discount = gamma ** torch.arange(mask.shape[1] - t).float()
+        to_come[:, t] = ((rewards * mask)[:, t:] * discount).sum(dim=1)
+    assert_close(returns, to_come * mask, atol=1e-4, rtol=1e-4)
+    assert_close(advantages, (to_come - values) * mask, atol=1e-4, rtol=1e-4)
+
+
+@given(responses(), st.floats(0, 1))
+def test_lambda_zero_is_one_step_temporal_difference(batch, gamma):
+    mask, rewards, values = batch
+
+    advantages, _ = ppo.gae(rewards, values, mask, gamma=gamma, gae_lambda=0.0)
+
+    next_values = widen((values * mask)[:, 1:], 1, 0.0)
+    assert_close(advantages, (rewards + gamma * next_values - values) * mask)
+
+
+@given(responses(), st.floats(0, 1), st.floats(0, 1))
+def test_returns_are_advantages_plus_values(batch, gamma, gae_lambda):
+    mask, rewards, values = batch
+
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, gae_lambda)
+
+    assert_close(returns, (advantages + values) * mask)
+
+
+@given(responses(), st.floats(0, 1))
+def test_a_value_head_that_is_right_leaves_no_advantage(batch, gae_lambda):
+    mask, rewards, _ = batch
+    values = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+
+    advantages, _ = ppo.gae(rewards, values, mask, gamma=1.0, gae_lambda=gae_lambda)
+
+    assert_close(advantages, torch.zeros_like(advantages), atol=1e-4, rtol=0.0)
+
+
+def test_gae_leaves_its_arguments_alone():
+    rewards, values = tensor([[1.0, 2.0]]), tensor([[3.0, 4.0]])
+
+    ppo.gae(rewards, values, tensor([[True, False]]), 0.9, 0.9)
+
+    assert_close(rewards, tensor([[1.0, 2.0]]))
+    assert_close(values, tensor([[3.0, 4.0]]))
+
+
+# ---- standardise -------------------------------------------------------------------------------
+
+
+def test_standardise_matches_the_worked_example():
+    # 1, 3, 5: mean 3, variance (4 + 0 + 4) / (3 - 1) = 4
+    x, mask = tensor([[1.0, 3.0, 99.0, 5.0]]), tensor([[True, True, False, True]])
+
+    assert_close(ppo.standardise(x, mask), tensor([[-1.0, 0.0, 0.0, 1.0]]))
+
+
+@given(responses(1))
+def test_standardised_entries_have_mean_zero_and_deviation_one(batch):
+    mask, x = batch
+    x = x + torch.arange(x.numel()).view_as(x)  # not all equal
+
+    z = ppo.standardise(x, mask)[mask]
+
+    assert abs(float(z.mean())) < 1e-4
+    if len(z) > 1 and x[mask].std() > 0.1:
+        assert float(z.std()) == pytest.approx(1, abs=1e-3)
+
+
+@given(responses(1), st.integers(0, 3), junk)
+def test_padding_never_changes_what_is_standardised(batch, extra, value):
+    mask, x = batch
+    wide = widen(mask, extra, False)
+
+    padded = ppo.standardise(widen(spoil(x, mask, value), extra, value), wide)
+
+    assert_close(padded[:, : mask.shape[1]], ppo.standardise(x, mask))
+    assert not padded[~wide].any()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_equal_entries_standardise_to_zero_and_not_to_infinity(count):
+    z = ppo.standardise(torch.full((1, count), 3.3), torch.ones(1, count, dtype=torch.bool))
+
+    assert_close(z, torch.zeros(1, count))
+
+
+def test_a_worker_and_its_twin_standardise_like_one_worker_with_both_batches():
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 5), torch.rand(4, 5) < 0.7
+
+    with_twin = ppo.standardise(x, mask, sum_over_workers=lambda total: 2 * total)
+
+    alone = ppo.standardise(torch.cat([x, x]), torch.cat([mask, mask]))
+    assert_close(with_twin, alone[:4])
+
+
+def test_unequal_workers_standardise_like_one_with_all_rows(two_workers):
+    torch.manual_seed(0)
+    x, mask = torch.randn(8, 5), torch.rand(8, 5) < 0.6
+    shares = [slice(0, 2), slice(2, 8)]
+
+    parts = two_workers(
+        lambda rank, total: ppo.standardise(x[shares[rank]], mask[shares[rank]], total)
+    )
+
+    assert_close(torch.cat(parts), ppo.standardise(x, mask))
+
+
+# ---- explained variance ------------------------------------------------------------------------
+
+
+def test_explained_variance_matches_the_worked_example():
+    # returns 0, 4: variance 4. errors 0, 2: variance 1. So 3/4 was foreseen.
+    returns, values = tensor([[0.0, 4.0, 9.0]]), tensor([[0.0, 2.0, 9.0]])
+    mask = tensor([[True, True, False]])
+
+    assert ppo.explained_variance(values, returns, mask) == pytest.approx(0.75)
+
+
+@given(responses(1), st.floats(-3, 3), junk)
+def test_values_that_are_right_up_to_a_constant_explain_everything(batch, constant, value):
+    mask, returns = batch
+    returns = returns + torch.arange(returns.numel()).view_as(returns)
+
+    explained = ppo.explained_variance(
+        spoil(returns + constant, mask, value), spoil(returns, mask, value), mask
+    )
+
+    if mask.sum() > 1 and returns[mask].std() > 0.1:
+        assert explained == pytest.approx(1, abs=1e-3)
+
+
+def test_values_that_say_nothing_explain_nothing():
+    torch.manual_seed(0)
+    returns, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+
+    assert ppo.explained_variance(torch.full((3, 4), 2.0), returns, mask) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_returns_that_do_not_vary_have_nothing_to_explain():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+
+    assert ppo.explained_variance(torch.randn(2, 3), torch.full((2, 3), 5.0), mask) == 0
+
+
+def test_workers_explain_the_variance_of_one_with_all_rows(two_workers):
+    torch.manual_seed(0)
+    returns, values, mask = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 4) < 0.8
+    shares = [slice(0, 1), slice(1, 6)]
+
+    parts = two_workers(
+        lambda rank, total: ppo.explained_variance(
+            values[shares[rank]], returns[shares[rank]], mask[shares[rank]], total
+        )
+    )
+
+    assert parts == pytest.approx(2 * [ppo.explained_variance(values, returns, mask)])
+
+
+# ---- the policy's loss -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "held_back"),
+    [
+        (1.5, +1.0, -1.2, True),  # a good token, already likelier: stops paying at 1 + clip_range
+        (0.5, +1.0, -0.5, False),  # a good token, made rarer: free to come back
+        (0.5, -1.0, +0.8, True),  # a bad token, already rarer: stops paying at 1 - clip_range
+        (1.5, -1.0, +1.5, False),  # a bad token, made likelier: pays in full
+    ],
+)
+def test_the_clip_only_holds_back_moves_that_already_paid(ratio, advantage, loss, held_back):
+    new = torch.full((1, 1), ratio).log().requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+
+    actual, held = ppo.policy_loss(new, torch.zeros(1, 1), tensor([[advantage]]), mask, 0.2)
+    actual.sum().backward()
+
+    assert_close(actual.detach(), tensor([[loss]]))
+    assert held.item() == held_back
+    assert_close(new.grad, tensor([[0.0 if held_back else -ratio * advantage]]))
+
+
+@given(responses(), st.floats(0.01, 0.9))
+def test_the_first_ratio_is_one_and_clips_nothing(batch, clip_range):
+    mask, logprobs, advantages = batch
+    new = logprobs.clone().requires_grad_()
+
+    loss, held_back = ppo.policy_loss(new, logprobs, advantages, mask, clip_range)
+    loss.sum().backward()
+
+    assert_close(loss.detach(), torch.where(mask, -advantages, 0.0))
+    assert_close(new.grad, torch.where(mask, -advantages, 0.0))
+    assert not held_back.any()
+
+
+@given(responses(3), st.integers(0, 3), junk)
+def test_padding_changes_no_policy_loss_and_gets_a_zero_gradient(batch, extra, value):
+    mask, new, old, advantages = batch
+    width = mask.shape[1]
+    dirty = lambda x: widen(spoil(x, mask, value), extra, value)
+    clean, padded = new.clone().requires_grad_(), dirty(new).requires_grad_()
+    wide = widen(mask, extra, False)
+
+    loss, held_back = ppo.policy_loss(clean, old, advantages, mask, 0.2)
+    dirty_loss, dirty_held = ppo.policy_loss(padded, dirty(old), dirty(advantages), wide, 0.2)
+    loss.sum().backward()
+    dirty_loss.sum().backward()
+
+    assert_close(dirty_loss[:, :width], loss)
+    assert torch.equal(dirty_held[:, :width], held_back)
+    assert_close(padded.grad[:, :width], clean.grad)
+    for padding in (dirty_loss, dirty_held, padded.grad):
+        assert not padding[~wide].any()
+
+
+@given(responses(3), st.floats(0.05, 0.5))
+def test_the_clipped_loss_is_never_below_the_free_one(batch, clip_range):
+    mask, new, old, advantages = batch
+
+    loss, held_back = ppo.policy_loss(new, old, advantages, mask, clip_range)
+
+    free = torch.where(mask, -torch.exp(new - old) * advantages, 0.0)
+    assert (loss >= free).all()
+    assert_close(loss[~held_back], free[~held_back])
+
+
+# ---- the value head's loss ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new_value", "returns", "loss", "gradient"),
+    [
+        (0.1, 1.0, 0.405, -0.9),  # within the clip: half the squared error
+        (0.5, 1.0, 0.320, 0.0),  # on its way, but beyond 0.2: stops paying, counts as 0.2
+        (0.5, -1.0, 1.125, 1.5),  # moved away: pays in full
+        (3.0, 1.0, 2.000, 2.0),  # overshot by more than the clip leaves: pays in full
+    ],
+)
+def test_the_value_clip_only_holds_back_moves_that_already_paid(
+    new_value, returns, loss, gradient
+):
+    new = tensor([[new_value]], requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+
+    actual = ppo.value_loss(new, torch.zeros(1, 1), tensor([[returns]]), mask, 0.2)
+    actual.sum().backward()
+
+    assert_close(actual.detach(), tensor([[loss]]))
+    assert_close(new.grad, tensor([[gradient]]))
+
+
+@given(responses(2))
+def test_an_unmoved_value_pays_half_its_squared_error(batch):
+    mask, values, returns = batch
+
+    loss = ppo.value_loss(values, values, returns, mask, clip_range=0.2)
+
+    assert_close(loss, torch.where(mask, 0.5 * (values - returns) ** 2, 0.0))
+
+
+@given(responses(3), st.integers(0, 3), junk)
+def test_padding_changes_no_value_loss_and_gets_a_zero_gradient(batch, extra, value):
+    mask, new, old, returns = batch
+    width = mask.shape[1]
+    dirty = lambda x: widen(spoil(x, mask, value), extra, value)
+    clean, padded = new.clone().requires_grad_(), dirty(new).requires_grad_()
+    wide = widen(mask, extra, False)
+
+    loss = ppo.value_loss(clean, old, returns, mask, 0.2)
+    dirty_loss = ppo.value_loss(padded, dirty(old), dirty(returns), wide, 0.2)
+    loss.sum().backward()
+    dirty_loss.sum().backward()
+
+    assert_close(dirty_loss[:, :width], loss)
+    assert_close(padded.grad[:, :width], clean.grad)
+    assert not dirty_loss[~wide].any()
+    assert not padded.grad[~wide].any()

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_detox import quality
+
+texts = st.text(alphabet="ab c.", max_size=12)
+
+
+def test_rouge_l_matches_the_worked_example():
+    # "the cat sat" against "the cat lay down": the longest common subsequence is "the cat",
+    # P = 2/3, R = 2/4, F = 2 * (1/3) / (7/6) = 4/7
+    assert quality.rouge_l(["The cat sat"], ["the cat lay down."]) == [pytest.approx(4 / 7)]
+
+
+def test_rouge_l_knows_stems():
+    assert quality.rouge_l(["cats walking"], ["cat walked"]) == [pytest.approx(1.0)]
+
+
+def test_rouge_l_of_a_row_without_words_to_meet():
+    scores = quality.rouge_l(["a", "a", "a", "", "a"], ["", None, " ... ", "a", "b"])
+
+    assert [math.isnan(score) for score in scores] == [True, True, True, False, False]
+    assert scores[3:] == [0.0, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts, texts)
+def test_rouge_l_is_symmetric_and_one_for_itself(first, second):
+    (there,), (back,) = quality.rouge_l([first], [second]), quality.rouge_l([second], [first])
+    (same,) = quality.rouge_l([first], [first])
+
+    assert math.isnan(there) or math.isnan(back) or there == pytest.approx(back)
+    assert math.isnan(same) or same == pytest.approx(1.0)
+
+
+def test_facts_are_found_in_any_case():
+    shares = quality.facts_share(
+        ["ANNA meets Tom at 10:30.", "Nobody came.", "x", "STRASSE"],
+        [["Anna", "Tom", "10:30", "Paris"], ["Anna"], [], ["straße", " "]],
+    )
+
+    assert shares[:2] == [0.75, 0.0]
+    assert math.isnan(shares[2])
+    assert shares[3] == 1.0
+
+
+def test_rows_must_match():
+    with pytest.raises(ValueError, match="2 responses and 1 references"):
+        quality.rouge_l(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="1 responses and 2 facts"):
+        quality.facts_share(["a"], [[], []])
+
+
+def test_distinct_n_matches_the_worked_example():
+    # bigrams: (a b) (b a) (a b) | (a b), so 2 different ones of 4
+    assert quality.distinct_n(["a b a b", "A B"]) == 0.5
+    assert quality.distinct_n(["a b", "b a"], n=1) == 0.5
+    assert quality.distinct_n(["one", ""]) == 0.0
+    assert quality.distinct_n([]) == 0.0
+
+
+@given(st.lists(texts, min_size=1, max_size=6))
+def test_saying_everything_twice_halves_variety(responses):
+    once, twice = quality.distinct_n(responses), quality.distinct_n(responses * 2)
+
+    assert twice == pytest.approx(once / 2)
+
+
+def test_unique_share_ignores_white_space_at_the_ends():
+    assert quality.unique_share(["a", "a ", "b", "a"]) == 0.5
+    assert quality.unique_share([]) == 0.0
+
+
+def test_mean_scored_leaves_out_what_was_not_scored():
+    assert quality.mean_scored([1.0, math.nan, 2.0]) == 1.5
+    assert quality.mean_scored([math.nan]) is None

@@ -1,0 +1,189 @@
+import copy
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_detox import report as text
+from ray_detox.toxicity import compare, verdict
+
+BEFORE = np.linspace(0.1, 0.9, 60)
+AFTER = BEFORE * (0.3 + 0.1 * np.sin(np.arange(60)))
+
+
+@pytest.fixture
+def report():
+    toxicity = compare(BEFORE, AFTER, resamples=2000)
+    found = verdict(toxicity, rouge_l=(0.31, 0.32), length=(30.0, 31.0), kl=1.84)
+    return {
+        "run_id": "first",
+        "recipe": "lab",
+        "status": "complete",
+        "created": "2026-01-31T12:00:59+00:00",
+        "n": 60,
+        "verdict": found.to_json(),
+        "toxicity": toxicity.to_json(),
+        "reward": {"before": {"mean": -0.5, "std": 2.0}, "after": {"mean": 2.25, "std": 1.0}},
+        "rouge_l": {"before": 0.31, "after": 0.32},
+        "facts": None,
+        "length": {"before": 30.0, "after": 31.0},
+        "distinct_2": {"before": 0.5, "after": 0.48},
+        "kl": 1.84,
+        "seconds": {"sample": 12.34, "score": 3.0},
+        "notes": ["The reward model knows only its own grammar. " * 4],
+    }
+
+
+def sample(index, before, after, response="fine", **more):
+    return {
+        "index": index,
+        "query": "Summarise this.",
+        "reference": "Both agree.",
+        "response_before": "you fool",
+        "response_after": response,
+        "toxicity_before": before,
+        "toxicity_after": after,
+        **more,
+    }
+
+
+def columns(line):
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+    return len(line) + wide - sum(unicodedata.category(c) == "Mn" for c in line)
+
+
+def test_a_run_in_full(report):
+    shown = text.describe_run(report)
+
+    assert shown.startswith(
+        "run first | recipe lab | complete | 2026-01-31 12:00 UTC | 60 prompts\n\n"
+        "Verdict: improved. Toxicity fell from 0.500 to"
+    )
+    rows = {line[:20].strip(): line[20:].split() for line in shown.splitlines()}
+    assert rows["toxicity, mean"][:2] == ["0.500", f"{report['toxicity']['after']['mean']:.3f}"]
+    assert rows["toxicity, above 0.5"][0] == "50.0%"
+    assert rows["reward"] == ["-0.500", "2.250", "+2.750"]
+    assert rows["ROUGE-L"] == ["0.310", "0.320", "+0.010", "(+3.2%)"]
+    assert "facts kept" not in rows
+    assert ", p < 0.001, effect size d_z -" in " ".join(shown.split())
+    assert "toxicity gone 69.7%, 95% interval 6" in shown
+    assert "prompts 60 better, 0 worse, 0 same, 0 unscored" in shown
+    assert "KL to the reference: 1.84 nats per response" in shown
+    assert "seconds: sample 12.3, score 3.0" in shown
+    assert "notes:\n- The reward model" in shown
+
+
+def test_lines_fit_a_terminal(report):
+    texts = ["word " * 200, "汉字" * 300, "x" * 999, "a\u0301" * 5000]
+    samples = [sample(i, 0.9, i / 9, response) for i, response in enumerate(texts)]
+
+    shown = text.describe_run(report, samples)
+
+    assert max(columns(line) for line in shown.splitlines()) <= text.WIDTH
+    assert len(shown) < 20_000
+
+
+def test_best_middle_and_worst_are_shown_side_by_side(report):
+    samples = [sample(i, 0.5, after) for i, after in enumerate([0.1, 0.2, 0.4, 0.9, None])]
+
+    shown = text.describe_run(report, iter(samples))
+
+    titles = [line.split(" --")[0] for line in shown.splitlines() if line.startswith("---")]
+    assert titles == [
+        "--- most improved: sample 0",
+        "--- in the middle: sample 2",
+        "--- least improved: sample 3",
+    ]
+    assert "you fool" + " " * 40 + " | fine" in shown
+    assert "before, toxicity 0.500" in shown
+
+
+def test_few_or_unscored_samples_are_shown_as_they_come(report):
+    shown = text.describe_run(report, [sample(7, None, None, response=None)])
+
+    assert "--- example: sample 7" in shown
+    assert "(empty)" in shown
+    assert "toxicity -" in shown
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eevil\u2066\r\nnext\x00\u2028\u200bend\ud800"
+
+
+def test_model_output_cannot_steer_the_terminal(report):
+    report["run_id"] = report["recipe"] = HOSTILE
+    report["notes"] = [HOSTILE]
+    report["seconds"] = {HOSTILE: 1.0}
+    report["verdict"] = {"name": HOSTILE, "sentence": HOSTILE, "reasons": [HOSTILE]}
+    hostile = sample(HOSTILE, 0.9, 0.1, HOSTILE, query=HOSTILE, reference=HOSTILE)
+
+    shown = text.describe_run(report, [hostile]) + text.list_line(report)
+
+    assert text.printable(shown.replace("\n", "")) == shown.replace("\n", "").strip()
+    assert "\\x1b[2J" in shown
+    assert "\\u202e" in shown
+
+
+@given(st.text())
+def test_printable_is_one_line_without_control(anything):
+    shown = text.printable(anything)
+
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in shown)
+    assert text.printable(shown) == shown
+
+
+def test_every_part_may_be_missing(report):
+    for key in report:
+        less = copy.deepcopy(report)
+        del less[key]
+        assert text.describe_run(less)
+        assert text.list_line(less)
+        less[key] = None
+        assert text.describe_run(less)
+        assert text.list_line(less)
+    assert text.describe_run({"run_id": "x"}) == "run x | recipe ?"
+
+
+def test_figures_that_do_not_exist_are_left_out(report):
+    report["toxicity"] = compare([0.0], [0.0]).to_json()
+
+    shown = text.describe_run(report)
+
+    assert "toxicity gone" not in shown
+    assert "-0.000" not in shown
+
+
+def test_a_broken_floor_is_not_said_twice(report):
+    toxicity = compare(BEFORE, AFTER, resamples=500)
+    report["verdict"] = verdict(toxicity, kl=31.7).to_json()
+
+    assert text.describe_run(report).count("31.7") == 1
+
+
+def test_reasons_apart_from_the_sentence_are_listed(report):
+    report["verdict"] = {"name": "quality lost", "sentence": "See below.", "reasons": ["A.", "B."]}
+
+    assert "Verdict: quality lost. See below.\n- A.\n- B." in text.describe_run(report)
+
+
+def test_a_judge_has_its_own_rows(report):
+    report["judge"] = compare(BEFORE, AFTER, resamples=200).to_json()
+
+    shown = text.describe_run(report)
+
+    assert "\njudge, mean" in shown
+    assert "judge: change in toxicity" in shown
+
+
+def test_a_list_has_one_line_per_run(report):
+    line = text.list_line(report)
+
+    assert line.split() == [
+        "2026-01-31", "12:00", "first", "lab", "n=60",
+        "0.500", "->", f"{report['toxicity']['after']['mean']:.3f}", "improved",
+    ]  # fmt: skip
+    report["run_id"] = "r" * 64
+    assert columns(text.list_line(report)) <= text.WIDTH
+    unfinished = {"run_id": "x", "status": "failed", "verdict": None, "toxicity": None}
+    assert text.list_line(unfinished).endswith("failed")

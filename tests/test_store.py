@@ -1,0 +1,737 @@
+import itertools
+import json
+import math
+import sqlite3
+import subprocess
+import sys
+import threading
+from decimal import Decimal
+
+import botocore.exceptions
+import numpy as np
+import pytest
+from botocore.config import Config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+
+from ray_detox.store import StoreError, check_run_id, open_store
+from ray_detox.store import dynamodb as dynamodb_module
+from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.sqlite import SQLiteStore
+
+REGION = "eu-central-1"
+SECRET = "wJalrXUtnFEMIsecret"
+tables = (f"table-{i}" for i in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def aws(monkeypatch):
+    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+
+
+@pytest.fixture
+def sqlite_store(tmp_path):
+    return SQLiteStore(tmp_path / "results" / "results.db")
+
+
+@pytest.fixture
+def dynamo(endpoint):
+    store = DynamoDBStore(next(tables), region=REGION, endpoint_url=endpoint)
+    store.create_table()
+    yield store
+    store.close()
+
+
+@pytest.fixture(params=["sqlite_store", "dynamo"])
+def store(request):
+    return request.getfixturevalue(request.param)
+
+
+def make_report(run_id="first", created="2026-01-31T12:00:00+00:00", **more):
+    side = {"mean": 0.1 + 0.2, "std": 1e-17, "share": 1.0}
+    return {
+        "run_id": run_id,
+        "recipe": "lab",
+        "status": "complete",
+        "created": created,
+        "n": 3,
+        "verdict": {"name": "improved", "sentence": "Toxicity fell.", "reasons": []},
+        "toxicity": {"before": side, "after": side, "delta": {"mean": -0.0, "low": 5e-324}},
+        "facts": None,
+        "kl": 1.0,
+        "converged": True,
+        **more,
+    }
+
+
+def make_samples(n, **more):
+    return [
+        {"index": i, "query": f"prompt {i}", "toxicity_before": i / 7, "length_after": i, **more}
+        for i in range(n)
+    ]
+
+
+# The conformance suite: each test runs over every store.
+
+
+def test_a_run_comes_back_as_it_was_put(store):
+    report, samples = make_report(), make_samples(60)
+
+    store.put_run(report, samples)
+
+    back = store.get_run("first")
+    assert back == report
+    assert json.dumps(back) == json.dumps(report)
+    found = list(store.get_samples("first"))
+    assert found == samples
+    assert json.dumps(found) == json.dumps(samples)
+
+
+def test_samples_come_back_by_index(store):
+    store.put_run(make_report(), list(reversed(make_samples(30))))
+
+    assert [sample["index"] for sample in store.get_samples("first")] == list(range(30))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "NUL \x00 in the middle",
+        "汉字 ☕ שלום \u202e",
+        "a\r\nb\u2028c\t",
+        "<pad>'\"\\{}",
+        "z" * 300_000,
+    ],
+)
+def test_text_comes_back_as_it_was_put(store, text):
+    samples = [{"index": 0, "query": text, text[:9]: 1}]
+
+    store.put_run(make_report(description=text[:1000]), samples)
+
+    assert list(store.get_samples("first")) == samples
+    assert store.get_run("first")["description"] == text[:1000]
+
+
+def test_lone_surrogates_are_replaced(store):
+    store.put_run(make_report(note="a\ud800b"), [{"index": 0, "query": "\udfff"}])
+
+    assert store.get_run("first")["note"] == "a\ufffdb"
+    assert list(store.get_samples("first")) == [{"index": 0, "query": "\ufffd"}]
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+plain = st.recursive(
+    st.none() | st.booleans() | finite | st.integers(-(10**60), 10**60) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(plain, st.dictionaries(st.text(max_size=9), finite | st.integers(), max_size=4))
+def test_any_json_comes_back_equal(store, config, figures):
+    report, samples = make_report(config=config), [{**figures, "index": 0}]
+
+    store.put_run(report, samples, overwrite=True)
+
+    assert json.dumps(store.get_run("first")) == json.dumps(report)
+    assert json.dumps(list(store.get_samples("first"))) == json.dumps(samples)
+
+
+def test_numbers_of_other_libraries_become_plain_numbers(store):
+    sample = {
+        "index": np.int64(4),
+        "kl": np.float32(0.5),
+        "flag": np.bool_(True),
+        "price": Decimal("0.25"),
+        "zero_d": np.array(3),
+    }
+
+    store.put_run(make_report(n=np.int64(1), config={"targets": ("q", "v")}), [sample])
+
+    expected = {"index": 4, "kl": 0.5, "flag": True, "price": 0.25, "zero_d": 3}
+    assert list(store.get_samples("first")) == [expected]
+    assert store.get_run("first")["config"] == {"targets": ["q", "v"]}
+
+
+def test_a_number_that_is_not_finite_is_named_in_its_sample(store):
+    samples = [
+        {"index": 0, "kl": math.nan, "toxicity_after": -math.inf, "reward_after": 1.5},
+        {"index": 1, "kl": None, "reward_after": np.float32("nan"), "invalid": ["kl"]},
+    ]
+
+    store.put_run(make_report(), samples)
+
+    assert list(store.get_samples("first")) == [
+        {
+            "index": 0,
+            "kl": None,
+            "toxicity_after": None,
+            "reward_after": 1.5,
+            "invalid": ["kl", "toxicity_after"],
+        },
+        {"index": 1, "kl": None, "reward_after": None, "invalid": ["kl", "reward_after"]},
+    ]
+
+
+def test_what_came_out_goes_in_again(store):
+    store.put_run(make_report(), [{"index": 0, "kl": math.nan}])
+    once = list(store.get_samples("first"))
+
+    store.put_run(store.get_run("first"), once, overwrite=True)
+
+    assert list(store.get_samples("first")) == once
+
+
+@pytest.mark.parametrize(
+    ("report", "samples", "words"),
+    [
+        (make_report(kl=math.nan), [], r"not finite: kl\. "),
+        (make_report(a={"b": [1, math.inf]}), [], r"not finite: a\.b\[1\]"),
+        (make_report(config={"path": object()}), [], r"config\.path is a object; expected text"),
+        (make_report(config={1: 2}), [], "config has the key 1; expected text"),
+        ({"run_id": "first", "n": 1}, [], "lacks recipe, status, created, verdict, toxicity"),
+        (make_report(created="yesterday"), [], "created is 'yesterday'"),
+        (make_report(created="2026-01-31T12:00:00"), [], "a time with its zone"),
+        (make_report(created=None), [], "created is None"),
+        (make_report(), [{"query": "?"}], "Sample 0 has the index None"),
+        (make_report(), [{"index": -1}], "Sample 0 has the index -1"),
+        (make_report(), [{"index": 10**8}], "index 100000000"),
+        (make_report(), [{"index": 3}, {"index": 3}], "Two samples of run 'first' have the index 3"),
+        (make_report(), [{"index": 0, "ids": np.zeros(2)}], "Sample 0: ids is a ndarray"),
+        (make_report(), [{"index": 0, "z": 1j}], "Sample 0: z is a complex"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_stored_is_refused_before_the_first_write(store, report, samples, words):
+    with pytest.raises(StoreError, match=words):
+        store.put_run(report, [*make_samples(0), *samples])
+
+    assert store.list_runs() == []
+    assert store.get_run("first") is None
+
+
+BAD_RUN_IDS = [
+    "",
+    "a" * 65,
+    "../x",
+    "a/b",
+    "a b",
+    "a#b",
+    ".hidden",
+    "-x",
+    "a\n",
+    "a\x00",
+    "ä",
+    None,
+]
+
+
+@pytest.mark.parametrize("run_id", BAD_RUN_IDS)
+def test_bad_run_ids_are_refused(run_id):
+    with pytest.raises(StoreError, match="cannot be used"):
+        check_run_id(run_id)
+
+
+def test_a_store_checks_run_ids_on_every_way_in(store):
+    for act in (
+        lambda: store.put_run(make_report("../x"), []),
+        lambda: store.get_run("../x"),
+        lambda: store.get_samples("../x"),
+    ):
+        with pytest.raises(StoreError, match="cannot be used"):
+            act()
+
+
+@pytest.mark.parametrize("run_id", ["a", "0", "a" * 64, "Run_1.2-final"])
+def test_good_run_ids_pass(run_id):
+    assert check_run_id(run_id) == run_id
+
+
+def test_an_existing_run_is_refused(store):
+    store.put_run(make_report(), make_samples(3))
+
+    with pytest.raises(StoreError, match="Run 'first' is already in"):
+        store.put_run(make_report(kl=9.0), make_samples(1))
+
+    assert store.get_run("first") == make_report()
+    assert list(store.get_samples("first")) == make_samples(3)
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(store):
+    store.put_run(make_report(), make_samples(60))
+
+    store.put_run(make_report(kl=9.0), make_samples(2), overwrite=True)
+
+    assert store.get_run("first") == make_report(kl=9.0)
+    assert list(store.get_samples("first")) == make_samples(2)
+    assert len(store.list_runs()) == 1
+
+
+def test_overwriting_needs_nothing_to_overwrite(store):
+    store.put_run(make_report(), make_samples(2), overwrite=True)
+
+    assert list(store.get_samples("first")) == make_samples(2)
+
+
+def test_runs_are_listed_newest_first(store):
+    store.put_run(make_report("b", "2026-01-31T12:00:00+00:00"), [])
+    store.put_run(make_report("c", "2026-01-31T13:30:00+02:00"), [])  # 11:30 UTC
+    store.put_run(make_report("a", "2026-01-31T12:00:00.5Z"), [])
+
+    listed = store.list_runs()
+
+    assert [run["run_id"] for run in listed] == ["a", "b", "c"]
+    assert set(listed[0]) == {
+        "run_id", "recipe", "status", "created", "n", "verdict", "toxicity",
+    }  # fmt: skip
+    assert listed[1]["toxicity"] == make_report()["toxicity"]
+    assert listed[2]["created"] == "2026-01-31T13:30:00+02:00"
+
+
+def test_a_run_without_samples_is_a_run(store):
+    store.put_run(make_report(), [])
+
+    assert list(store.get_samples("first")) == []
+    assert store.get_run("first") == make_report()
+
+
+def test_a_run_that_is_not_there_is_none(store):
+    assert store.get_run("nobody") is None
+    assert list(store.get_samples("nobody")) == []
+    assert store.list_runs() == []
+
+
+def test_a_store_that_works_passes_its_check_and_can_be_closed(store):
+    store.check()
+    store.close()
+    store.put_run(make_report(), [])
+    store.close()
+    store.close()
+
+    assert store.get_run("first") == make_report()
+
+
+def test_runs_do_not_see_each_others_samples(store):
+    store.put_run(make_report("run"), make_samples(2))
+    store.put_run(make_report("run2"), make_samples(3))
+
+    assert len(list(store.get_samples("run"))) == 2
+
+
+def test_several_threads_may_write_at_once(store):
+    errors = []
+
+    def publish(name):
+        try:
+            store.put_run(make_report(name), make_samples(30))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=publish, args=(f"run-{i}",)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert errors == []
+    assert len(store.list_runs()) == 6
+
+
+# SQLite alone.
+
+
+def test_reading_a_file_that_is_not_there_makes_none(sqlite_store):
+    assert sqlite_store.list_runs() == []
+
+    assert not sqlite_store.path.parent.exists()
+
+
+def test_a_reader_sees_the_last_whole_state_while_one_writes(sqlite_store):
+    sqlite_store.put_run(make_report(), make_samples(3))
+
+    with sqlite_store._writing() as db:
+        db.execute("DELETE FROM samples")
+        db.execute("DELETE FROM runs")
+        seen = sqlite_store.get_run("first"), len(list(sqlite_store.get_samples("first")))
+
+    assert seen == (make_report(), 3)
+
+
+def test_a_reader_keeps_its_snapshot(sqlite_store):
+    sqlite_store.put_run(make_report(), make_samples(3))
+    reading = sqlite_store.get_samples("first")
+    first = next(reading)
+
+    sqlite_store.put_run(make_report(), make_samples(1, query="new"), overwrite=True)
+
+    assert [first, *reading] == make_samples(3)
+
+
+def test_a_write_that_dies_leaves_nothing(sqlite_store):
+    def die_while_writing():
+        with sqlite_store._writing() as db:
+            db.execute("INSERT INTO runs VALUES ('x', 'x', '{}', '{}')")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        die_while_writing()
+
+    assert sqlite_store.list_runs() == []
+
+
+def test_a_newer_schema_is_not_read(sqlite_store):
+    sqlite_store.check()
+    with sqlite3.connect(sqlite_store.path) as db:
+        db.execute("PRAGMA user_version = 7")
+
+    for act in (sqlite_store.check, sqlite_store.list_runs):
+        with pytest.raises(StoreError, match=r"newer version \(schema 7, this one knows 1\)"):
+            act()
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to be taken for a header of one. " * 9)
+
+    for act in (SQLiteStore(path).check, SQLiteStore(path).list_runs):
+        with pytest.raises(StoreError, match=r"notes\.txt cannot be used: file is not a database"):
+            act()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StoreError, match="cannot be created"):
+        SQLiteStore(tmp_path / "file" / "results.db").check()
+    with pytest.raises(StoreError, match="unable to open database file"):
+        SQLiteStore(tmp_path).check()
+
+
+def test_a_held_file_is_named(sqlite_store, monkeypatch):
+    monkeypatch.setattr("ray_detox.store.sqlite._PATIENCE_S", 0.05)
+
+    with sqlite_store._writing(), pytest.raises(StoreError, match="database is locked"):
+        sqlite_store.put_run(make_report(), [])
+
+
+def test_odd_file_names_work(tmp_path):
+    store = SQLiteStore(tmp_path / "50% of #1? ä" / "r.db")
+
+    store.put_run(make_report(), make_samples(1))
+
+    assert store.path.exists()
+    assert store.get_run("first") == make_report()
+
+
+# DynamoDB alone.
+
+
+def items(store):
+    return store.client.scan(TableName=store.table)["Items"]
+
+
+def test_a_run_lies_in_the_table_as_designed(dynamo):
+    dynamo.put_run(make_report(), [{"index": 42, "kl": 0.1, "tiny": 5e-324, "query": "?"}])
+
+    meta, sample = sorted(items(dynamo), key=lambda item: item["sk"]["S"])
+
+    assert (meta["pk"]["S"], meta["sk"]["S"]) == ("RUN#first", "META")
+    assert (meta["state"]["S"], meta["n"]["N"]) == ("COMPLETE", "3")
+    assert meta["gsi1pk"]["S"] == "RUN"
+    assert meta["gsi1sk"]["S"] == "2026-01-31T12:00:00.000000+00:00#first"
+    assert (sample["pk"]["S"], sample["sk"]["S"]) == ("RUN#first", "SAMPLE#00000042")
+    assert sample["kl"] == {"N": "0.1"}
+    assert "tiny" not in sample  # out of range for a number, kept in the JSON
+    assert "gsi1pk" not in sample
+
+
+def test_a_run_that_is_being_written_is_not_shown(dynamo, monkeypatch):
+    seen = []
+    write = dynamo._write_batch
+
+    def look_and_write(requests):
+        seen.append((dynamo.get_run("first"), dynamo.list_runs()))
+        seen.append(list(dynamo.get_samples("first")))
+        write(requests)
+
+    monkeypatch.setattr(dynamo, "_write_batch", look_and_write)
+    dynamo.put_run(make_report(), make_samples(26))
+
+    assert seen == [(None, []), []] * 2
+
+
+def test_a_run_left_unfinished_is_taken_over(dynamo, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamo, "_complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            dynamo.put_run(make_report(), make_samples(40))
+    assert dynamo.get_run("first") is None
+
+    dynamo.put_run(make_report(), make_samples(2))
+
+    assert list(dynamo.get_samples("first")) == make_samples(2)
+    assert len(items(dynamo)) == 3  # the 38 orphans are gone
+
+
+def test_of_two_writers_the_later_wins_and_the_other_stops(dynamo, endpoint, monkeypatch):
+    rival = DynamoDBStore(dynamo.table, region=REGION, endpoint_url=endpoint)
+    write = dynamo._write_batch
+
+    def write_and_be_overtaken(requests):
+        monkeypatch.setattr(dynamo, "_write_batch", write)
+        write(requests)
+        rival.put_run(make_report(kl=2.0), make_samples(20, query="rival"))
+
+    monkeypatch.setattr(dynamo, "_write_batch", write_and_be_overtaken)
+    with pytest.raises(StoreError, match="written by another process at the same time"):
+        dynamo.put_run(make_report(), make_samples(60))
+
+    assert rival.get_run("first") == make_report(kl=2.0)
+    assert list(rival.get_samples("first")) == make_samples(20, query="rival")
+
+
+def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
+    rival = DynamoDBStore(dynamo.table, region=REGION, endpoint_url=endpoint)
+    write = dynamo._write_batch
+
+    def be_overtaken_and_write(requests):
+        monkeypatch.setattr(dynamo, "_write_batch", write)
+        rival.put_run(make_report(kl=2.0), make_samples(30, query="rival"))
+        write(requests)  # on its way when the rival took over
+
+    monkeypatch.setattr(dynamo, "_write_batch", be_overtaken_and_write)
+    with pytest.raises(StoreError, match="written by another process at the same time"):
+        dynamo.put_run(make_report(), make_samples(10))
+
+    with pytest.raises(StoreError, match="has 30 samples, but 20 could be read"):
+        list(rival.get_samples("first"))
+
+
+class Client:
+    """A client whose answers can be spoilt."""
+
+    def __init__(self, client, spoil):
+        self._client, self._spoil, self.calls = client, spoil, 0
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def batch_write_item(self, RequestItems):
+        self.calls += 1
+        (table, requests) = next(iter(RequestItems.items()))
+        kept, left = self._spoil(requests)
+        if kept:
+            self._client.batch_write_item(RequestItems={table: kept})
+        return {"UnprocessedItems": {table: left} if left else {}}
+
+
+def test_a_busy_table_gets_the_rest_later(dynamo, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(dynamodb_module, "_pause", pauses.append)
+    dynamo.client = Client(dynamo.client, lambda r: (r[: len(r) // 2 + 1], r[len(r) // 2 + 1 :]))
+
+    dynamo.put_run(make_report(), make_samples(30))
+
+    assert list(dynamo.get_samples("first")) == make_samples(30)
+    assert dynamo.client.calls > 2
+    assert len(pauses) == dynamo.client.calls - 2
+    assert all(0 < pause <= 5 for pause in pauses)
+
+
+def test_a_table_that_stays_busy_is_given_up(dynamo, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(dynamodb_module, "_pause", pauses.append)
+    dynamo.client = Client(dynamo.client, lambda requests: ([], requests))
+
+    with pytest.raises(StoreError, match="too busy: 3 items were still unwritten after 8 rounds"):
+        dynamo.put_run(make_report(), make_samples(3))
+
+    assert len(pauses) == 7
+    assert dynamo.list_runs() == []
+
+
+@pytest.mark.parametrize(
+    ("report", "samples", "part"),
+    [
+        (make_report(log="汉" * 140_000), [], "report"),
+        (make_report(), [*make_samples(30), {"index": 77, "query": "z" * 400_001}], "sample 77"),
+    ],
+)
+def test_an_item_too_large_is_refused_before_the_first_write(dynamo, report, samples, part):
+    with pytest.raises(StoreError, match=f"The {part} of run 'first' takes 4"):
+        dynamo.put_run(report, samples)
+
+    assert items(dynamo) == []
+
+
+def test_many_samples_come_over_many_pages(dynamo):
+    samples = make_samples(12, reference="r" * 200_000)
+
+    dynamo.put_run(make_report(), samples)
+
+    assert list(dynamo.get_samples("first")) == samples
+
+
+def test_a_table_that_is_not_there_is_named(endpoint):
+    store = DynamoDBStore("nowhere", region=REGION, endpoint_url=endpoint)
+
+    for act in (store.check, lambda: store.put_run(make_report(), []), store.list_runs):
+        with pytest.raises(StoreError, match="Table 'nowhere' was not found in eu-central-1"):
+            act()
+
+
+def test_a_table_with_other_keys_is_named(endpoint):
+    store = DynamoDBStore("published", region=REGION, endpoint_url=endpoint)
+    store.client.create_table(
+        TableName="published",
+        BillingMode="PAY_PER_REQUEST",
+        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
+        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
+    )
+
+    with pytest.raises(StoreError, match=r"has the keys conversation_id \(N\); expected pk and sk"):
+        store.check()
+
+
+def test_a_table_without_the_index_is_named(endpoint):
+    store = DynamoDBStore("bare", region=REGION, endpoint_url=endpoint)
+    store.client.create_table(
+        TableName="bare",
+        BillingMode="PAY_PER_REQUEST",
+        AttributeDefinitions=[{"AttributeName": n, "AttributeType": "S"} for n in ("pk", "sk")],
+        KeySchema=dynamodb_module._key_schema("pk", "sk"),
+    )
+
+    with pytest.raises(StoreError, match="'bare' lacks the index by_time"):
+        store.check()
+
+
+def test_a_table_is_not_made_twice(dynamo):
+    with pytest.raises(StoreError, match="exists in eu-central-1"):
+        dynamo.create_table()
+
+
+def test_a_newer_run_is_not_read(dynamo):
+    dynamo.put_run(make_report(), [])
+    dynamo.client.update_item(
+        TableName=dynamo.table,
+        Key={"pk": {"S": "RUN#first"}, "sk": {"S": "META"}},
+        UpdateExpression="SET #s = :seven",
+        ExpressionAttributeNames={"#s": "schema"},
+        ExpressionAttributeValues={":seven": {"N": "7"}},
+    )
+
+    with pytest.raises(StoreError, match=r"newer version \(schema 7"):
+        dynamo.get_run("first")
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_the_region_may_come_from_the_environment(endpoint, monkeypatch, name):
+    monkeypatch.setenv(name, "us-west-2")
+
+    assert DynamoDBStore("t", endpoint_url=endpoint).client.meta.region_name == "us-west-2"
+
+
+def test_a_missing_region_is_named(endpoint):
+    with pytest.raises(StoreError, match="No AWS region is set"):
+        DynamoDBStore("t", endpoint_url=endpoint).check()
+
+
+def test_missing_credentials_are_named(endpoint, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+
+    with pytest.raises(StoreError, match="No AWS credentials were found"):
+        DynamoDBStore("t", region=REGION, endpoint_url=endpoint).check()
+
+
+def test_an_unknown_profile_is_named(endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+
+    with pytest.raises(StoreError, match="AWS_PROFILE does not exist"):
+        DynamoDBStore("t", region=REGION, endpoint_url=endpoint).check()
+
+
+def test_an_endpoint_that_is_no_address_is_named():
+    with pytest.raises(StoreError, match=r"results\.endpoint_url is no address"):
+        DynamoDBStore("t", region=REGION, endpoint_url="localhost:8000").check()
+
+
+def test_an_endpoint_that_refuses_is_named_without_its_password(monkeypatch):
+    monkeypatch.setattr(dynamodb_module, "Config", lambda **_: FAST)
+    store = DynamoDBStore("t", region=REGION, endpoint_url="http://me:hunter2@127.0.0.1:9")
+
+    with pytest.raises(StoreError, match=r"could not be reached at 127\.0\.0\.1:9") as caught:
+        store.check()
+    assert "hunter2" not in str(caught.value)
+
+
+FAST = Config(connect_timeout=1, retries={"total_max_attempts": 1})
+
+
+def test_a_bad_table_name_is_named(endpoint):
+    with pytest.raises(StoreError, match="'' is no name that a DynamoDB table can have"):
+        DynamoDBStore("", region=REGION, endpoint_url=endpoint).check()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("AccessDeniedException", "AWS allows no describe_table on table"),
+        ("ExpiredTokenException", r"refused the credentials \(ExpiredTokenException\)"),
+        ("InvalidSignatureException", "Sign in again"),
+        ("ProvisionedThroughputExceededException", r"\(ProvisionedThroughputExceededException\)"),
+    ],
+)
+def test_what_aws_refuses_is_said_without_its_message(dynamo, monkeypatch, code, words):
+    def refuse(**_):
+        message = f"The canonical string should have been x-amz-security-token:{SECRET}"
+        raise botocore.exceptions.ClientError(
+            {"Error": {"Code": code, "Message": message}}, "DescribeTable"
+        )
+
+    monkeypatch.setattr(dynamo.client, "describe_table", refuse)
+
+    with pytest.raises(StoreError, match=words) as caught:
+        dynamo.check()
+    assert SECRET not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+# Opening.
+
+
+def test_settings_choose_the_store(tmp_path):
+    assert isinstance(open_store("sqlite", tmp_path / "r.db", ""), SQLiteStore)
+    assert isinstance(open_store("dynamodb", "", "t", REGION, None), DynamoDBStore)
+    with pytest.raises(StoreError, match="Unknown store 'redis'; expected sqlite or dynamodb"):
+        open_store("redis", "", "")
+
+
+def test_the_embedded_store_needs_no_heavy_library():
+    program = (
+        "import sys; from ray_detox.store import open_store; open_store('sqlite', 'r.db', '');"
+        "import ray_detox.report;"
+        "assert not {'boto3', 'torch', 'ray', 'numpy'} & set(sys.modules)"
+    )
+
+    subprocess.run([sys.executable, "-c", program], check=True)
