@@ -2,9 +2,10 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -332,28 +333,33 @@ def test_facts_share_counts_literal_facts():
 # The build
 
 
-def test_the_script_builds_models_that_load(tmp_path: Path):
+@pytest.fixture
+def build_lab(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     script = Path(__file__).parent.parent / "scripts" / "build_lab.py"
 
-    process = subprocess.run(
-        [sys.executable, script, "--smoke", "--out", tmp_path, "--seed", "1"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
 
-    assert "facts share" in process.stdout
-    assert "AUC, held-out frames" in process.stdout
+    return run
+
+
+def test_the_script_builds_models_that_load(
+    build_lab: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    build_lab("--smoke", "--out", str(tmp_path), "--seed", "1")
+
+    figures = capsys.readouterr().out
+    assert "facts share" in figures
+    assert "AUC, held-out frames" in figures
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta")
 
 
-def test_a_smoke_build_never_replaces_the_shipped_models():
-    script = Path(__file__).parent.parent / "scripts" / "build_lab.py"
+def test_a_smoke_build_never_replaces_the_shipped_models(
+    build_lab: Callable[..., None], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        build_lab("--smoke")
 
-    process = subprocess.run(
-        [sys.executable, script, "--smoke"], check=False, capture_output=True, text=True
-    )
-
-    assert process.returncode == 2
-    assert "would replace the shipped models" in process.stderr
+    assert "would replace the shipped models" in capsys.readouterr().err

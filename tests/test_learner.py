@@ -20,7 +20,7 @@ ROWS = 8
 
 
 def settings(**changes):
-    base = {"prompts_per_step": ROWS, "minibatches": 2, "epochs": 2, "learning_rate": 3e-3}
+    base = {"prompts_per_step": ROWS, "minibatches": 2, "epochs": 2, "learning_rate": 3e-4}
     return PPOConfig(**(base | changes))
 
 
@@ -109,7 +109,7 @@ def test_updates_make_rewarded_answers_likelier(make_policy, make_rollout):
     rollout = make_rollout(policy, ROWS)
     good = rollout.scores > rollout.scores.median()
 
-    learn(policy, settings(kl_coef=0.0, epochs=4), rollout, updates=3)
+    learn(policy, settings(kl_coef=0.0, epochs=4, learning_rate=3e-3), rollout, updates=3)
 
     with torch.no_grad():
         now = policy.score_tokens(
@@ -285,9 +285,10 @@ def test_two_processes_learn_what_one_with_all_rows_learns(two_processes, name):
     update = learn(policy, settings(), rollout, updates=GLOO_STEPS)
 
     alone = weights(policy)
-    assert all((alone[n] - start[n]).abs().max() > 1e-3 for n in alone), "they moved"
+    still = {n: gap for n in alone if (gap := float((alone[n] - start[n]).abs().max())) < 2e-5}
+    assert still == {}  # every weight moved, or agreement would say little
     for rank in range(2):
-        assert_same_weights(found[rank], alone, atol=1e-5)
+        assert_same_weights(found[rank], alone, atol=3e-6)
         assert figures[rank] == pytest.approx(dataclasses.asdict(update), rel=1e-3, abs=1e-5)
     assert all(torch.equal(found[0][n], found[1][n]) for n in alone), "to the last bit"
 
@@ -309,7 +310,7 @@ def test_workers_with_unequal_shares_learn_what_one_with_all_rows_learns(
         return weights(policies[rank])
 
     for found in two_workers(work):
-        assert_same_weights(found, weights(alone), atol=1e-5)
+        assert_same_weights(found, weights(alone), atol=3e-6)
 
 
 def test_a_minibatch_that_has_no_row_of_a_worker_is_learned_all_the_same(
@@ -319,16 +320,17 @@ def test_a_minibatch_that_has_no_row_of_a_worker_is_learned_all_the_same(
     rollout = make_rollout(make_long(), ROWS)
     alone = make_long()
     learn(alone, settings(minibatches=8), rollout, updates=1)
+    policies = [make_long(), make_long()]
 
     def work(rank, total):
-        policy = make_long()
+        policy = policies[rank]
         mine = rollout.select(torch.arange(4 * rank, 4 * rank + 4))
         learner = Learner(policy, settings(minibatches=8), 0, total)
         learner.update(mine, learner.targets(mine), step=0, first_row=4 * rank)
         return weights(policy)
 
     for found in two_workers(work):
-        assert_same_weights(found, weights(alone), atol=1e-5)
+        assert_same_weights(found, weights(alone), atol=3e-6)
 
 
 # ---- what must stop it -------------------------------------------------------------------------
@@ -351,9 +353,14 @@ def test_a_score_that_is_no_number_stops_the_update_and_leaves_the_weights(
 
 
 def test_a_bad_score_on_one_worker_stops_every_worker(make_policy, make_rollout, two_workers):
+    policies = [make_policy(), make_policy()]
+    rollouts = [
+        make_rollout(policy, ROWS).select(torch.arange(4 * rank, 4 * rank + 4))
+        for rank, policy in enumerate(policies)
+    ]
+
     def work(rank, total):
-        policy = make_policy()
-        rollout = make_rollout(policy, ROWS).select(torch.arange(4 * rank, 4 * rank + 4))
+        policy, rollout = policies[rank], rollouts[rank]
         if rank == 1:
             rollout.scores[0] = float("nan")
         before = weights(policy)

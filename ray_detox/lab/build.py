@@ -51,7 +51,7 @@ NOTEBOOK_SENTENCES = (
 class Effort:
     """How much work goes into a build."""
 
-    summariser_steps: int = 2000
+    summariser_steps: int = 1_500
     """Batches of 32 dialogues, none seen twice."""
     classifier_texts: int = 24_000
     classifier_epochs: int = 3

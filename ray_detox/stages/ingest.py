@@ -10,6 +10,7 @@ starts, because a lazy dataset inside a worker group that holds every CPU would 
 
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,8 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # Its plans and tips, several lines for each operation, would drown our own.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     data = config.data
 
     # One task per CPU at least, also where everything is in a single file.
@@ -98,11 +101,12 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     held = held_out_count(count, data.held_out_fraction)
     _check_enough(count - held, held, read_count, left_out, data)
     train, held_out = kept.split_at_indices([count - held])
-    train = train.sort("prompt_id").materialize()
+    if data.held_out_rows == "last":
+        train, held_out = train.sort("prompt_id").materialize(), held_out.sort("prompt_id")
     bounds = [round((count - held) * lane / data.lanes) for lane in range(1, data.lanes)]
     return Ingested(
         lanes=train.split_at_indices(bounds) if bounds else [train],
-        held_out=unpack(held_out.sort("prompt_id").take(config.evaluate.prompts)),
+        held_out=unpack(held_out.take(config.evaluate.prompts)),
         counts=RowCounts(read_count, left_out, examples, count - held, held),
     )
 

@@ -1,0 +1,199 @@
+"""From rows to prompts, and the numbers drawn for them: functions of (seed, step, prompt) alone."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ray_detox import prompts
+from ray_detox.config import DataConfig, SamplingConfig
+
+CONFIG = DataConfig(min_chars=5, max_chars=10)
+IDS = [prompts.prompt_id(text) for text in ("one", "two", "three", "four")]
+
+
+# ---- which rows become prompts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "no dialogue"),
+        ({"dialogue": None}, "no dialogue"),
+        ({"dialogue": 17}, "dialogue is not text"),
+        ({"dialogue": ""}, "empty dialogue"),
+        ({"dialogue": " \n\t    "}, "empty dialogue"),
+        ({"dialogue": "abc\ud800defg"}, "dialogue is not valid Unicode"),
+        ({"dialogue": "12345"}, "not over 5 characters"),
+        ({"dialogue": "123456"}, None),
+        ({"dialogue": "1234567890"}, None),
+        ({"dialogue": "12345678901"}, "over 10 characters"),
+    ],
+)
+def test_a_row_is_left_out_for_the_first_reason_that_holds(row, reason):
+    assert prompts.reason_to_leave_out(row, CONFIG) == reason
+
+
+def test_the_length_filter_counts_characters_and_not_bytes():
+    assert prompts.reason_to_leave_out({"dialogue": "ü" * 10}, CONFIG) is None
+
+
+def test_the_reason_names_the_column_that_was_asked_for():
+    config = DataConfig(dialogue_column="talk")
+
+    assert prompts.reason_to_leave_out({"dialogue": "x" * 300}, config) == "no talk"
+
+
+def test_a_prompt_is_the_template_around_the_dialogue():
+    text = prompts.prompt_text("A: hello\nB: hi", DataConfig())
+
+    assert text == "\nSummarize the following conversation.\n\nA: hello\nB: hi\n\nSummary:\n"
+
+
+@given(st.text())
+def test_braces_in_a_dialogue_are_the_dialogues(dialogue):
+    assume("{dialogue}" not in dialogue)
+
+    text = prompts.prompt_text(dialogue, DataConfig(template="<{dialogue}> {and} {0}"))
+
+    assert text == f"<{dialogue}> {{and}} {{0}}"
+
+
+# ---- identity ----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text(), unique=True, max_size=20))
+def test_an_id_is_sixteen_hexadecimal_digits_and_differs_where_texts_do(texts):
+    ids = [prompts.prompt_id(text) for text in texts]
+
+    assert len(set(ids)) == len(ids)
+    assert all(len(name) == 16 and int(name, 16) >= 0 for name in ids)
+
+
+def test_an_id_never_changes_between_versions():
+    assert prompts.prompt_id("Summarize: ü") == "86a0ecf187da3d24"
+
+
+# ---- the split ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "held_out"),
+    [
+        (10_022, 0.2, 2_005),  # the published split: 8,017 / 2,005
+        (10, 0.2, 2),  # 0.2 * 10 is 2 and not 3
+        (11, 0.2, 3),
+        (2, 0.01, 1),
+        (1000, 0.07, 70),  # 0.07 * 1000 in binary is just above 70
+    ],
+)
+def test_the_held_out_rows_are_rounded_up_as_elsewhere(rows, fraction, held_out):
+    assert prompts.held_out_count(rows, fraction) == held_out
+
+
+# ---- draws -------------------------------------------------------------------------------------
+
+SAMPLING = SamplingConfig(budget_min=3, budget_max=9)
+
+
+def test_budgets_and_uniforms_are_in_their_ranges():
+    many = [prompts.prompt_id(str(n)) for n in range(500)]
+
+    budgets, uniforms = prompts.draw(many, SAMPLING, seed=0, step=0)
+
+    assert set(budgets.tolist()) == set(range(3, 10)), "both ends included"
+    assert uniforms.shape == (500, 9)
+    assert 0 <= uniforms.min()
+    assert uniforms.max() < 1
+    assert uniforms.mean() == pytest.approx(0.5, abs=0.02)
+
+
+@given(st.permutations(range(4)), st.integers(1, 4))
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_company(order, count):
+    budgets, uniforms = prompts.draw(IDS, SAMPLING, seed=5, step=2)
+    chosen = order[:count]
+
+    some_budgets, some_uniforms = prompts.draw([IDS[i] for i in chosen], SAMPLING, seed=5, step=2)
+
+    np.testing.assert_array_equal(some_budgets, budgets[chosen])
+    np.testing.assert_array_equal(some_uniforms, uniforms[chosen])
+
+
+def test_seed_step_and_prompt_each_change_the_draw():
+    draws = [
+        prompts.draw([name], SAMPLING, seed, step)[1].tobytes()
+        for name in IDS
+        for seed in (0, 1)
+        for step in (prompts.EVALUATION, 0, 1)
+    ]
+
+    assert len(set(draws)) == len(draws)
+
+
+def test_nothing_drawn_depends_on_the_global_generator():
+    np.random.seed(0)
+    first = prompts.draw(IDS, SAMPLING, 0, 0)
+    np.random.seed(1)
+    second = prompts.draw(IDS, SAMPLING, 0, 0)
+
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+# ---- minibatches -------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(0, 9), st.integers(1, 6), st.integers(1, 6))
+def test_every_run_of_rows_is_dealt_one_to_each_minibatch(seed, step, epoch, blocks, minibatches):
+    rows = blocks * minibatches
+
+    deal = prompts.minibatch_of_rows(seed, step, epoch, rows, minibatches)
+
+    assert deal.shape == (rows,)
+    for block in deal.reshape(blocks, minibatches):
+        assert sorted(block.tolist()) == list(range(minibatches))
+
+
+def test_seed_step_and_epoch_each_change_the_deal():
+    deals = [
+        prompts.minibatch_of_rows(seed, step, epoch, 64, 4).tobytes()
+        for seed in (0, 1)
+        for step in (0, 1)
+        for epoch in (0, 1)
+    ]
+
+    assert len(set(deals)) == len(deals)
+
+
+# ---- lanes -------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 99), st.integers(0, 15), st.integers(1, 13), st.integers(1, 7))
+def test_every_row_of_a_lane_comes_exactly_once_per_epoch(seed, lane, rows, per_step):
+    steps = -(-3 * rows // per_step)  # three epochs and a little more
+
+    stream = [
+        pair for step in range(steps) for pair in prompts.lane_rows(seed, step, lane, rows, per_step)
+    ]
+
+    assert [epoch for epoch, _ in stream] == [place // rows for place in range(len(stream))]
+    for epoch in range(3):
+        assert sorted(row for e, row in stream if e == epoch) == list(range(rows))
+
+
+@given(st.integers(0, 40), st.integers(1, 13), st.integers(1, 7))
+def test_the_rows_of_a_step_need_only_the_step(step, rows, per_step):
+    before = [prompts.lane_rows(3, earlier, 2, rows, per_step) for earlier in range(step + 1)]
+
+    assert prompts.lane_rows(3, step, 2, rows, per_step) == before[-1]
+    assert len(before[-1]) == per_step
+
+
+def test_seed_epoch_and_lane_each_change_the_order():
+    order = lambda seed, step, lane: [row for _, row in prompts.lane_rows(seed, step, lane, 30, 30)]
+
+    orders = [
+        tuple(order(seed, step, lane)) for seed in (0, 1) for step in (0, 1) for lane in (0, 1)
+    ]
+
+    assert len(set(orders)) == len(orders)

@@ -1,0 +1,281 @@
+"""The reward: the right label by name, long texts cut and counted, extra functions as they are."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ray_detox.config import ConfigError, RewardConfig, RewardTerm
+from ray_detox.reward import (
+    Classifier,
+    Reward,
+    classifier_settings,
+    label_index,
+    load_reward_function,
+    longest_input,
+)
+
+TEXTS = ["you are kind", "you fool", "", "what a long and winding text this is, my friend", "ü?"]
+
+
+def classifier(folder, **changes):
+    return Classifier(RewardConfig(model=str(folder), **changes))
+
+
+def call(reward, responses, prompts=None, columns=None):
+    prompts = ["a prompt: "] * len(responses) if prompts is None else prompts
+    return reward(prompts, responses, [[5, 1]] * len(responses), columns or {})
+
+
+# ---- reward functions that the tests' configs name ---------------------------------------------
+
+
+def shorter_is_better(completions, **_):
+    return [-float(len(text)) for text in completions]
+
+
+def one_too_few(completions, **_):
+    return [0.0] * (len(completions) - 1)
+
+
+def not_a_number(completions, **_):
+    return [float("nan")] * len(completions)
+
+
+def sometimes_not_applicable(completions, **_):
+    return [None if text == "" else 1.0 for text in completions]
+
+
+def scaled(factor):
+    return lambda completions, **_: [factor * len(text) for text in completions]
+
+
+def told(prompts, completions, completion_ids, summary, **rest):
+    told.seen = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    told.seen |= {"summary": summary, "rest": rest}
+    return [0.0] * len(completions)
+
+
+NOT_A_FUNCTION = 3
+
+
+def here(name):
+    return f"{__name__}.{name}"
+
+
+# ---- the label ---------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_raw_logit_of_the_named_label(tiny_roberta):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_roberta)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_roberta).eval()
+
+    logits, toxicity, truncated = classifier(tiny_roberta)(TEXTS)
+
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert logits[row] == pytest.approx(float(expected[0]), abs=1e-5)
+        assert toxicity[row] == pytest.approx(float(expected.softmax(0)[1]), abs=1e-5)
+    assert not truncated.any()
+    assert logits.dtype == toxicity.dtype == np.float32
+
+
+def test_permuted_labels_give_the_same_scores(tiny_roberta, make_roberta):
+    permuted = make_roberta(("hate", "nothate"))
+
+    scores, others = (classifier(folder)(TEXTS) for folder in (tiny_roberta, permuted))
+
+    assert classifier(tiny_roberta).label == 0
+    assert classifier(permuted).label == 1
+    for one, other in zip(scores, others, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_the_score_is_the_labels_even_where_the_other_logit_is_larger(tiny_roberta):
+    hate = classifier(tiny_roberta, label="hate")(TEXTS)[0]
+    nothate = classifier(tiny_roberta)(TEXTS)[0]
+
+    assert (hate > nothate).any(), "a score that took the larger logit would differ here"
+    np.testing.assert_array_less(0, np.abs(hate - nothate))
+
+
+def test_the_case_of_a_label_does_not_matter(make_roberta):
+    shouting = make_roberta(("nothate", "hate"), names={0: "NOTHATE", 1: "HATE"})
+
+    assert classifier(shouting).label == 0
+
+
+def test_a_missing_label_is_refused_with_those_there_are(make_roberta):
+    nameless = make_roberta(("nothate", "hate"), names={0: "LABEL_0", 1: "LABEL_1"})
+
+    with pytest.raises(ConfigError, match=r"has no label 'nothate'; its labels are 'LABEL_0', "):
+        classifier(nameless)
+
+
+def test_an_ambiguous_label_is_refused():
+    with pytest.raises(ConfigError, match=r"clf has more than one label 'nothate'; its labels are"):
+        label_index({"id2label": {"0": "nothate", "1": "NotHate"}}, "nothate", "clf")
+
+
+def test_a_classifier_without_labels_says_so():
+    with pytest.raises(ConfigError, match=r"its labels are none\. Set reward\.label"):
+        label_index({}, "nothate", "clf")
+
+
+# ---- batches and lengths -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_neither_batch_size_nor_padding_changes_a_score(tiny_roberta, batch_size):
+    texts = [text * repeat for text in TEXTS for repeat in (1, 7, 2)]
+    alone = [classifier(tiny_roberta)([text])[0][0] for text in texts]
+
+    logits, *_ = classifier(tiny_roberta, batch_size=batch_size)(texts)
+
+    np.testing.assert_allclose(logits, alone, atol=1e-5)
+
+
+def test_a_text_longer_than_the_classifier_reads_is_cut_and_counted(tiny_roberta):
+    # One byte, one token, and two tokens around them: 510 bytes fill 512 places.
+    fits, too_long = "x" * 510, "x" * 511
+
+    logits, _, truncated = classifier(tiny_roberta)([fits, too_long, "x" * 3000])
+
+    assert truncated.tolist() == [False, True, True]
+    assert logits[1] == pytest.approx(logits[0], abs=1e-5)
+    assert logits[2] == pytest.approx(logits[0], abs=1e-5)
+
+
+def test_max_tokens_lowers_the_limit_and_never_raises_it(tiny_roberta):
+    low, high = (classifier(tiny_roberta, max_tokens=n) for n in (8, 9999))
+
+    assert low.max_tokens == 8
+    assert high.max_tokens == 512
+    assert low(["x" * 6, "x" * 7])[2].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "bert", "max_position_embeddings": 512, "pad_token_id": 0}, 512),
+        ({"model_type": "deberta"}, 512),
+    ],
+)
+def test_roberta_wastes_the_positions_up_to_its_padding(settings, expected):
+    class Unsure:
+        model_max_length = int(1e30)  # what a tokenizer says that does not know
+
+    assert longest_input(Unsure(), settings) == expected
+
+
+def test_the_settings_of_a_classifier_are_read_without_loading_it(tiny_roberta):
+    assert classifier_settings(tiny_roberta)["id2label"] == {"0": "nothate", "1": "hate"}
+
+
+# ---- what is read ------------------------------------------------------------------------------
+
+
+def test_the_classifier_reads_the_response_alone_unless_told_otherwise(tiny_roberta):
+    alone = Reward(RewardConfig(model=str(tiny_roberta)))
+    both = Reward(RewardConfig(model=str(tiny_roberta), reads="prompt+response"))
+
+    assert call(alone, ["yes"], ["one"]).logits == call(alone, ["yes"], ["two"]).logits
+    assert call(both, ["yes"], ["one"]).logits != call(both, ["yes"], ["two"]).logits
+    assert call(both, ["yes"], ["one"]).logits == pytest.approx(alone.classifier(["oneyes"])[0])
+
+
+def test_without_terms_the_reward_is_the_logit(tiny_roberta):
+    reward = Reward(RewardConfig(model=str(tiny_roberta)))
+
+    scores = call(reward, TEXTS)
+
+    np.testing.assert_array_equal(scores.rewards, scores.logits)
+    assert scores.terms == {}
+    now = reward.submit(["p"] * 5, TEXTS, [[1]] * 5, {}).result()
+    np.testing.assert_array_equal(now.rewards, scores.rewards)
+
+
+# ---- extra terms -------------------------------------------------------------------------------
+
+
+def with_term(folder, name, **rest):
+    path = name if "." in name else here(name)
+    return Reward(RewardConfig(model=str(folder), terms=(RewardTerm(function=path, **rest),)))
+
+
+def test_a_term_is_weighted_added_and_kept_under_its_name(tiny_roberta):
+    scores = call(with_term(tiny_roberta, "shorter_is_better", weight=0.5), TEXTS)
+
+    lengths = np.array([len(text) for text in TEXTS], dtype=np.float32)
+    np.testing.assert_allclose(scores.rewards, scores.logits - 0.5 * lengths, rtol=1e-6)
+    np.testing.assert_array_equal(scores.terms["shorter_is_better"], -lengths)
+
+
+def test_a_reward_function_of_trl_works_unchanged(tiny_roberta):
+    reward = with_term(
+        tiny_roberta,
+        "trl.rewards.get_repetition_penalty_reward",
+        weight=2.0,
+        arguments={"ngram_size": 2, "max_penalty": -1.0},
+    )
+
+    # It counts token ids: four different ones, and one distinct pair of four.
+    scores = reward(["p", "q"], ["one", "two"], [[1, 2, 3, 4], [5, 5, 5, 5, 5]], {})
+
+    penalties = scores.terms["get_repetition_penalty_reward"]
+    assert penalties.tolist() == [0.0, -0.75]
+    np.testing.assert_allclose(scores.rewards, scores.logits + 2 * penalties, rtol=1e-6)
+
+
+def test_a_term_with_arguments_is_called_with_them_first(tiny_roberta):
+    scores = call(with_term(tiny_roberta, "scaled", arguments={"factor": 3}), ["abcd"])
+
+    assert scores.terms["scaled"].tolist() == [12.0]
+
+
+def test_a_term_is_given_the_keywords_of_trls_trainers(tiny_roberta):
+    reward = with_term(tiny_roberta, "told")
+
+    reward(["p", "q"], ["a", "b"], [[3, 1], [4, 1]], {"summary": ["s", "t"], "topic": ["u", "v"]})
+
+    assert told.seen == {
+        "prompts": ["p", "q"],
+        "completions": ["a", "b"],
+        "completion_ids": [[3, 1], [4, 1]],
+        "summary": ["s", "t"],
+        "rest": {"topic": ["u", "v"]},
+    }
+
+
+def test_a_sample_that_a_term_does_not_apply_to_gets_nothing_from_it(tiny_roberta):
+    scores = call(with_term(tiny_roberta, "sometimes_not_applicable"), ["", "x"])
+
+    assert scores.terms["sometimes_not_applicable"].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["one_too_few", "not_a_number"])
+def test_a_term_that_gives_no_finite_number_per_response_is_named(tiny_roberta, name):
+    with pytest.raises(ValueError, match=rf"The reward term {name} gave \d values for 5 responses"):
+        call(with_term(tiny_roberta, name), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("no.such.module", r"no\.such\.module cannot be imported"),
+        ("trl.rewards.no_such_function", r"trl\.rewards\.no_such_function cannot be imported"),
+        (here("NOT_A_FUNCTION"), r"NOT_A_FUNCTION is no function"),
+    ],
+)
+def test_a_term_that_is_not_there_is_named(path, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_reward_function(RewardTerm(function=path))
+
+
+def test_a_term_that_refuses_its_arguments_is_named_with_them():
+    term = RewardTerm(function=here("scaled"), arguments={"facto": 3})
+
+    with pytest.raises(ConfigError, match=r"scaled refuses its arguments \{'facto': 3\}: .*facto"):
+        load_reward_function(term)
