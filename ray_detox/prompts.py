@@ -6,6 +6,7 @@ same.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,52 @@ def prompt_text(dialogue: str, config: DataConfig) -> str:
 def prompt_id(text: str) -> str:
     """What a prompt is called everywhere: 16 hexadecimal digits of a hash of its text."""
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
+
+
+def prepare(
+    rows: Sequence[Mapping[str, Any]], data: DataConfig, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Raw rows as prepared ones: prompt and tokens, or the reason for leaving the row out.
+
+    Returns:
+        For each row `name` and `left_out`; where that is None also `prompt`, `prompt_id`,
+        `query_ids`, and the row's own columns as JSON in `columns`.
+    """
+    prepared: list[dict[str, Any]] = []
+    for row in rows:
+        reason = reason_to_leave_out(row, data)
+        entry: dict[str, Any] = {"left_out": reason, "name": _name(row, data)}
+        if reason is None:
+            text = prompt_text(row[data.dialogue_column], data)
+            entry |= {"prompt": text, "prompt_id": prompt_id(text)}
+            entry["columns"] = json.dumps(dict(row), default=str)
+        prepared.append(entry)
+
+    usable = [entry for entry in prepared if entry["left_out"] is None]
+    if usable:
+        tokens = tokenizer([entry["prompt"] for entry in usable], verbose=False)["input_ids"]
+        for entry, query_ids in zip(usable, tokens, strict=True):
+            entry["query_ids"] = query_ids
+            if len(query_ids) > data.max_prompt_tokens:
+                entry["left_out"] = f"over {data.max_prompt_tokens} prompt tokens"
+    return prepared
+
+
+def _name(row: Mapping[str, Any], config: DataConfig) -> str:
+    """What to call a row in a message: its id if it has one, else how it begins."""
+    name = row.get("id", row.get(config.dialogue_column))
+    text = repr(name)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def unpack(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Prepared rows with their own columns back in place."""
+    return [
+        json.loads(row["columns"])
+        | {name: row[name] for name in ("prompt_id", "prompt")}
+        | {"query_ids": list(row["query_ids"])}
+        for row in rows
+    ]
 
 
 def held_out_count(rows: int, fraction: float) -> int:

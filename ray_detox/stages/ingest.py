@@ -9,9 +9,8 @@ starts, because a lazy dataset inside a worker group that holds every CPU would 
 """
 
 import functools
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
 from ray_detox.data import LAB_ROWS, Source, load_hub, parse_json_row
-from ray_detox.prompts import held_out_count, prompt_id, prompt_text, reason_to_leave_out
+from ray_detox.prompts import held_out_count, prepare, unpack
 from ray_detox.sources import local_folder
 
 EXAMPLES_SHOWN = 3
@@ -141,7 +140,7 @@ def prepare_batch(batch: pa.Table, config: RunConfig, json_lines: bool) -> pa.Ta
     rows = batch.to_pylist()
     if json_lines:
         rows = [parse_json_row(row["text"]) for row in rows]
-    return pa.Table.from_pylist(prepare(rows, config, _tokenizer(config)), schema=SCHEMA)
+    return pa.Table.from_pylist(prepare(rows, config.data, _tokenizer(config)), schema=SCHEMA)
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,38 +153,6 @@ def _tokenizer_of(model: str, revision: str | None) -> Any:
 
 def _tokenizer(config: RunConfig) -> Any:
     return _tokenizer_of(config.policy.model, config.policy.revision)
-
-
-def prepare(
-    rows: Sequence[Mapping[str, Any]], config: RunConfig, tokenizer: Any
-) -> list[dict[str, Any]]:
-    """Raw rows as prepared ones: prompt and tokens, or the reason for leaving the row out."""
-    data = config.data
-    prepared: list[dict[str, Any]] = []
-    for row in rows:
-        reason = reason_to_leave_out(row, data)
-        entry: dict[str, Any] = {"left_out": reason, "name": _name(row, data)}
-        if reason is None:
-            text = prompt_text(row[data.dialogue_column], data)
-            entry |= {"prompt": text, "prompt_id": prompt_id(text)}
-            entry["columns"] = json.dumps(dict(row), default=str)
-        prepared.append(entry)
-
-    usable = [entry for entry in prepared if entry["left_out"] is None]
-    if usable:
-        tokens = tokenizer([entry["prompt"] for entry in usable], verbose=False)["input_ids"]
-        for entry, query_ids in zip(usable, tokens, strict=True):
-            entry["query_ids"] = query_ids
-            if len(query_ids) > data.max_prompt_tokens:
-                entry["left_out"] = f"over {data.max_prompt_tokens} prompt tokens"
-    return prepared
-
-
-def _name(row: Mapping[str, Any], config: DataConfig) -> str:
-    """What to call a row in a message: its id if it has one, else how it begins."""
-    name = row.get("id", row.get(config.dialogue_column))
-    text = repr(name)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _count_left_out(
@@ -213,16 +180,6 @@ def _check_enough(
         f"{held:,} to hold out ({why}); expected at least {config.lanes} (data.lanes) and 2. "
         "Give more data, widen data.min_chars and data.max_chars, or lower data.lanes."
     )
-
-
-def unpack(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Prepared rows with their own columns back in place."""
-    return [
-        json.loads(row["columns"])
-        | {name: row[name] for name in ("prompt_id", "prompt")}
-        | {"query_ids": list(row["query_ids"])}
-        for row in rows
-    ]
 
 
 def lane_names(lanes: int) -> list[str]:

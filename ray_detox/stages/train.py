@@ -23,8 +23,9 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_detox.config import RunConfig, config_from_dict
+from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.ingest import lane_names, unpack
+from ray_detox.stages.ingest import lane_names
 
 T = TypeVar("T")
 

@@ -1,0 +1,400 @@
+"""A run is described by a recipe and overrides; what cannot work is refused in one sentence."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_detox import config as config_module
+from ray_detox.config import (
+    ConfigError,
+    DataConfig,
+    PPOConfig,
+    RewardTerm,
+    RunConfig,
+    build,
+    config_from_dict,
+    load_config,
+    recipe_names,
+)
+
+SECTIONS = [field.type for field in dataclasses.fields(RunConfig) if inspect.isclass(field.type)]
+SECTIONS = [section for section in SECTIONS if dataclasses.is_dataclass(section)]
+
+
+def refused(*overrides, recipe="lab"):
+    """The sentence with which a run is refused."""
+    with pytest.raises(ConfigError) as error:
+        load_config(recipe, overrides)
+    return str(error.value)
+
+
+# ---- recipes and overrides ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lab", "flan-t5-base", "seed"])
+def test_a_packaged_recipe_loads_and_says_what_it_is_for(name):
+    config = load_config(name)
+
+    assert config.recipe == name
+    assert config.description.endswith(".")
+    assert name in recipe_names()
+
+
+def test_every_packaged_recipe_loads():
+    for name in recipe_names():
+        assert load_config(name).recipe == name
+
+
+def test_the_seed_recipe_holds_the_published_settings():
+    config = load_config("seed")
+
+    assert config.ppo.learning_rate == 1.41e-5
+    assert (config.ppo.prompts_per_step, config.ppo.minibatch_size, config.ppo.epochs) == (16, 4, 1)
+    assert (config.sampling.budget_min, config.sampling.budget_max) == (100, 399)
+    assert (config.train.steps, config.ppo.kl_controller) == (10, "adaptive")
+    assert (config.reward.label, config.reward.reads) == ("nothate", "prompt+response")
+    assert (config.data.held_out_rows, config.data.held_out_fraction) == ("last", 0.2)
+
+
+def test_a_recipe_of_ones_own_is_read_by_its_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 3\nppo:\n  kl_coef: 0.3\n")
+
+    config = load_config(str(tmp_path / "mine.yaml"), ["ppo.clip_range=0.1"])
+
+    assert config.recipe == "mine"
+    assert (config.seed, config.ppo.kl_coef, config.ppo.clip_range) == (3, 0.3, 0.1)
+    assert config.ppo.epochs == PPOConfig().epochs
+
+
+def test_an_empty_recipe_is_the_default_run(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+
+    config = load_config(str(tmp_path / "empty.yaml"))
+
+    assert dataclasses.replace(config, recipe="lab") == RunConfig()
+
+
+def test_later_overrides_win():
+    assert load_config("lab", ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("ppo.learning_rate=1e-3", "ppo", "learning_rate", 0.001),  # YAML 1.1 reads text here
+        ("ppo.kl_coef=1", "ppo", "kl_coef", 1.0),
+        ("policy.lora_targets=[q, k, v]", "policy", "lora_targets", ("q", "k", "v")),
+        ("data.summary_column=null", "data", "summary_column", None),
+        ("data.limit=10", "data", "limit", 10),
+        ("train.storage=s3://bucket/a=b", "train", "storage", "s3://bucket/a=b"),
+        ("policy.frozen_encoder=true", "policy", "frozen_encoder", True),
+    ],
+)
+def test_an_override_is_read_as_yaml(override, section, name, value):
+    found = getattr(getattr(load_config("lab", [override]), section), name)
+
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_reward_terms_are_read_from_a_list():
+    override = (
+        "reward.terms=[{function: trl.rewards.get_repetition_penalty_reward, weight: 2,"
+        " arguments: {ngram_size: 3, max_penalty: -1.0}}]"
+    )
+
+    (term,) = load_config("lab", [override]).reward.terms
+
+    assert term.name == "get_repetition_penalty_reward"
+    assert term.weight == 2.0
+    assert term.arguments == {"ngram_size": 3, "max_penalty": -1.0}
+
+
+# ---- what is unknown ---------------------------------------------------------------------------
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest_or_all():
+    assert "Unknown recipe 'labb'; did you mean 'lab'?" in refused(recipe="labb")
+    sentence = refused(recipe="xyzzy")
+    assert all(name in sentence for name in ("flan-t5-base", "lab", "seed", ".yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("ppo.kl_coeff=1", "Unknown setting 'ppo.kl_coeff'; did you mean 'ppo.kl_coef'?"),
+        ("kl_coef=1", "Unknown setting 'kl_coef'; did you mean 'ppo.kl_coef'?"),
+        ("train.learning_rate=1", "did you mean 'ppo.learning_rate'?"),
+        ("pppo.epochs=1", "Unknown setting 'pppo'; did you mean 'ppo'?"),
+        ("ppo.xyzzy=1", "known in ppo: prompts_per_step, epochs, "),
+        ("xyzzy=1", "known here: recipe, description, seed, data, "),
+        ("sampling.tok_k=0", "Unknown setting 'sampling.tok_k'"),
+        ("reward.terms=[{functoin: a.b}]", "did you mean 'reward.terms[0].function'?"),
+        ("=1", "Unknown setting ''"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_where_it_may_belong(override, sentence):
+    assert sentence in refused(override)
+
+
+def test_an_override_without_a_value_is_refused_with_how_to_write_it():
+    assert refused("seed") == "Override 'seed' has no '='. Write it as section.name=value."
+
+
+def test_an_override_that_is_no_yaml_is_refused():
+    assert refused("seed=[") == "Override 'seed=[': the value is no valid YAML."
+
+
+def test_an_override_into_a_value_is_refused():
+    assert "'seed' is a value and not a section" in refused("seed=1", "seed.more=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("ppo: [", "is no valid YAML"), ("- 1\n- 2\n", "holds a list; expected sections of settings")],
+)
+def test_a_recipe_that_is_no_tree_of_settings_is_refused(tmp_path, text, sentence):
+    (tmp_path / "bad.yaml").write_text(text)
+
+    assert sentence in refused(recipe=str(tmp_path / "bad.yaml"))
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\xfa")
+
+    assert "is no valid YAML" in refused(recipe=str(tmp_path / "bad.yaml"))
+
+
+# ---- wrong types -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed=one", "seed is 'one'; expected a whole number."),
+        ("seed=1.5", "seed is 1.5; expected a whole number."),
+        ("seed=true", "seed is True; expected a whole number."),
+        ("seed=null", "seed is None; expected a whole number."),
+        ("ppo.kl_coef=much", "ppo.kl_coef is 'much'; expected a number."),
+        ("ppo.kl_coef=.nan", "ppo.kl_coef is nan; expected a number."),
+        ("ppo.kl_coef=inf", "ppo.kl_coef is inf; expected a number."),
+        ("ppo.kl_coef=false", "ppo.kl_coef is False; expected a number."),
+        ("policy.frozen_encoder=1", "policy.frozen_encoder is 1; expected true or false."),
+        ("results.table=", "results.table is None; expected text."),
+        ("policy.model=3", "policy.model is 3; expected text."),
+        ("policy.lora_targets=q", "policy.lora_targets is 'q'; expected a list, such as [a, b]."),
+        ("policy.lora_targets=[1]", "policy.lora_targets[0] is 1; expected text."),
+        ("ppo=3", "ppo is 3; expected a section, such as ppo.key=value."),
+        ("reward.terms=[a.b]", "reward.terms[0] is 'a.b'; expected a section"),
+        ("reward.terms=[{weight: 1}]", "reward.terms[0] is incomplete"),
+        (
+            "reward.terms=[{function: a.b, arguments: 3}]",
+            "reward.terms[0].arguments is 3; expected names with values.",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_what_was_expected(override, sentence):
+    assert sentence in refused(override)
+
+
+# ---- values that cannot work -------------------------------------------------------------------
+
+BAD_VALUES = [
+    ("seed", -1),
+    ("data.path", ""),
+    ("data.template", "no place"),
+    ("data.min_chars", -1),
+    ("data.max_chars", 200),
+    ("data.max_prompt_tokens", 0),
+    ("data.held_out_fraction", 0),
+    ("data.held_out_fraction", 1.0),
+    ("data.held_out_rows", "first"),
+    ("data.limit", 1),
+    ("data.lanes", 0),
+    ("policy.model", ""),
+    ("policy.dtype", "float16"),
+    ("policy.lora_rank", 0),
+    ("policy.lora_alpha", 0),
+    ("policy.lora_dropout", 1),
+    ("policy.lora_targets", []),
+    ("sampling.temperature", 0),
+    ("sampling.budget_min", 0),
+    ("sampling.budget_max", 47),
+    ("sampling.min_new_tokens", 48),
+    ("sampling.min_new_tokens", -1),
+    ("sampling.batch_size", 0),
+    ("reward.model", ""),
+    ("reward.reads", "prompt"),
+    ("reward.batch_size", 0),
+    ("reward.max_tokens", 7),
+    ("reward.actors", 0),
+    ("reward.cpus_per_actor", -1),
+    ("reward.gpus_per_actor", -0.5),
+    ("reward.deadline_s", 0),
+    ("ppo.prompts_per_step", 0),
+    ("ppo.prompts_per_step", 65),
+    ("ppo.minibatches", 0),
+    ("ppo.minibatches", 3),
+    ("ppo.epochs", 0),
+    ("ppo.micro_batch_size", 0),
+    ("ppo.learning_rate", -0.1),
+    ("ppo.max_grad_norm", 0),
+    ("ppo.clip_range", 0),
+    ("ppo.clip_range", 1.5),
+    ("ppo.value_clip_range", -1),
+    ("ppo.value_coef", -1),
+    ("ppo.kl_coef", -0.1),
+    ("ppo.kl_estimator", "k4"),
+    ("ppo.kl_in", "nowhere"),
+    ("ppo.kl_controller", "wise"),
+    ("ppo.kl_target", 0),
+    ("ppo.kl_horizon", 0),
+    ("ppo.stop_update_kl", 0),
+    ("ppo.gamma", 1.1),
+    ("ppo.gae_lambda", -0.1),
+    ("train.steps", 0),
+    ("train.workers", 0),
+    ("train.workers", 3),
+    ("train.cpus_per_worker", 0),
+    ("train.gpus_per_worker", -1),
+    ("train.checkpoint_every", 0),
+    ("train.checkpoints_kept", 0),
+    ("train.max_failures", -1),
+    ("evaluate.prompts", 1),
+    ("evaluate.batch_size", 0),
+    ("evaluate.shards", 0),
+    ("evaluate.toxic_above", 1.5),
+    ("evaluate.max_rouge_l_drop", -1),
+    ("evaluate.max_facts_drop", -1),
+    ("evaluate.max_length_change", -1),
+    ("evaluate.max_kl", -1),
+    ("results.store", "postgres"),
+    ("results.table", ""),
+    ("cluster.address", ""),
+    ("cluster.patience_s", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES)
+def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_itself(name, value):
+    section, _, key = name.rpartition(".")
+    tree = {section: {key: value}} if section else {key: value}
+
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree)
+
+    sentence = str(error.value)
+    assert name in sentence
+    assert ("is empty" if value in ("", []) else str(value)) in sentence
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["ppo.prompts_per_step=66", "ppo.minibatches=4", "data.lanes=2"],
+            "ppo.prompts_per_step (66) does not divide into ppo.minibatches (4). "
+            "Use a multiple, such as 64.",
+        ),
+        (
+            ["train.workers=3"],
+            "train.workers (3) does not divide data.lanes (16). Use one of 1, 2, 4, 8, 16 "
+            "workers, or set data.lanes to a multiple of 3.",
+        ),
+        (
+            ["ppo.prompts_per_step=24"],
+            "ppo.prompts_per_step (24) is no multiple of data.lanes (16), so workers would get "
+            "unequal shares. Set data.lanes to a divisor of 24.",
+        ),
+        (
+            ["sampling.budget_min=50"],
+            "sampling.budget_max (48) is less than sampling.budget_min (50)",
+        ),
+        (["data.max_chars=100"], "data.max_chars (100) leaves no length above data.min_chars (200)"),
+        (
+            ["ppo.kl_in=loss"],
+            "ppo.kl_estimator=k1 with ppo.kl_in=loss has a gradient of zero on average. "
+            "Use k2 or k3, or ppo.kl_in=reward.",
+        ),
+        (
+            ["reward.terms=[{function: a.f}, {function: b.f}]"],
+            "reward.terms names f, f: two terms share a name. Wrap one of them.",
+        ),
+        (["reward.terms=[{function: f}]"], "'f' is no import path; write module.function"),
+    ],
+)
+def test_contradictory_values_are_refused_with_both_and_a_way_out(overrides, sentence):
+    assert sentence in refused(*overrides)
+
+
+def test_a_weight_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="weight is nan; expected a number"):
+        RewardTerm(function="a.b", weight=float("nan"))
+
+
+def test_a_config_error_is_a_value_error_so_that_libraries_may_treat_it_so():
+    assert issubclass(ConfigError, ValueError)
+
+
+# ---- round trips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lab", "flan-t5-base", "seed"])
+def test_a_run_survives_being_written_as_plain_values(name):
+    override = "reward.terms=[{function: a.b, arguments: {x: [1, 2]}}]"
+    config = load_config(name, [override])
+
+    assert config_from_dict(config.to_dict()) == config
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "learning_rate": st.floats(0, 1),
+            "kl_coef": st.floats(0, 10),
+            "gamma": st.floats(0, 1),
+            "stop_update_kl": st.none() | st.floats(1e-6, 10),
+            "epochs": st.integers(1, 9),
+            "kl_controller": st.sampled_from(["fixed", "adaptive"]),
+        },
+    ),
+    st.integers(0, 2**63 - 1),
+)
+def test_any_settings_survive_being_written_as_plain_values(ppo, seed):
+    config = build(RunConfig, {"ppo": ppo, "seed": seed})
+
+    assert config_from_dict(config.to_dict()) == config
+
+
+def test_a_run_cannot_be_changed_once_described():
+    for section in (RunConfig, RewardTerm, *SECTIONS):
+        assert section.__dataclass_params__.frozen
+
+
+def test_the_minibatch_size_follows_from_what_is_set():
+    assert PPOConfig(prompts_per_step=64, minibatches=4).minibatch_size == 16
+
+
+def test_every_setting_has_a_sentence_under_it():
+    tree = ast.parse(Path(config_module.__file__).read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    bare = []
+    for node in classes:
+        for this, following in zip(node.body, [*node.body[1:], None], strict=True):
+            # The sections of a run are described by their own classes.
+            if isinstance(this, ast.AnnAssign) and not ast.unparse(this.annotation).endswith("Config"):
+                told = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                if not (told and str(following.value.value).endswith(".")):
+                    bare.append(f"{node.name}.{ast.unparse(this.target)}")
+
+    assert bare == []
+    assert len(classes) > len(SECTIONS) == len({section.__name__ for section in SECTIONS})
+    assert DataConfig in SECTIONS
