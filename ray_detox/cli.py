@@ -160,19 +160,20 @@ def _run(args: argparse.Namespace) -> int:
     from ray_detox.report import describe_run
 
     console = Console()
-    if args.resume:
-        if args.run_id:
+    if args.resume is not None:
+        if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = pipeline.RunFolder(args.output, args.resume)
         config = _changed(folder.read_config(), args.words)
     else:
         config = _load(args.words)
-        folder = pipeline.RunFolder(args.output, args.run_id or pipeline.new_run_id(config.recipe))
+        run_id = pipeline.new_run_id(config.recipe) if args.run_id is None else args.run_id
+        folder = pipeline.RunFolder(args.output, run_id)
     go_on = f"ray-detox run --resume {folder.run_id}"
     if args.output != Path("runs"):
         go_on += f" --output {args.output}"
     try:
-        report = pipeline.run(config, folder, console, resume=bool(args.resume))
+        report = pipeline.run(config, folder, console, resume=args.resume is not None)
     except pipeline.Stopped as stopped:
         console.line(f"Stopped after step {stopped.step}, with a checkpoint. Go on with: {go_on}")
         return 128 + stopped.signal_number

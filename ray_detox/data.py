@@ -5,8 +5,9 @@ before any node starts. `stages/ingest.py` reads the same `Source` at full scale
 """
 
 import csv
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def check_rows(source: Source, config: DataConfig) -> None:
     if config.dialogue_column not in columns:
         raise ConfigError(
             f"data.path={config.path} has no column {config.dialogue_column!r}; its columns are "
-            f"{', '.join(columns)}. Set data.dialogue_column to the one with the dialogues."
+            f"{', '.join(columns) or 'none'}. Set data.dialogue_column to the one with the dialogues."
         )
     why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     raise ConfigError(
@@ -144,22 +145,37 @@ def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:
                     for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
                         yield from batch.to_pylist()
             else:
-                with filesystem.open_input_stream(name) as file:
-                    lines = (bytes(line).decode("utf-8") for line in file)
+                # Only "\n" ends a line of .jsonl; csv finds the ends of its rows itself.
+                newline = "" if source.kind == "csv" else "\n"
+                with io.TextIOWrapper(
+                    filesystem.open_input_stream(name), encoding="utf-8-sig", newline=newline
+                ) as lines:
                     if source.kind == "csv":
-                        yield from csv.DictReader(lines)
+                        yield from _csv_rows(lines)
                     else:
                         yield from map(parse_json_row, filter(str.strip, lines))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise ConfigError(
                 f"data.path: {path} cannot be read as {source.kind}: {str(error).splitlines()[0]}"
             ) from error
 
 
+def _csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(lines)
+    for row in reader:
+        # Where a row is too long the reader puts the rest under None, where too short it fills up.
+        if None in row or None in row.values():
+            raise ValueError(
+                f"the row that ends in line {reader.line_num} has not {len(reader.fieldnames or ())} "
+                "fields, as the first line has. Quote fields with commas or line breaks in them."
+            )
+        yield row
+
+
 def parse_json_row(line: str) -> dict[str, Any]:
     """One line of a .jsonl file as a row; a line that is no JSON object has no columns."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.removeprefix("\ufeff"))  # a file may begin with a byte order mark
     except json.JSONDecodeError:
         return {}
     return row if isinstance(row, dict) else {}
@@ -173,8 +189,10 @@ def load_hub(config: DataConfig) -> Any:
     """
     import datasets
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
     datasets.disable_progress_bars()
+    hub_logging.set_verbosity_error()  # each attempt to reach the hub would be a line
     try:
         return datasets.load_dataset(config.path, revision=config.revision, split=config.split)
     except ValueError as error:

@@ -5,6 +5,7 @@ after use the same random numbers for a prompt, so that what differs is the poli
 """
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,7 +15,9 @@ import numpy as np
 
 from ray_detox import quality, toxicity
 from ray_detox.config import EvaluateConfig, RunConfig
+from ray_detox.judge import Judge, load_judge
 
+SIDES = ("before", "after")
 PACKAGES = ("ray-detox", "ray", "torch", "transformers", "peft", "trl", "datasets", "numpy")
 
 
@@ -64,7 +67,7 @@ def measure(
                 "prompt_id": row["prompt_id"],
                 "query": row["prompt"],
                 "reference": reference if isinstance(reference, str) else None,
-                "facts": row.get("facts"),
+                "facts": _texts(row.get("facts")),
                 "kl": kl[position],
             }
             for side, collected in (("before", before), ("after", after)):
@@ -81,6 +84,12 @@ def measure(
     return samples
 
 
+def _texts(value: Any) -> list[str] | None:
+    """A row's `facts`, if that is what its column of this name holds."""
+    is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return value if is_texts else None
+
+
 def summarise(
     samples: Sequence[dict[str, Any]],
     config: RunConfig,
@@ -91,7 +100,7 @@ def summarise(
     seconds: Mapping[str, float],
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The report of a run, from its samples; adds `rouge_l_*` and `facts_*` to the samples.
+    """The report of a run, from its samples; adds `rouge_l_*`, `facts_*` and `judge_*` to them.
 
     Args:
         samples: from `measure`, all shards, by index.
@@ -102,43 +111,24 @@ def summarise(
         seconds: wall time by phase.
         training: further figures of the training, such as peak memory.
     """
-    column = lambda name: [sample[name] for sample in samples]
-    pair = lambda name: {s: quality.mean_scored(column(f"{name}_{s}")) for s in ("before", "after")}
-
-    references = column("reference")
-    facts = [sample["facts"] or [] for sample in samples]
-    for side in ("before", "after"):
-        responses = column(f"response_{side}")
-        rouge = quality.rouge_l(responses, references)
-        kept = quality.facts_share(responses, facts)
-        for sample, rouge_value, kept_value in zip(samples, rouge, kept, strict=True):
-            sample[f"rouge_l_{side}"] = rouge_value
-            sample[f"facts_{side}"] = kept_value
-
-    evaluate = config.evaluate
-    compared = toxicity.compare(
-        column("toxicity_before"),
-        column("toxicity_after"),
-        toxic_above=evaluate.toxic_above,
-        seed=config.seed,
-    )
-    rouge_l, facts_kept, length = pair("rouge_l"), pair("facts"), pair("length")
-    kl = quality.mean_scored(column("kl"))
-    both = lambda p: None if p["before"] is None else (p["before"], p["after"])
+    judge = load_judge(config.evaluate.judge)
+    _rate(samples, judge)
+    compared = _compare(samples, "toxicity", config)
+    judged = _compare(samples, "judge", config).to_json() if judge else None
+    means = {
+        name: {side: _mean(samples, f"{name}_{side}") for side in SIDES}
+        for name in ("reward", "rouge_l", "facts", "length")
+    }
+    kl = _mean(samples, "kl")
     verdict = toxicity.verdict(
         compared,
-        rouge_l=both(rouge_l),
-        facts=both(facts_kept),
-        length=both(length),
+        rouge_l=_pair(means["rouge_l"]),
+        facts=_pair(means["facts"]),
+        length=_pair(means["length"]),
         kl=kl,
-        floors=floors(evaluate),
+        floors=floors(config.evaluate),
     )
-    distinct = {
-        side: quality.distinct_n(column(f"response_{side}")) for side in ("before", "after")
-    }
-    unique = {
-        side: quality.unique_share(column(f"response_{side}")) for side in ("before", "after")
-    }
+    texts = {side: [sample[f"response_{side}"] for sample in samples] for side in SIDES}
     return {
         "run_id": run_id,
         "recipe": config.recipe,
@@ -147,14 +137,12 @@ def summarise(
         "n": len(samples),
         "verdict": verdict.to_json(),
         "toxicity": compared.to_json(),
-        "reward": pair("reward"),
-        "rouge_l": rouge_l,
-        "facts": facts_kept,
-        "length": length,
-        "distinct_2": distinct,
-        "unique_share": unique,
+        "judge": judged,
+        **means,
+        "distinct_2": {side: quality.distinct_n(texts[side]) for side in SIDES},
+        "unique_share": {side: quality.unique_share(texts[side]) for side in SIDES},
         "kl": kl,
-        "truncated": {side: int(sum(column(f"truncated_{side}"))) for side in ("before", "after")},
+        "truncated": {s: sum(sample[f"truncated_{s}"] for sample in samples) for s in SIDES},
         "steps": steps,
         "prompts_seen": steps * config.ppo.prompts_per_step,
         "rows": dict(rows),
@@ -164,6 +152,41 @@ def summarise(
         "config": config.to_dict(),
         "versions": versions(),
     }
+
+
+def _rate(samples: Sequence[dict[str, Any]], judge: Judge | None) -> None:
+    """Add to every sample its ROUGE-L, its share of facts, and what the judge says."""
+    references = [sample["reference"] for sample in samples]
+    facts = [sample["facts"] or [] for sample in samples]
+    for side in SIDES:
+        responses = [sample[f"response_{side}"] for sample in samples]
+        rated = {
+            "rouge_l": quality.rouge_l(responses, references),
+            "facts": quality.facts_share(responses, facts),
+        }
+        if judge is not None:
+            rated["judge"] = judge(responses)
+        for name, values in rated.items():
+            for sample, value in zip(samples, values, strict=True):
+                # Nothing to compare with is None in JSON, which has no NaN.
+                sample[f"{name}_{side}"] = None if math.isnan(value) else value
+
+
+def _compare(
+    samples: Sequence[Mapping[str, Any]], name: str, config: RunConfig
+) -> toxicity.Comparison:
+    before, after = ([sample[f"{name}_{side}"] for sample in samples] for side in SIDES)
+    above = config.evaluate.toxic_above
+    return toxicity.compare(before, after, toxic_above=above, seed=config.seed)
+
+
+def _mean(samples: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean over the samples that have a value; None where none has."""
+    return quality.mean_scored([sample[name] for sample in samples if sample[name] is not None])
+
+
+def _pair(sides: Mapping[str, float | None]) -> tuple[float | None, float | None] | None:
+    return None if sides["before"] is None else (sides["before"], sides["after"])
 
 
 def floors(config: EvaluateConfig) -> toxicity.QualityFloors:

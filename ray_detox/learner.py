@@ -108,7 +108,7 @@ class Learner:
             if not all(np.isfinite(v) for v in measured.values()):
                 bad = ", ".join(name for name, v in measured.items() if not np.isfinite(v))
                 raise NonFiniteError(
-                    f"Not a finite number in step {step}: {bad}. The weights are those before this "
+                    f"Not a finite number in step {step + 1}: {bad}. The weights are those before this "
                     "minibatch. Lower ppo.learning_rate or ppo.max_grad_norm, or raise ppo.kl_coef."
                 )
             if self._moved_enough(measured["approx_kl"]):

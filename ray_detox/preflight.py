@@ -14,7 +14,11 @@ from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data import Source, check_rows, locate
+from ray_detox.judge import check_judge
 from ray_detox.sources import local_folder, looks_like_path
+
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
+"""One of these files holds the words of a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ def check(config: RunConfig, *, network: bool = True) -> Source:
     Raises:
         ConfigError: in one sentence, what is wrong and how to mend it.
     """
+    check_judge(config.evaluate.judge)
     remote = lambda name: name.startswith("s3://") or not (name == "lab" or looks_like_path(name))
     source = (
         locate(config.data) if network or not config.data.path.startswith("s3://") else Source("s3")
@@ -94,7 +99,7 @@ def check_policy(config: RunConfig) -> None:
     _check_safetensors(folder, policy.model, "policy.model")
     _check_tokenizer(folder, policy.model, "policy.model")
     if policy.adapter is not None:
-        _check_adapter(config)
+        _check_adapter(folder, config)
     else:
         _check_lora_targets(folder, config)
 
@@ -112,6 +117,11 @@ def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
         raise ConfigError(
             f"{setting} is {name!r}, and its config.json is no JSON: {error}."
         ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{setting} is {name!r}, and its config.json holds a {type(settings).__name__}; "
+            "expected names with values."
+        )
     return settings
 
 
@@ -127,6 +137,12 @@ def _check_safetensors(folder: Path, name: str, setting: str) -> None:
 def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
     from transformers import AutoTokenizer
 
+    # transformers 5 makes up a tokenizer that knows no words where there is none.
+    if not any(file for pattern in VOCABULARIES for file in folder.glob(pattern)):
+        raise ConfigError(
+            f"{setting} is {name!r}, and no tokenizer is in it ({', '.join(VOCABULARIES)}). "
+            "Save the tokenizer into the same folder with save_pretrained."
+        )
     try:
         AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -136,30 +152,65 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
         ) from error
 
 
-def _check_adapter(config: RunConfig) -> None:
-    assert config.policy.adapter is not None
-    folder = local_folder(config.policy.adapter, None, "policy.adapter")
-    file = folder / "adapter_config.json"
-    if not file.is_file():
+def _check_adapter(folder: Path, config: RunConfig) -> None:
+    """The starting adapter is a LoRA for this very model: layers, names and shapes fit."""
+    import peft
+    from safetensors import SafetensorError, safe_open
+
+    name = config.policy.adapter
+    assert name is not None
+    adapter = local_folder(name, None, "policy.adapter")
+    if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(
-            f"policy.adapter is {config.policy.adapter!r}, and no adapter_config.json is there. "
+            f"policy.adapter is {name!r}, and no adapter_config.json is there. "
             "Give a folder that peft's save_pretrained wrote."
         )
-    kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
-    if kind != "LORA":
+    _check_safetensors(adapter, name, "policy.adapter")
+    try:
+        described = peft.PeftConfig.from_pretrained(str(adapter))
+        if described.peft_type != "LORA":
+            raise ConfigError(
+                f"policy.adapter is {name!r}, an adapter of type "
+                f"{getattr(described.peft_type, 'value', 'unknown')}; expected LORA."
+            )
+        with safe_open(str(adapter / "adapter_model.safetensors"), "np") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"policy.adapter is {name!r}, and it cannot be read: {error}.") from error
+    described.base_model_name_or_path = None  # or peft would warn that the model has moved
+    try:
+        model = peft.get_peft_model(_without_weights(folder), described)
+    except ValueError as error:
         raise ConfigError(
-            f"policy.adapter is {config.policy.adapter!r}, an adapter of type {kind}; expected LORA."
-        )
+            f"policy.adapter is {name!r}, and it does not fit {config.policy.model}: {error}"
+        ) from error
+    # False: what an adapter may hold beside LoRA is not looked at, nor looked up on a hub.
+    weights = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    for key in sorted(key for key in {*found, *expected} if "lora_" in key):
+        if found.get(key) != expected.get(key):
+            raise ConfigError(
+                f"policy.adapter is {name!r}, and it was not trained on {config.policy.model}: "
+                f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}."
+            )
 
 
-def _check_lora_targets(folder: Path, config: RunConfig) -> None:
-    """The LoRA targets name linear layers of the model, found without its weights."""
+def _without_weights(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
-    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def _check_lora_targets(folder: Path, config: RunConfig) -> None:
+    """The LoRA targets name linear layers of the model, found without its weights."""
+    from torch.nn import Linear
+
+    model = _without_weights(folder)
+    linear = {n for n, m in model.named_modules() if isinstance(m, Linear)}
     for target in config.policy.lora_targets:
         pattern = re.compile(rf"(.*\.)?{re.escape(target)}$")
         if not any(pattern.match(name) for name in linear):

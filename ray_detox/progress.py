@@ -35,13 +35,13 @@ class Console:
     """Prints a run's progress; quiet about everything else.
 
     Args:
-        stream: where to print.
+        stream: where to print; None is the standard output.
         seconds_between: without a terminal, a long stage says at most this often how far it is.
     """
 
-    def __init__(self, stream: TextIO = sys.stdout, seconds_between: float = 10.0) -> None:
-        self.stream = stream
-        self.is_terminal = stream.isatty()
+    def __init__(self, stream: TextIO | None = None, seconds_between: float = 10.0) -> None:
+        self.stream = stream or sys.stdout
+        self.is_terminal = self.stream.isatty()
         self.seconds_between = seconds_between
         self.seconds: dict[str, float] = {}
 

@@ -54,7 +54,10 @@ def main() -> None:
     for stats in runtime.logged:
         print(json.dumps(dataclasses.asdict(stats)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"peak memory {peak} MB, ray imported: {sys.modules.get('ray') is not None}", file=sys.stderr)
+    print(
+        f"peak memory {peak} MB, ray imported: {sys.modules.get('ray') is not None}",
+        file=sys.stderr,
+    )
     if torch.cuda.is_available():
         print(f"GPU memory {torch.cuda.max_memory_allocated() >> 20} MB", file=sys.stderr)
 

@@ -144,13 +144,11 @@ def test_a_line_that_is_no_json_object_is_an_empty_row(line):
     assert parse_json_row(line) == {}
 
 
-def test_a_jsonl_file_without_a_single_object_has_no_dialogues(tmp_path):
+def test_a_jsonl_file_without_a_single_object_has_no_columns(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("not json\nat all\n")
 
-    assert "None of the 2 rows" in refusal(DataConfig(path=str(path))) or "no column" in refusal(
-        DataConfig(path=str(path))
-    )
+    assert "has no column 'dialogue'; its columns are none" in refusal(DataConfig(path=str(path)))
 
 
 def test_numbers_instead_of_dialogues_are_counted_as_such(tmp_path):
@@ -190,6 +188,25 @@ def test_a_csv_dialogue_of_digits_is_text(tmp_path):
     assert next(iter(peek(locate(config), config)))["dialogue"] == "12"
 
 
+@pytest.mark.parametrize("row", ["a,b", "a,b,c,d"])
+def test_a_csv_row_with_another_number_of_fields_is_refused_with_its_line(tmp_path, row):
+    path = tmp_path / "rows.csv"
+    path.write_text(f'id,dialogue,summary\n1,"two\nlines",short\n{row}\n')
+
+    sentence = refusal(DataConfig(path=str(path)))
+
+    assert "cannot be read as csv: the row that ends in line 4 has not 3 fields" in sentence
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, [{"dialogue": LONG, "summary": "s"}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    look(DataConfig(path=str(path)))
+
+
 @pytest.mark.parametrize(("kind", "content"), [("jsonl", ""), ("csv", ""), ("csv", "dialogue\n")])
 def test_a_file_without_rows_is_refused(tmp_path, kind, content):
     path = tmp_path / f"rows.{kind}"
@@ -209,9 +226,13 @@ def test_a_folder_stands_for_its_files_by_name(tmp_path):
 
     source = locate(config)
 
-    assert source == Source("jsonl", tuple(str(tmp_path / f"{n}") for n in
-                                           ("a.jsonl", "b.jsonl", "c.json")))  # fmt: skip
-    assert [row["dialogue"][:7] for row in peek(source, config)] == ["a.jsonl", "b.jsonl", "c.json "]
+    names = ("a.jsonl", "b.jsonl", "c.json")
+    assert source == Source("jsonl", tuple(str(tmp_path / name) for name in names))
+    assert [row["dialogue"][:7] for row in peek(source, config)] == [
+        "a.jsonl",
+        "b.jsonl",
+        "c.json ",
+    ]
 
 
 def test_a_folder_of_two_kinds_is_refused(tmp_path):

@@ -1,0 +1,36 @@
+"""A second opinion on toxicity, by a judge that the policy was not trained against.
+
+A policy can learn to please its reward model alone. The judge is of another family (a linear
+model over words, trained on human labels), so what pleases both is more than a trick on one.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+from ray_detox.config import ConfigError
+
+Judge = Callable[[Sequence[str]], list[float]]
+
+
+def check_judge(name: str) -> None:
+    """Find out whether a judge is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name == "profanity-check" and importlib.util.find_spec("profanity_check") is None:
+        raise ConfigError(
+            "evaluate.judge is 'profanity-check', and the package alt-profanity-check is not "
+            "installed. Run: pip install -c constraints.txt 'ray-detox[judge]', or set "
+            "evaluate.judge=none."
+        )
+
+
+def load_judge(name: str) -> Judge | None:
+    """The judge of that name: texts to probabilities of being offensive; None for `none`."""
+    if name == "none":
+        return None
+    check_judge(name)
+    from profanity_check import predict_prob
+
+    return lambda texts: [float(p) for p in predict_prob(list(texts))]
