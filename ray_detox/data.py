@@ -7,7 +7,7 @@ before any node starts. `stages/ingest.py` reads the same `Source` at full scale
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from ray_detox.prompts import reason_to_leave_out
 from ray_detox.sources import looks_like_path, s3_filesystem
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+EXPECTED = {
+    "jsonl": "a JSON object in each line",
+    "csv": "as many fields in each row as in the first line, in quotes where they have commas",
+}
 LAB_ROWS = 3200
 """Rows of the embedded corpus that `data.path=lab` offers."""
 
@@ -107,10 +111,15 @@ def check_rows(source: Source, config: DataConfig) -> None:
         reasons[reason] = reasons.get(reason, 0) + 1
     if not seen:
         raise ConfigError(f"data.path={config.path} holds no rows.")
+    if not columns:
+        raise ConfigError(
+            f"None of the {seen:,} rows of data.path={config.path} can be read as {source.kind}; "
+            f"expected {EXPECTED.get(source.kind, 'columns')}."
+        )
     if config.dialogue_column not in columns:
         raise ConfigError(
             f"data.path={config.path} has no column {config.dialogue_column!r}; its columns are "
-            f"{', '.join(columns) or 'none'}. Set data.dialogue_column to the one with the dialogues."
+            f"{', '.join(columns)}. Set data.dialogue_column to the one with the dialogues."
         )
     why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     raise ConfigError(
@@ -145,37 +154,37 @@ def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:
                     for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
                         yield from batch.to_pylist()
             else:
-                # Only "\n" ends a line of .jsonl; csv finds the ends of its rows itself.
-                newline = "" if source.kind == "csv" else "\n"
-                with io.TextIOWrapper(
-                    filesystem.open_input_stream(name), encoding="utf-8-sig", newline=newline
-                ) as lines:
-                    if source.kind == "csv":
-                        yield from _csv_rows(lines)
-                    else:
-                        yield from map(parse_json_row, filter(str.strip, lines))
-        except (OSError, ValueError, csv.Error) as error:
+                with filesystem.open_input_stream(name) as file:
+                    yield from rows_of(file, source.kind)
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"data.path: {path} cannot be read as {source.kind}: {str(error).splitlines()[0]}"
             ) from error
 
 
-def _csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    reader = csv.DictReader(lines)
-    for row in reader:
-        # Where a row is too long the reader puts the rest under None, where too short it fills up.
-        if None in row or None in row.values():
-            raise ValueError(
-                f"the row that ends in line {reader.line_num} has not {len(reader.fieldnames or ())} "
-                "fields, as the first line has. Quote fields with commas or line breaks in them."
-            )
-        yield row
+def rows_of(file: Any, kind: str) -> Iterator[dict[str, Any]]:
+    """Rows of an open .jsonl or .csv file, one after another.
+
+    A row that is no JSON object, or that has another number of fields than the first line, has no
+    columns. Bytes that are no UTF-8 become lone surrogates, which no dialogue may have.
+    """
+    # Only "\n" ends a line of .jsonl, and not, say, a line separator between quotes; csv finds
+    # the ends of its rows itself.
+    newline = "" if kind == "csv" else "\n"
+    lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
+    if kind == "csv":
+        csv.field_size_limit(1 << 30)  # 131,072 characters unless told
+        for row in csv.DictReader(lines):
+            # What is too much stands under None, what is missing is None.
+            yield {} if None in row or None in row.values() else dict(row)
+    else:
+        yield from map(parse_json_row, filter(str.strip, lines))
 
 
 def parse_json_row(line: str) -> dict[str, Any]:
     """One line of a .jsonl file as a row; a line that is no JSON object has no columns."""
     try:
-        row = json.loads(line.removeprefix("\ufeff"))  # a file may begin with a byte order mark
+        row = json.loads(line)
     except json.JSONDecodeError:
         return {}
     return row if isinstance(row, dict) else {}

@@ -30,7 +30,7 @@ say "run: ray-detox run${*:+ $*} (the recipe lab takes some minutes on 2 cores)"
 status=0
 "$VENV/bin/ray-detox" run "$@" || status=$?
 case $status in
-  0) ;;         # ray-detox has said what is where
+  0) ;;        # ray-detox has said what is where
   2) exit 2 ;; # a mistake in what was asked, and ray-detox has said which
   *) say "The run ended early (exit code $status); the lines above say why." >&2 ;;
 esac

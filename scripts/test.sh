@@ -48,6 +48,6 @@ say "tests: pytest (some minutes)"
 phase tests "$bin/python" -m pytest "$@"
 
 say "${timings}all $SECONDS s"
-[[ -z $failed ]] || die "These did not pass: $failed. Their output above says where; ruff mends much of" \
-  "its own with 'ruff check --fix . && ruff format .' from .venv/bin."
+[[ -z $failed ]] || die "These did not pass: $failed. Their output above says where (ruff mends most of" \
+  "lint and format: .venv/bin/ruff check --fix . && .venv/bin/ruff format .)."
 say "All passed."

@@ -182,8 +182,13 @@ def make_policy(tiny_t5: Path) -> MakePolicy:
         seed: int = 0,
         stirred: bool = True,
     ) -> Policy:
-        settings = {"model": str(tiny_t5), "dtype": "float32", "lora_rank": 4, "lora_alpha": 8}
-        draws = {"budget_min": 12, "budget_max": 12}
+        settings: dict[str, Any] = {
+            "model": str(tiny_t5),
+            "dtype": "float32",
+            "lora_rank": 4,
+            "lora_alpha": 8,
+        }
+        draws: dict[str, Any] = {"budget_min": 12, "budget_max": 12}
         made = load_policy(
             PolicyConfig(**(settings | (policy or {}))),
             SamplingConfig(**(draws | (sampling or {}))),

@@ -317,7 +317,10 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
             ["sampling.budget_min=50"],
             "sampling.budget_max (48) is less than sampling.budget_min (50)",
         ),
-        (["data.max_chars=100"], "data.max_chars (100) leaves no length above data.min_chars (200)"),
+        (
+            ["data.max_chars=100"],
+            "data.max_chars (100) leaves no length above data.min_chars (200)",
+        ),
         (
             ["ppo.kl_in=loss"],
             "ppo.kl_estimator=k1 with ppo.kl_in=loss has a gradient of zero on average. "
@@ -390,7 +393,8 @@ def test_every_setting_has_a_sentence_under_it():
     for node in classes:
         for this, following in zip(node.body, [*node.body[1:], None], strict=True):
             # The sections of a run are described by their own classes.
-            if isinstance(this, ast.AnnAssign) and not ast.unparse(this.annotation).endswith("Config"):
+            section = ast.unparse(getattr(this, "annotation", this)).endswith("Config")
+            if isinstance(this, ast.AnnAssign) and not section:
                 told = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 if not (told and str(following.value.value).endswith(".")):
                     bare.append(f"{node.name}.{ast.unparse(this.target)}")

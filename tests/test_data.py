@@ -144,11 +144,23 @@ def test_a_line_that_is_no_json_object_is_an_empty_row(line):
     assert parse_json_row(line) == {}
 
 
-def test_a_jsonl_file_without_a_single_object_has_no_columns(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("not json\nat all\n")
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("jsonl", "not json\nat all\n", "a JSON object in each line"),
+        ("csv", "id,dialogue\n1,a,b\n2,c,d\n", "as many fields in each row as in the first line"),
+    ],
+)
+def test_a_file_without_a_single_good_row_is_refused_with_what_is_expected(
+    tmp_path, kind, content, expected
+):
+    path = tmp_path / f"rows.{kind}"
+    path.write_text(content)
 
-    assert "has no column 'dialogue'; its columns are none" in refusal(DataConfig(path=str(path)))
+    sentence = refusal(DataConfig(path=str(path)))
+
+    assert f"None of the 2 rows of data.path={path} can be read as {kind}" in sentence
+    assert expected in sentence
 
 
 def test_numbers_instead_of_dialogues_are_counted_as_such(tmp_path):
@@ -166,11 +178,12 @@ def test_text_that_no_utf8_can_hold_is_counted_as_such(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_text_file_in_another_encoding_is_refused(tmp_path, kind):
+def test_a_dialogue_in_another_encoding_is_counted_as_such(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
-    path.write_bytes(f'dialogue\n"caf\xe9 {LONG}"\n'.encode("latin-1"))
+    WRITERS[kind](path, rows_of("cafe " + LONG))
+    path.write_bytes(path.read_bytes().replace(b"cafe", b"caf\xe9"))
 
-    assert f"cannot be read as {kind}" in refusal(DataConfig(path=str(path)))
+    assert "1 dialogue is not valid Unicode" in refusal(DataConfig(path=str(path)))
 
 
 def test_a_parquet_file_that_is_none_is_refused(tmp_path):
@@ -189,13 +202,30 @@ def test_a_csv_dialogue_of_digits_is_text(tmp_path):
 
 
 @pytest.mark.parametrize("row", ["a,b", "a,b,c,d"])
-def test_a_csv_row_with_another_number_of_fields_is_refused_with_its_line(tmp_path, row):
+def test_a_csv_row_with_another_number_of_fields_is_a_row_without_columns(tmp_path, row):
     path = tmp_path / "rows.csv"
     path.write_text(f'id,dialogue,summary\n1,"two\nlines",short\n{row}\n')
+    config = DataConfig(path=str(path))
 
-    sentence = refusal(DataConfig(path=str(path)))
+    rows = list(peek(locate(config), config))
 
-    assert "cannot be read as csv: the row that ends in line 4 has not 3 fields" in sentence
+    assert rows == [{"id": "1", "dialogue": "two\nlines", "summary": "short"}, {}]
+
+
+def test_a_csv_field_may_be_longer_than_the_reader_s_own_limit(tmp_path):
+    path = tmp_path / "rows.csv"
+    write_csv(path, rows_of(LONG, transcript="x" * 200_000))
+
+    look(DataConfig(path=str(path)))
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    odd = LONG + "\u2028 \x85 \u2029"
+    path.write_text(json.dumps({"dialogue": odd, "summary": ""}, ensure_ascii=False) + "\r\n")
+    config = DataConfig(path=str(path))
+
+    assert [row["dialogue"] for row in peek(locate(config), config)] == [odd]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

@@ -171,6 +171,13 @@ def test_a_person_is_one_token(tokenizer: PreTrainedTokenizerBase):
     ]
 
 
+def test_the_shipped_tokenizer_is_what_the_corpus_gives():
+    # When this fails, the corpus has changed since the models were built: build them again.
+    shipped = AutoTokenizer.from_pretrained(lab.T5)
+
+    assert build.train_t5_tokenizer().get_vocab() == shipped.get_vocab()
+
+
 def test_t5_ids_are_where_t5_has_them():
     tokenizer = AutoTokenizer.from_pretrained(lab.T5)
 

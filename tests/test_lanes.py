@@ -15,7 +15,7 @@ def row(number):
     return {
         "prompt_id": prompt_id(text),
         "prompt": text,
-        "query_ids": list(range(3, 4 + number % 5)) + [1],
+        "query_ids": [*range(3, 4 + number % 5), 1],
         "summary": f"summary {number}",
         "topic": number,
     }

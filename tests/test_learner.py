@@ -49,7 +49,9 @@ def make_long(make_policy):
     To an answer of one token the decoder's self-attention is a softmax over one entry, with a
     gradient of zero but for rounding; and Adam's first step goes by a gradient's sign.
     """
-    return lambda sampling=None, **rest: make_policy({"min_new_tokens": 3} | (sampling or {}), **rest)
+    return lambda sampling=None, **rest: make_policy(
+        {"min_new_tokens": 3} | (sampling or {}), **rest
+    )
 
 
 def no_targets(rollout, **changes):
@@ -218,9 +220,7 @@ def rollouts_by_name(make_policy, make_rollout):
 def gloo_worker(rank, folder, model):
     """One of two processes: learn from this worker's half of each rollout, and keep the weights."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 
     def total(x):
         x = x.clone()
@@ -243,9 +243,7 @@ def gloo_worker(rank, folder, model):
                 parameter.copy_(start[weight])
         learner = Learner(policy, settings(), seed=0, sum_over_workers=total)
         for step in range(GLOO_STEPS):
-            update = learner.update(
-                mine, learner.targets(mine), step=step, first_row=rank * share
-            )
+            update = learner.update(mine, learner.targets(mine), step=step, first_row=rank * share)
         save_file(weights(policy), f"{folder}/{name}-{rank}.safetensors")
         torch.save(dataclasses.asdict(update), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
@@ -297,7 +295,7 @@ def test_workers_with_unequal_shares_learn_what_one_with_all_rows_learns(
     make_long, make_rollout, two_workers
 ):
     rollout = make_rollout(make_long(), ROWS)
-    shares = [range(0, 2), range(2, ROWS)]
+    shares = [range(2), range(2, ROWS)]
     alone = make_long()
     learn(alone, settings(minibatches=4), rollout)
     policies = [make_long(), make_long()]

@@ -311,7 +311,9 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_version_that_wrote_i
 # ---- what must stop a run ----------------------------------------------------------------------
 
 
-def test_a_policy_that_does_not_start_at_its_reference_is_refused(go, config, make_policy, tmp_path):
+def test_a_policy_that_does_not_start_at_its_reference_is_refused(
+    go, config, make_policy, tmp_path
+):
     moved = make_policy(sampling=dataclasses.asdict(config.sampling))
     runtime = LocalRuntime(tmp_path)
 

@@ -354,7 +354,9 @@ def test_a_frozen_encoder_has_no_adapter_and_encodes_once_for_every_pass(make_po
     assert torch.equal(again.logprobs, reused.logprobs)
     assert_close(sample.logprobs, reused.logprobs, atol=2e-5, rtol=1e-4)
     pair = (batch.query_ids, batch.query_mask, sample.response_ids, sample.response_mask)
-    assert torch.equal(policy.ref_logprobs(*pair), policy.ref_logprobs(*pair, sample.encoder_states))
+    assert torch.equal(
+        policy.ref_logprobs(*pair), policy.ref_logprobs(*pair, sample.encoder_states)
+    )
 
 
 def test_a_frozen_encoder_gives_the_decoder_the_same_gradient_from_kept_states(
@@ -472,7 +474,9 @@ def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(
     assert settings["base_model_name_or_path"] == str(tiny_t5)
 
 
-def test_an_adapter_trained_from_another_is_saved_whole(make_policy, make_prompts, tiny_t5, tmp_path):
+def test_an_adapter_trained_from_another_is_saved_whole(
+    make_policy, make_prompts, tiny_t5, tmp_path
+):
     make_policy().save_adapter(tmp_path / "start")
     policy = make_policy(policy={"adapter": str(tmp_path / "start")}, seed=1)
 
@@ -524,5 +528,7 @@ def test_an_exported_model_needs_no_peft_and_is_not_tied(
 def test_a_model_that_is_not_there_is_named_with_what_to_give_instead(tmp_path):
     missing = PolicyConfig(model=str(tmp_path / "nowhere"))
 
-    with pytest.raises(ValueError, match=r"policy.model is '.*nowhere', and no such folder is here"):
+    with pytest.raises(
+        ValueError, match=r"policy.model is '.*nowhere', and no such folder is here"
+    ):
         load_policy(missing, SamplingConfig(), seed=0)

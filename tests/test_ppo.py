@@ -16,9 +16,7 @@ junk = st.sampled_from(JUNK)
 
 
 def numbers(draw, rows, width, low=-5, high=5):
-    values = st.lists(
-        st.floats(low, high, width=32), min_size=rows * width, max_size=rows * width
-    )
+    values = st.lists(st.floats(low, high, width=32), min_size=rows * width, max_size=rows * width)
     return tensor(draw(values), dtype=torch.float32).view(rows, width)
 
 
@@ -510,9 +508,7 @@ def test_the_clipped_loss_is_never_below_the_free_one(batch, clip_range):
         (3.0, 1.0, 2.000, 2.0),  # overshot by more than the clip leaves: pays in full
     ],
 )
-def test_the_value_clip_only_holds_back_moves_that_already_paid(
-    new_value, returns, loss, gradient
-):
+def test_the_value_clip_only_holds_back_moves_that_already_paid(new_value, returns, loss, gradient):
     new = tensor([[new_value]], requires_grad=True)
     mask = torch.ones(1, 1, dtype=torch.bool)
 

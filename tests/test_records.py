@@ -86,7 +86,9 @@ def test_chosen_prompts_keep_their_order_and_their_columns(make_prompts):
 
 
 def test_prompts_of_another_number_than_their_ids_are_refused():
-    with pytest.raises(ValueError, match=r"query_ids has shape \(2, 3\).* for 1 ids; expected \[1, Q\]"):
+    with pytest.raises(
+        ValueError, match=r"query_ids has shape \(2, 3\).* for 1 ids; expected \[1, Q\]"
+    ):
         PromptBatch(["a"], ["a"], torch.zeros(2, 3), torch.zeros(2, 3), {})
     with pytest.raises(ValueError, match=r"query_mask \(1, 2\) for 1 ids"):
         PromptBatch(["a"], ["a"], torch.zeros(1, 3), torch.zeros(1, 2), {})
@@ -108,7 +110,9 @@ def test_a_per_token_field_of_another_shape_is_refused(name):
 
 
 def test_scores_of_another_shape_are_refused_with_what_to_do():
-    with pytest.raises(ValueError, match=r"shape \(2, 1\), expected \(2,\): one score per response"):
+    with pytest.raises(
+        ValueError, match=r"shape \(2, 1\), expected \(2,\): one score per response"
+    ):
         rollout(scores=torch.zeros(2, 1))
 
 

@@ -104,9 +104,7 @@ def test_the_texts_are_those_of_the_tokens(policy, tokenizer, make_prompts):
     assert not any("</s>" in text or "<pad>" in text for text in collected.responses)
 
 
-def test_the_scorer_gets_texts_tokens_and_columns_of_the_same_rows(
-    policy, tokenizer, make_prompts
-):
+def test_the_scorer_gets_texts_tokens_and_columns_of_the_same_rows(policy, tokenizer, make_prompts):
     batch, scorer = make_prompts(7), ByText()
     column = dict(zip(batch.texts, batch.columns["summary"], strict=True))
 
@@ -185,7 +183,9 @@ def test_all_is_sampled_before_the_first_score_is_waited_for(policy, tokenizer, 
     collected = run(policy, tokenizer, batch, late, chunk_size=2)
 
     assert late.done == [(number, 5) for number in range(5)], "five chunks asked, then the waits"
-    assert collected.rollout.scores.tolist() == run(policy, tokenizer, batch).rollout.scores.tolist()
+    assert (
+        collected.rollout.scores.tolist() == run(policy, tokenizer, batch).rollout.scores.tolist()
+    )
 
 
 def test_the_seconds_name_what_was_done(policy, tokenizer, make_prompts):

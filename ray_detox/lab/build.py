@@ -306,6 +306,9 @@ def _train(
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Saves both so that releases 4 and 5 of transformers load the same model from it."""
     model.save_pretrained(folder)
+    # The last call in training left its padding and truncation switched on.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     if isinstance(model, T5ForConditionalGeneration):
         # Without this key a T5 is loaded with its head tied to the embedding, and scaled.

@@ -9,17 +9,20 @@ starts, because a lazy dataset inside a worker group that holds every CPU would 
 """
 
 import functools
+import itertools
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray.data
+from ray.data.datasource import FileBasedDatasource
 from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
-from ray_detox.data import LAB_ROWS, Source, load_hub, parse_json_row
+from ray_detox.data import LAB_ROWS, Source, load_hub, rows_of
 from ray_detox.prompts import held_out_count, prepare, unpack
 from ray_detox.sources import local_folder
 
@@ -83,7 +86,7 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     rows = rows.repartition(blocks) if len(source.paths) < blocks else rows
     prepared = rows.map_batches(
         prepare_batch,
-        fn_kwargs={"config": config, "json_lines": source.kind == "jsonl"},
+        fn_kwargs={"config": config, "as_json": source.kind in ("jsonl", "csv")},
         batch_size=1024,
         batch_format="pyarrow",
     ).materialize()
@@ -93,15 +96,23 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     kept = prepared.filter(expr=col("left_out").is_null()).select_columns(
         ["prompt_id", "prompt", "query_ids", "columns"]
     )
+    # The other columns settle the order of equal dialogues.
+    order = ["prompt_id", "columns"]
     if data.held_out_rows == "hashed":
-        kept = kept.sort("prompt_id")
+        kept = kept.sort(order)
     kept = kept.materialize()
     count = kept.count()
     held = held_out_count(count, data.held_out_fraction)
     _check_enough(count - held, held, read_count, left_out, data)
     train, held_out = kept.split_at_indices([count - held])
-    if data.held_out_rows == "last":
-        train, held_out = train.sort("prompt_id").materialize(), held_out.sort("prompt_id")
+    if data.held_out_rows == "hashed":
+        # A dialogue that comes several times is held out as a whole.
+        first = held_out.take(1)[0]["prompt_id"]
+        held += train.filter(expr=col("prompt_id") == first).count()
+        _check_enough(count - held, held, read_count, left_out, data)
+        train, held_out = kept.split_at_indices([count - held])
+    else:
+        train, held_out = train.sort(order).materialize(), held_out.sort(order)
     bounds = [round((count - held) * lane / data.lanes) for lane in range(1, data.lanes)]
     return Ingested(
         lanes=train.split_at_indices(bounds) if bounds else [train],
@@ -111,7 +122,7 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
 
 
 def read(source: Source, config: DataConfig) -> ray.data.Dataset:
-    """The rows of a source as a Ray dataset; rows of .jsonl arrive as text, to be parsed later."""
+    """The rows of a source as a Ray dataset; those of .jsonl and .csv as JSON, to be parsed later."""
     paths = list(source.paths)
     if source.kind == "lab":
         from ray_detox.lab import corpus
@@ -121,25 +132,27 @@ def read(source: Source, config: DataConfig) -> ray.data.Dataset:
         return ray.data.from_arrow(load_hub(config).with_format("arrow")[:])
     if source.kind == "parquet":
         return ray.data.read_parquet(paths)
-    if source.kind == "csv":
-        from pyarrow import csv
-
-        return ray.data.read_csv(
-            paths,
-            # Dialogues have line breaks in them.
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            # "12" is a (bad) dialogue and not a number.
-            convert_options=csv.ConvertOptions(column_types={config.dialogue_column: pa.string()}),
-        )
-    # Parsed row by row, because one number among the dialogues must not fail the file.
-    return ray.data.read_text(paths, drop_empty_lines=True)
+    return ray.data.read_datasource(_TextFiles(paths, kind=source.kind))
 
 
-def prepare_batch(batch: pa.Table, config: RunConfig, json_lines: bool) -> pa.Table:
+class _TextFiles(FileBasedDatasource):
+    """Rows of .jsonl and .csv files as JSON: one odd row must not fail, or change, the others."""
+
+    def __init__(self, paths: list[str], kind: str) -> None:
+        super().__init__(paths)
+        self._kind = kind
+
+    def _read_stream(self, f: Any, path: str) -> Iterator[pa.Table]:
+        rows = rows_of(f, self._kind)
+        while some := [json.dumps(row) for row in itertools.islice(rows, 4096)]:
+            yield pa.table({"row": some})
+
+
+def prepare_batch(batch: pa.Table, config: RunConfig, as_json: bool) -> pa.Table:
     """A batch of raw rows as `SCHEMA`; runs in Ray tasks."""
     rows = batch.to_pylist()
-    if json_lines:
-        rows = [parse_json_row(row["text"]) for row in rows]
+    if as_json:
+        rows = [json.loads(row["row"]) for row in rows]
     return pa.Table.from_pylist(prepare(rows, config.data, _tokenizer(config)), schema=SCHEMA)
 
 

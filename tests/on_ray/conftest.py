@@ -1,0 +1,78 @@
+"""One Ray for all tests of this folder, and an emulated S3 and DynamoDB beside it.
+
+Ray ends when the last test of the folder does, so that the tests elsewhere run without it.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read once, when Ray is imported: no token for a cluster that lives for some tests, and workers
+# that are looked after often enough for reports to take no time.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+
+import pytest
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WR_ENGINE": "python",
+    # Workers import reward functions from this folder.
+    "PYTHONPATH": str(Path(__file__).parent),
+    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "eu-central-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    "AWS_CONFIG_FILE": "/nonexistent",
+}
+
+
+@pytest.fixture(scope="package")
+def aws() -> Iterator[str]:
+    """Address of an emulated AWS, which boto3 and pyarrow find here and in every Ray worker."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.syspath_prepend(ENVIRONMENT["PYTHONPATH"])
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cluster(aws: str) -> Iterator[None]:
+    """A Ray of this machine's own, without its GPUs: results here are equal to the last bit."""
+    import ray
+
+    # Short, for the paths of Ray's sockets may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 1024 * 1024,
+        _temp_dir=folder,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    assert "awswrangler" not in sys.modules, "nothing here needs it, and it would start a Ray"

@@ -1,0 +1,313 @@
+"""Files to prompts with Ray Data: what is read, left out, held out and dealt to the workers."""
+
+import csv
+import dataclasses
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from ray_detox.config import ConfigError, load_config
+from ray_detox.data import locate
+from ray_detox.lab import corpus
+from ray_detox.lanes import Lanes, lanes_of_worker
+from ray_detox.prompts import prompt_text, unpack
+from ray_detox.stages.ingest import ingest
+
+pytestmark = pytest.mark.ray
+
+ROWS = 103  # and a fifth of it, rounded up, is 21
+HELD_OUT = 21
+LANES = 4
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of which none is left out."""
+    return [row for row in corpus.rows("ppo", 2 * ROWS) if len(row["dialogue"]) > 200][:ROWS]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+class Prepared:
+    """What `ingest` made of some settings, its lanes read as a training worker reads them."""
+
+    def __init__(self, *settings):
+        self.config = load_config(
+            "lab", [f"data.lanes={LANES}", "ppo.prompts_per_step=8", *settings]
+        )
+        data = ingest(self.config, locate(self.config.data))
+        self.counts = data.counts
+        self.held_out = data.held_out
+        self.lanes = [
+            unpack(
+                [
+                    row
+                    for block in lane.iter_batches(batch_size=None, batch_format="pyarrow")
+                    for row in block.to_pylist()
+                ]
+            )
+            for lane in data.lanes
+        ]
+
+    @property
+    def train(self):
+        return [row for lane in self.lanes for row in lane]
+
+
+def ids(rows):
+    return [row["prompt_id"] for row in rows]
+
+
+def counted(prepared):
+    """Counts without the examples, which are the first that are found."""
+    return dataclasses.replace(prepared.counts, examples={})
+
+
+def own(rows, *names):
+    names = ("prompt_id", "prompt", "query_ids", *names)
+    return [{name: row[name] for name in names} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The first rows of the embedded corpus, some of them too short."""
+    return Prepared(f"data.limit={ROWS}")
+
+
+@pytest.fixture(scope="module")
+def hashed(tmp_path_factory, rows, tiny_t5):
+    """The same rows from one file of .jsonl, with the tiny policy's tokenizer."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    write_jsonl(path, rows)
+    return Prepared(f"data.path={path}", f"policy.model={tiny_t5}")
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_a_file_gives_the_prompts_that_the_embedded_corpus_gives(tmp_path, embedded, kind):
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, corpus.rows("ppo", ROWS))
+
+    found = Prepared(f"data.path={path}")
+
+    assert found.counts == embedded.counts
+    assert found.counts.left_out["not over 200 characters"] > 0
+    for lane, expected in zip(found.lanes, embedded.lanes, strict=True):
+        assert own(lane, "id", "summary") == own(expected, "id", "summary")
+    assert own(found.held_out, "id", "summary") == own(embedded.held_out, "id", "summary")
+    if kind != "csv":  # which has no lists
+        assert found.held_out == embedded.held_out
+
+
+def test_a_prompt_is_the_template_around_the_dialogue_and_its_tokens(embedded):
+    from transformers import AutoTokenizer
+
+    from ray_detox import lab
+
+    tokenizer = AutoTokenizer.from_pretrained(lab.T5)
+    dialogues = {row["id"]: row["dialogue"] for row in corpus.rows("ppo", ROWS)}
+
+    for row in embedded.train[:5] + embedded.held_out[:5]:
+        text = prompt_text(dialogues[row["id"]], embedded.config.data)
+        assert row["prompt"] == text
+        assert row["query_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t5):
+    path = tmp_path / "rows.csv"
+    mixed = [
+        {"id": i if i < 100 else f"x{i}", "dialogue": row["dialogue"], "summary": str(i)}
+        for i, row in enumerate(rows)
+    ]
+    write_csv(path, [{"id": 10**6, "dialogue": "12", "summary": "3" * 200}] * 8000 + mixed)
+
+    found = Prepared(f"data.path={path}", f"policy.model={tiny_t5}")
+
+    assert found.counts.left_out == {"not over 200 characters": 8000}
+    assert {row["summary"] for row in found.train + found.held_out} == set(map(str, range(ROWS)))
+
+
+# ---- what is left out ------------------------------------------------------------------------
+
+
+def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_path, rows, tiny_t5):
+    path = tmp_path / "rows.jsonl"
+    text = rows[0]["dialogue"]
+    bad = {
+        "no dialogue": [{"id": "a", "text": text}, {"id": "b", "dialogue": None}],
+        "empty dialogue": [{"id": "c", "dialogue": ""}, {"id": "d", "dialogue": " \n"}],
+        "dialogue is not text": [{"id": f"e{i}", "dialogue": i} for i in range(5)],
+        "dialogue is not valid Unicode": [{"id": "f", "dialogue": "\ud800" + text}],
+        "not over 200 characters": [{"id": "g", "dialogue": text[:200]}],
+        "over 1000 characters": [{"id": "h", "dialogue": "x" * 1001}],
+        "over 300 prompt tokens": [{"id": "i", "dialogue": "w " * 400}],
+    }
+    lines = [json.dumps(row) for row in rows]
+    for position, row in enumerate(row for some in bad.values() for row in some):
+        lines.insert(7 * position, json.dumps(row))
+    lines[50:50] = ['{"id": "j", "dialogue": "half a li', "[]", "", "text"]
+    whole = "\n".join(lines).encode() + b"\n"
+    path.write_bytes(
+        whole + json.dumps({"dialogue": "cafe " + text}).encode().replace(b"fe", b"f\xe9")
+    )
+
+    found = Prepared(f"data.path={path}", f"policy.model={tiny_t5}", "data.max_prompt_tokens=300")
+
+    counts = found.counts
+    expected = {reason: len(some) for reason, some in bad.items()}
+    expected["no dialogue"] += 3  # three lines that are no JSON object, and no empty line
+    expected["dialogue is not valid Unicode"] += 1  # a line in Latin 1
+    assert counts.left_out == expected
+    assert counts.read == ROWS + sum(expected.values())
+    assert counts.train + counts.held_out == ROWS
+    assert counts.examples["empty dialogue"] == ["'c'", "'d'"]
+    assert counts.examples["dialogue is not text"] == ["'e0'", "'e1'", "'e2'"]
+    assert counts.examples["over 300 prompt tokens"] == ["'i'"]
+    assert {row["id"] for row in found.train + found.held_out} == {row["id"] for row in rows}
+
+
+def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_t5):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [*rows[:4], {"dialogue": "short", "summary": ""}])
+
+    with pytest.raises(ConfigError) as caught:
+        Prepared(f"data.path={path}", f"policy.model={tiny_t5}")
+
+    sentence = str(caught.value)
+    assert "Of 5 rows" in sentence
+    assert "3 are left to train on and 1 to hold out (1 not over 200 characters)" in sentence
+    assert "expected at least 4 (data.lanes) and 2" in sentence
+
+
+# ---- the split -------------------------------------------------------------------------------
+
+
+def test_no_file_order_and_no_number_of_files_changes_the_hashed_split(
+    tmp_path, rows, tiny_t5, hashed
+):
+    shuffled = rows[60:] + rows[:60][::-1]
+    for part in range(5):
+        write_jsonl(tmp_path / f"{part}.jsonl", shuffled[part::5])
+
+    found = Prepared(f"data.path={tmp_path}", f"policy.model={tiny_t5}")
+
+    assert counted(found) == counted(hashed)
+    assert found.lanes == hashed.lanes
+    assert found.held_out == hashed.held_out
+
+
+def test_lanes_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):
+    sizes = [len(lane) for lane in hashed.lanes]
+
+    assert len(sizes) == LANES
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == hashed.counts.train
+    everything = ids(hashed.train) + ids(hashed.held_out)
+    assert len(everything) == len(set(everything)) == ROWS
+    assert {row["id"] for row in hashed.train + hashed.held_out} == {row["id"] for row in rows}
+
+
+def test_a_fifth_rounded_up_is_held_out(hashed):
+    assert hashed.counts.held_out == len(hashed.held_out) == HELD_OUT
+    assert hashed.counts.train == ROWS - HELD_OUT
+
+
+def test_at_most_the_wanted_number_of_held_out_rows_is_kept(tmp_path, rows, tiny_t5, hashed):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+
+    found = Prepared(f"data.path={path}", f"policy.model={tiny_t5}", "evaluate.prompts=5")
+
+    assert found.held_out == hashed.held_out[:5]
+    assert counted(found) == counted(hashed)
+
+
+@pytest.mark.parametrize("kind, parts", [("jsonl", 1), ("csv", 5), ("parquet", 5)])
+def test_the_last_fifth_of_the_files_is_held_out_on_request(
+    tmp_path, rows, tiny_t5, kind, parts
+):  # fmt: skip
+    bounds = [ROWS * part // parts for part in range(parts + 1)]
+    for part in range(parts):
+        WRITERS[kind](tmp_path / f"{part}.{kind}", rows[bounds[part] : bounds[part + 1]])
+
+    found = Prepared(f"data.path={tmp_path}", f"policy.model={tiny_t5}", "data.held_out_rows=last")
+
+    first, last = rows[:-HELD_OUT], rows[-HELD_OUT:]
+    assert {row["id"] for row in found.train} == {row["id"] for row in first}
+    assert {row["id"] for row in found.held_out} == {row["id"] for row in last}
+    assert ids(found.train) == sorted(ids(found.train))
+    assert ids(found.held_out) == sorted(ids(found.held_out))
+
+
+def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
+    tmp_path, rows, tiny_t5
+):
+    copies = [row | {"summary": text} for row in rows[:50] for text in ("a", "b", "c")]
+    write_jsonl(tmp_path / "one.jsonl", copies)
+    write_jsonl(tmp_path / "two.jsonl", copies[::-1])
+    settings = [f"policy.model={tiny_t5}", "data.held_out_fraction=0.21"]
+
+    # A fraction of 0.21 of 150 rows is 32 of them, which would cut a dialogue in three
+    one, two = (
+        Prepared(f"data.path={tmp_path}/{name}.jsonl", *settings) for name in ("one", "two")
+    )
+
+    assert not set(ids(one.train)) & set(ids(one.held_out))
+    assert counted(one) == counted(two)
+    assert (one.counts.train, one.counts.held_out) == (117, 33)
+    assert one.lanes == two.lanes
+    assert one.held_out == two.held_out
+
+
+# ---- shares of the workers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
+    alone = Lanes(hashed.config, dict(enumerate(hashed.lanes)), pad_id=0)
+    group = [
+        Lanes(
+            hashed.config,
+            {lane: hashed.lanes[lane] for lane in lanes_of_worker(LANES, rank, workers)},
+            pad_id=0,
+        )
+        for rank in range(workers)
+    ]
+
+    # 20 or 21 rows in a lane and two from each per step: well into the second epoch
+    for step in range(15):
+        expected = alone.batch(step)
+        shares = [worker.batch(step) for worker in group]
+        assert [name for share in shares for name in share.ids] == expected.ids
+        assert [len(share) for share in shares] == [8 // workers] * workers
+        assert [worker.first_row for worker in group] == list(range(0, 8, 8 // workers))
+
+
+def test_an_epoch_answers_every_prompt_of_a_lane_once(hashed):
+    alone = Lanes(hashed.config, dict(enumerate(hashed.lanes)), pad_id=0)
+    shortest = min(len(lane) for lane in hashed.lanes)
+
+    seen = [name for step in range(shortest // 2) for name in alone.batch(step).ids]
+
+    assert len(seen) == len(set(seen))
+    assert set(seen) <= set(ids(hashed.train))
