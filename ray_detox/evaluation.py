@@ -192,6 +192,7 @@ def _pair(sides: Mapping[str, float | None]) -> tuple[float | None, float | None
 def floors(config: EvaluateConfig) -> toxicity.QualityFloors:
     """The quality a run must keep, from its settings."""
     return toxicity.QualityFloors(
+        min_change=config.min_change,
         max_rouge_l_drop=config.max_rouge_l_drop,
         max_facts_drop=config.max_facts_drop,
         max_length_change=config.max_length_change,

@@ -14,6 +14,7 @@ Everything a run writes is under its folder, OUTPUT/RUN_ID:
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -397,12 +398,15 @@ def _connect(config: RunConfig) -> None:
         ray.init(address=config.cluster.address, **quiet)
         return
     need = preflight.needs(config, _count_gpus())
+    # Ray hands the path of Python to a shell as it is, and a checkout may lie under one with a space.
+    quoted = shlex.quote(sys.executable)
     # address: or it would join any other Ray on this machine. CPUs are only accounted for, not
     # bound, so a small machine can run what a larger one would.
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
         include_dashboard=False,
+        runtime_env={} if quoted == sys.executable else {"py_executable": quoted},
         **quiet,
     )
 

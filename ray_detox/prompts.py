@@ -97,7 +97,7 @@ def unpack(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def held_out_count(rows: int, fraction: float) -> int:
     """Rows held out of `rows`: rounded up, as scikit-learn and `datasets` split."""
-    # Rounded first, or 0.2 * 10 in binary would come out just above 2 and count as 3.
+    # Rounded first, or 0.07 * 100 in binary would come out just above 7 and count as 8.
     return int(np.ceil(round(rows * fraction, 9)))
 
 

@@ -82,6 +82,7 @@ install() {
     return
   fi
   printf '%s\n' "$ROOT" >"$VENV/.installed-in"
+  : >"$LOG"
   # First and alone: where a build of this torch is there, a CUDA one say, it stays.
   torch=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
   say "install: torch $torch (10 seconds to 10 minutes, by build and connection; log: $LOG)"

@@ -343,7 +343,7 @@ def test_a_score_that_is_no_number_stops_the_update_and_leaves_the_weights(
     rollout.scores[3] = bad
     learner = Learner(policy, settings(), seed=0)
 
-    with pytest.raises(NonFiniteError, match=r"Not a finite number in step 5: policy_loss"):
+    with pytest.raises(NonFiniteError, match=r"Not a finite number in step 6: policy_loss"):
         learner.update(rollout, learner.targets(rollout), step=5)
 
     assert_same_weights(weights(policy), before, atol=0.0)

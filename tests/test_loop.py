@@ -369,7 +369,7 @@ def test_a_score_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
     runtime = LocalRuntime(tmp_path)
     policy = load_policy(config.policy, config.sampling, config.seed)
 
-    with pytest.raises(NonFiniteError, match="in step 3"):
+    with pytest.raises(NonFiniteError, match="in step 4"):
         train(config, runtime, policy, tokenizer, Breaks(), Lanes(config, rows, pad_id=0))
 
     assert runtime.checkpoints()[-1].name == "step-00000002"

@@ -59,6 +59,68 @@ def test_braces_in_a_dialogue_are_the_dialogues(dialogue):
     assert text == f"<{dialogue}> {{and}} {{0}}"
 
 
+# ---- rows made ready ---------------------------------------------------------------------------
+
+
+def words(texts, **_):
+    """A tokenizer: one token per word, and one for the end."""
+    return {"input_ids": [[*range(2, 2 + len(text.split())), 1] for text in texts]}
+
+
+DATA = DataConfig(min_chars=5, max_chars=20, template="Sum up: {dialogue}", max_prompt_tokens=5)
+
+
+def test_a_row_is_made_ready_with_its_prompt_its_name_and_its_tokens():
+    (entry,) = prompts.prepare([{"id": "a1", "dialogue": "A: hello", "summary": "s"}], DATA, words)
+
+    assert entry["left_out"] is None
+    assert entry["name"] == "'a1'"
+    assert entry["prompt"] == "Sum up: A: hello"
+    assert entry["prompt_id"] == prompts.prompt_id("Sum up: A: hello")
+    assert entry["query_ids"] == [2, 3, 4, 5, 1]
+
+
+def test_every_row_keeps_its_place_whether_it_is_left_out_or_not():
+    rows = [
+        {"dialogue": "one two three"},  # with the template and the end, six tokens
+        {"dialogue": None},
+        {"dialogue": "A: fine"},
+        {"dialogue": "x" * 21},
+    ]
+
+    prepared = prompts.prepare(rows, DATA, words)
+
+    assert [entry["left_out"] for entry in prepared] == [
+        "over 5 prompt tokens",
+        "no dialogue",
+        None,
+        "over 20 characters",
+    ]
+
+
+def test_rows_that_are_all_left_out_are_never_tokenised():
+    prepared = prompts.prepare([{"dialogue": ""}], DATA, tokenizer=None)
+
+    assert [entry["left_out"] for entry in prepared] == ["empty dialogue"]
+    assert prompts.prepare([], DATA, tokenizer=None) == []
+
+
+def test_a_row_without_an_id_is_called_by_how_it_begins():
+    (entry,) = prompts.prepare([{"dialogue": "y" * 200}], DATA, words)
+
+    assert entry["name"] == "'" + "y" * 56 + "..."
+
+
+def test_a_row_gets_its_own_columns_back():
+    row = {"dialogue": "A: ü {x}", "summary": None, "facts": ["one", 2]}
+
+    (again,) = prompts.unpack(prompts.prepare([row], DATA, words))
+
+    assert {name: again[name] for name in row} == row
+    assert again["prompt"] == "Sum up: A: ü {x}"
+    assert again["query_ids"] == [2, 3, 4, 5, 6, 1]
+
+
 # ---- identity ----------------------------------------------------------------------------------
 
 
@@ -81,10 +143,10 @@ def test_an_id_never_changes_between_versions():
     ("rows", "fraction", "held_out"),
     [
         (10_022, 0.2, 2_005),  # the published split: 8,017 / 2,005
-        (10, 0.2, 2),  # 0.2 * 10 is 2 and not 3
+        (10, 0.2, 2),
         (11, 0.2, 3),
         (2, 0.01, 1),
-        (1000, 0.07, 70),  # 0.07 * 1000 in binary is just above 70
+        (100, 0.07, 7),  # 0.07 * 100 in binary is just above 7
     ],
 )
 def test_the_held_out_rows_are_rounded_up_as_elsewhere(rows, fraction, held_out):

@@ -282,3 +282,14 @@ def test_what_was_not_measured_is_named():
     assert found.unchecked == ("ROUGE-L", "facts kept", "KL")
     assert found.sentence.endswith("Not measured: ROUGE-L, facts kept and KL.")
     assert found.to_json()["unchecked"] == ["ROUGE-L", "facts kept", "KL"]
+
+
+def test_a_change_too_small_to_matter_is_not_called_an_improvement():
+    before = np.linspace(0.2, 0.8, 50)
+
+    tiny = compare(before, before - 1e-6)
+
+    assert tiny.delta.high < 0
+    assert verdict(tiny).name == "no clear change"
+    assert "less than 0.005" in verdict(tiny).sentence
+    assert verdict(tiny, floors=QualityFloors(min_change=0)).name == "improved"
