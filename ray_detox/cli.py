@@ -120,7 +120,7 @@ def _check(args: argparse.Namespace) -> int:
     from ray_detox import preflight
 
     config = _load(args.words)
-    preflight.check(config, network=False)
+    fetched = preflight.check_here(config)
     need = preflight.needs(config, cluster_gpus=0)
     settings = config.to_dict()
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
@@ -133,25 +133,9 @@ def _check(args: argparse.Namespace) -> int:
         f"steps of {config.ppo.minibatch_size} sequences"
     )
     print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
-    for setting, name, revision in _fetched(config):
-        print(f"to be fetched: {setting} {name}{'@' + revision if revision else ''}")
+    for what in fetched:
+        print(f"to be fetched: {what}")
     return 0
-
-
-def _fetched(config: RunConfig) -> list[tuple[str, str, str | None]]:
-    """What a run takes from a hub or from S3."""
-    from ray_detox.sources import looks_like_path
-
-    named = [
-        ("data.path", config.data.path, config.data.revision),
-        ("policy.model", config.policy.model, config.policy.revision),
-        ("reward.model", config.reward.model, config.reward.revision),
-    ]
-    return [
-        (setting, name, revision)
-        for setting, name, revision in named
-        if name.startswith("s3://") or not (name == "lab" or looks_like_path(name))
-    ]
 
 
 def _run(args: argparse.Namespace) -> int:

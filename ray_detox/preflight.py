@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,28 +62,48 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
     )
 
 
-def check(config: RunConfig, *, network: bool = True) -> Source:
-    """Look at everything a run names.
-
-    Args:
-        config: of the run.
-        network: False leaves alone what is on a hub or on S3.
+def check(config: RunConfig) -> Source:
+    """Look at everything a run names, fetching descriptions of what is on a hub or on S3.
 
     Raises:
         ConfigError: in one sentence, what is wrong and how to mend it.
     """
     check_judge(config.evaluate.judge)
-    remote = lambda name: name.startswith("s3://") or not (name == "lab" or looks_like_path(name))
-    source = (
-        locate(config.data) if network or not config.data.path.startswith("s3://") else Source("s3")
-    )
-    if network or not remote(config.data.path):
-        check_rows(source, config.data)
-    if network or not remote(config.policy.model):
-        check_policy(config)
-    if network or not remote(config.reward.model):
-        check_reward(config)
+    source = locate(config.data)
+    check_rows(source, config.data)
+    check_policy(config)
+    check_reward(config)
     return source
+
+
+def check_here(config: RunConfig) -> list[str]:
+    """Look at what is on this machine alone, and return what a run would fetch.
+
+    Raises:
+        ConfigError: in one sentence, what is wrong and how to mend it.
+    """
+    check_judge(config.evaluate.judge)
+    data, policy, reward = config.data, config.policy, config.reward
+    fetched = []
+
+    def look(setting: str, name: str, revision: str | None, on_hub: bool, check: Any) -> None:
+        if on_hub or name.startswith("s3://"):
+            fetched.append(f"{setting} {name}{'@' + revision if revision else ''}")
+        else:
+            check()
+
+    def is_hub_id(name: str) -> bool:
+        return name != "lab" and not looks_like_path(name)
+
+    on_hub = not data.path.startswith("s3://") and locate(data).kind == "hub"
+    look("data.path", data.path, data.revision, on_hub, lambda: check_rows(locate(data), data))
+    for setting, section, check in (
+        ("policy.model", policy, check_policy),
+        ("reward.model", reward, check_reward),
+    ):
+        name = section.model
+        look(setting, name, section.revision, is_hub_id(name), partial(check, config))
+    return fetched
 
 
 def check_policy(config: RunConfig) -> None:

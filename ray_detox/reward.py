@@ -141,7 +141,7 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
     module, _, name = term.function.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: ".name"
         raise ConfigError(
             f"reward.terms: {term.function} cannot be imported ({error}). Give the import path of "
             "a function that every node can import."

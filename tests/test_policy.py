@@ -508,6 +508,7 @@ def test_an_adapter_of_another_shape_is_refused(make_policy, tmp_path):
         make_policy().load_adapter(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 def test_an_exported_model_needs_no_peft_and_is_not_tied(
     make_policy, make_prompts, tiny_t5, tmp_path
 ):

@@ -264,6 +264,8 @@ def test_a_term_that_gives_no_finite_number_per_response_is_named(tiny_roberta, 
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
+        (".name", r"\.name cannot be imported"),
+        ("..name", r"\.\.name cannot be imported"),
         ("no.such.module", r"no\.such\.module cannot be imported"),
         ("trl.rewards.no_such_function", r"trl\.rewards\.no_such_function cannot be imported"),
         (here("NOT_A_FUNCTION"), r"NOT_A_FUNCTION is no function"),

@@ -195,6 +195,6 @@ def _check_enough(
     )
 
 
-def lane_names(lanes: int) -> list[str]:
-    """What the lanes are called in a training worker."""
-    return [f"prompts-{lane}" for lane in range(lanes)]
+def lane_name(lane: int) -> str:
+    """What a lane is called among the datasets of a training worker."""
+    return f"prompts-{lane}"

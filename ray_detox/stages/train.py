@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray_detox.config import RunConfig, config_from_dict
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.ingest import lane_names
+from ray_detox.stages.ingest import lane_name
 
 T = TypeVar("T")
 
@@ -165,7 +165,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_lane(lane: int) -> list[dict[str, Any]]:
-    shard = ray.train.get_dataset_shard(f"prompts-{lane}")
+    shard = ray.train.get_dataset_shard(lane_name(lane))
     blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow")
     return unpack([row for block in blocks for row in block.to_pylist()])
 
@@ -221,7 +221,7 @@ def run_training(
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
         ),
-        datasets=dict(zip(lane_names(len(lanes)), lanes, strict=True)),
+        datasets={lane_name(i): lane for i, lane in enumerate(lanes)},
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
 
