@@ -72,23 +72,25 @@ def wait_for_actors(actors: Sequence[Any], timeout_s: float) -> list[dict[str, A
         RewardError: some had not after `timeout_s`, or could not.
     """
     deadline = time.monotonic() + timeout_s
-    asked = [actor.describe.remote() for actor in actors]
-    _, waiting = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
-    if waiting:
-        raise RewardError(
-            f"{len(waiting)} of {len(asked)} reward actors did not come up within {timeout_s:g} s. "
-            "The cluster may lack the CPUs or GPUs they ask for (reward.cpus_per_actor, "
-            f"reward.gpus_per_actor); free now: {ray.available_resources()}."
-        )
-    try:
-        return ray.get(asked)
-    except ActorUnavailableError:
-        time.sleep(0.2)  # one of them restarts, and refuses meanwhile
-        return wait_for_actors(actors, max(0.0, deadline - time.monotonic()))
-    except RayActorError as error:
-        # The last line is the cause; those before say where in Ray it came up.
-        cause = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        raise RewardError(f"A reward actor could not start: {cause}") from error
+    while True:
+        asked = [actor.describe.remote() for actor in actors]
+        left_s = max(0.0, deadline - time.monotonic())
+        _, waiting = ray.wait(asked, num_returns=len(asked), timeout=left_s)
+        if waiting:
+            raise RewardError(
+                f"{len(waiting)} of {len(asked)} reward actors did not come up within "
+                f"{timeout_s:g} s. The cluster may lack the CPUs or GPUs they ask for "
+                "(reward.cpus_per_actor, reward.gpus_per_actor); free now: "
+                f"{ray.available_resources()}."
+            )
+        try:
+            return ray.get(asked)
+        except ActorUnavailableError:
+            time.sleep(0.2)  # one of them restarts, and refuses meanwhile
+        except RayActorError as error:
+            # The last line is the cause; those before say where in Ray it came up.
+            cause = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+            raise RewardError(f"A reward actor could not start: {cause}") from error
 
 
 @dataclass(slots=True)

@@ -1,0 +1,314 @@
+"""The whole job on Ray, shortened: what it leaves behind, and that stopping it changes nothing."""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from peft import PeftModel
+from pyarrow import fs, parquet
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from ray_detox import cli, lab, pipeline, progress
+from ray_detox.config import ConfigError, load_config
+from ray_detox.lab import corpus
+from ray_detox.pipeline import RunFolder
+from ray_detox.progress import Console, read_metrics
+from ray_detox.records import UpdateStats
+from ray_detox.store.dynamodb import DynamoDBStore
+
+pytestmark = pytest.mark.ray
+
+STEPS, PROMPTS, MEASURED = 3, 32, 24
+SHORT = [
+    f"train.steps={STEPS}",
+    "train.checkpoint_every=2",
+    f"ppo.prompts_per_step={PROMPTS}",
+    "sampling.budget_min=8",
+    "sampling.budget_max=16",
+    f"evaluate.prompts={MEASURED}",
+    "data.limit=400",
+]
+
+
+class Finished:
+    """A run of the command line: its folder, what it printed, and what it left."""
+
+    def __init__(self, output, words, capsys=None):
+        self.code = cli.main([*words, "--output", str(output)])
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+class Transcript:
+    """A stream that keeps what is printed."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return False
+
+
+@pytest.fixture(scope="module")
+def finished(output):
+    """The shortened recipe, run to its end: folder, report, and what was printed."""
+    folder, printed = RunFolder(output, "whole"), Transcript()
+    report = pipeline.run(load_config("lab", SHORT), folder, Console(printed))
+    return folder, report, printed.text
+
+
+def metrics_without_times(folder):
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds")}
+        for row in read_metrics(folder.path / "metrics.jsonl")
+    ]
+
+
+# ---- a run -----------------------------------------------------------------------------------
+
+
+def test_the_report_has_every_figure(finished):
+    _, report, _ = finished
+
+    assert report["run_id"] == "whole"
+    assert report["recipe"] == "lab"
+    assert report["status"] == "complete"
+    assert report["n"] == MEASURED
+    toxicity = report["toxicity"]
+    for side in ("before", "after"):
+        assert set(toxicity[side]) >= {"mean", "std", "share"}
+        assert 0 < report["rouge_l"][side] <= 1
+    assert toxicity["delta"]["low"] <= toxicity["delta"]["mean"] <= toxicity["delta"]["high"]
+    before, after = toxicity["before"]["mean"], toxicity["after"]["mean"]
+    assert toxicity["improvement"] == pytest.approx((before - after) / before)
+    assert math.isfinite(report["kl"])
+    phases = {"ingest", "reward", "train", "evaluate"}
+    assert phases <= set(report["seconds"])
+    assert report["seconds"]["total"] == pytest.approx(
+        sum(s for phase, s in report["seconds"].items() if phase != "total")
+    )
+    assert report["steps"] == STEPS
+    assert report["prompts_seen"] == STEPS * PROMPTS
+    assert any("template-trained" in note for note in report["notes"])
+    assert report["config"] == load_config("lab", SHORT).to_dict()
+
+
+def test_every_row_that_was_read_is_accounted_for(finished):
+    rows = finished[1]["rows"]
+
+    assert rows["read"] == 400
+    assert rows["train"] + rows["held_out"] + sum(rows["left_out"].values()) == 400
+
+
+def test_two_workers_trained_and_the_reward_actor_scored_every_text(finished):
+    _, report, printed = finished
+
+    assert re.findall(r"worker (\d) on node", printed).sort() == ["0", "1"].sort()
+    assert sorted(re.findall(r"worker (\d) on node", printed)) == ["0", "1"]
+    shares = [int(n) for n in re.findall(r"worker \d on .*, (\d+) prompts", printed)]
+    assert sum(shares) == report["rows"]["train"]
+    (actor,) = report["training"]["actors"]
+    assert actor["texts"] == STEPS * PROMPTS + 2 * MEASURED
+
+
+def test_every_step_has_a_line_and_a_row_of_finite_figures(finished):
+    folder, _, printed = finished
+    rows = read_metrics(folder.path / "metrics.jsonl")
+
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert re.findall(r"^step (\d)/3 \| score", printed, re.MULTILINE) == ["1", "2", "3"]
+    for row in rows:
+        assert set(row) == set(UpdateStats.__dataclass_fields__)
+        assert all(math.isfinite(value) for name, value in row.items() if name != "terms")
+        assert row["ratio"] == pytest.approx(1, abs=1e-4)
+        assert row["minibatches"] == 4
+        assert row["grad_norm"] > 0
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_files_of_a_run_agree_with_its_report(finished):
+    folder, report, _ = finished
+
+    assert json.loads((folder.path / "report.json").read_text()) == report
+    assert report["verdict"]["name"] in (folder.path / "report.txt").read_text()
+    samples = [json.loads(line) for line in (folder.path / "samples.jsonl").open()]
+    assert [sample["index"] for sample in samples] == list(range(MEASURED))
+    assert report["toxicity"]["after"]["mean"] == pytest.approx(
+        np.mean([sample["toxicity_after"] for sample in samples])
+    )
+    assert list((folder.path / "tensorboard").iterdir())
+    states = sorted((folder.path / "train").glob("*/state.json"))
+    assert [json.loads(state.read_text())["step"] for state in states] == [2, 3]
+
+
+def test_results_prints_the_stored_report(finished, output, capsys):
+    assert cli.main(["results", "whole", "--json", "--output", str(output)]) == 0
+
+    assert json.loads(capsys.readouterr().out) == finished[1]
+
+
+def test_plain_peft_loads_the_adapter_and_it_was_trained(finished):
+    base = AutoModelForSeq2SeqLM.from_pretrained(lab.T5)
+
+    model = PeftModel.from_pretrained(base, str(finished[0].adapter))
+
+    trained = {n: p for n, p in model.named_parameters() if "lora_B" in n}
+    assert trained
+    assert all(parameter.abs().sum() > 0 for parameter in trained.values())
+
+
+def test_an_exported_model_answers_as_the_base_with_the_adapter(finished, output, tmp_path):
+    target = tmp_path / "model"
+
+    assert cli.main(["export", "whole", str(target), "--output", str(output)]) == 0
+
+    plain = AutoModelForSeq2SeqLM.from_pretrained(target)
+    base = AutoModelForSeq2SeqLM.from_pretrained(lab.T5)
+    with_adapter = PeftModel.from_pretrained(base, str(finished[0].adapter))
+    inputs = AutoTokenizer.from_pretrained(target)("Summarize: they met.", return_tensors="pt")
+    start = torch.zeros((1, 1), dtype=torch.long)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            plain(**inputs, decoder_input_ids=start).logits,
+            with_adapter(**inputs, decoder_input_ids=start).logits,
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+def test_measuring_a_run_again_finds_what_its_report_says(finished, output, capsys):
+    assert cli.main(["evaluate", "whole", "--json", "--output", str(output)]) == 0
+
+    again = json.loads(capsys.readouterr().out)
+    report = finished[1]
+    for name in ("toxicity", "rouge_l", "facts", "length", "kl", "n", "verdict"):
+        assert again[name] == report[name]
+
+
+# ---- stopping and going on -------------------------------------------------------------------
+
+
+class StopsAtOnce(Console):
+    """A person who presses Ctrl-C as soon as training has begun."""
+
+    def line(self, text=""):
+        super().line(text)
+        if "worker 0 on node" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
+    finished, output, capsys, monkeypatch
+):
+    whole, report, _ = finished
+    part = RunFolder(output, "part")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "Console", StopsAtOnce)
+        stopped = cli.main(["run", "lab", *SHORT, "--run-id", "part", "--output", str(output)])
+    said = capsys.readouterr().out
+    done = len(read_metrics(part.path / "metrics.jsonl"))
+    command = said.partition("Go on with: ray-detox ")[2]
+
+    assert stopped == 128 + signal.SIGINT
+    assert 1 <= done < STEPS
+    assert f"Stopped after step {done}, with a checkpoint." in said
+    assert not part.adapter.exists()
+
+    assert cli.main(shlex.split(command)) == 0
+
+    assert read_metrics(part.path / "metrics.jsonl")[-1]["step"] == STEPS
+    assert metrics_without_times(part) == metrics_without_times(whole)
+    weights = "adapter_model.safetensors"
+    assert (part.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+    samples = "samples.jsonl"
+    assert (part.path / samples).read_text() == (whole.path / samples).read_text()
+    resumed = json.loads((part.path / "report.json").read_text())
+    assert resumed["toxicity"] == report["toxicity"]
+
+
+# ---- data, checkpoints and results elsewhere -------------------------------------------------
+
+
+def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dynamodb(
+    aws, output, tiny_t5, tiny_roberta, capsys
+):
+    region = os.environ["AWS_DEFAULT_REGION"]
+    boto3.client("s3").create_bucket(
+        Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": region}
+    )
+    s3, root = fs.FileSystem.from_uri("s3://bucket/checkpoints")
+    table = pa.Table.from_pylist(corpus.rows("ppo", 120))
+    parquet.write_table(table, "bucket/data/rows.parquet", filesystem=s3)
+    DynamoDBStore("ray-detox").create_table()
+    words = [
+        *SHORT[2:],
+        "data.path=s3://bucket/data",
+        "data.limit=100",
+        "train.steps=1",
+        "train.workers=1",
+        f"train.storage=s3://{root}",
+        f"policy.model={tiny_t5}",
+        f"reward.model={tiny_roberta}",
+        "reward.actors=2",
+        "results.store=dynamodb",
+        "evaluate.prompts=8",
+    ]
+
+    code = cli.main(["run", "lab", *words, "--run-id", "remote", "--output", str(output)])
+
+    assert code == 0, capsys.readouterr()
+    folder = RunFolder(output, "remote")
+    report = json.loads((folder.path / "report.json").read_text())
+    store = DynamoDBStore("ray-detox")
+    assert store.get_run("remote") == report
+    assert len(list(store.get_samples("remote"))) == report["n"] == 8
+    store.close()
+    kept = s3.get_file_info(fs.FileSelector(root, recursive=True))
+    states = [info.path for info in kept if info.base_name == "state.json"]
+    assert [json.loads(s3.open_input_file(path).read())["step"] for path in states] == [0, 1]
+    assert (folder.adapter / "adapter_model.safetensors").is_file()
+    assert not (folder.path / "train").exists()
+    assert sum(actor["texts"] for actor in report["training"]["actors"]) == PROMPTS + 2 * 8
+
+
+# ---- a cluster that is too small -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        ("train.cpus_per_worker=50", "The run needs 101 CPUs (train.workers=2 with cpus_per_worker=50"),
+        ("train.gpus_per_worker=1", "The run needs 2 GPUs (train.workers=2 with gpus_per_worker=1"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_is_too_small_is_refused_at_once(setting, sentence):
+    config = load_config("lab", [setting, "cluster.address=10.0.0.1:6379"])
+
+    with pytest.raises(ConfigError) as caught, pipeline.cluster(config, Console()):
+        pytest.fail("nothing may start")
+
+    assert sentence in str(caught.value)
+    assert "and the cluster has" in str(caught.value)
+
+
+def test_nothing_of_a_run_imports_awswrangler():
+    assert "awswrangler" not in sys.modules

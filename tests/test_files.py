@@ -1,0 +1,59 @@
+"""Files beside the code that must keep up with it: the README, the recipes, the cluster file."""
+
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from ray_detox.config import recipe_names
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_lists_every_setting_as_the_code_has_it():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import settings_table
+    finally:
+        sys.path.pop(0)
+
+    assert settings_table.with_table(README) == README, "run scripts/settings_table.py --write"
+
+
+def test_the_readme_names_every_module_script_and_recipe():
+    modules = {p.name for p in (ROOT / "ray_detox").glob("*.py")} - {"__init__.py", "__main__.py"}
+    stages = {p.name for p in (ROOT / "ray_detox/stages").glob("*.py")} - {"__init__.py"}
+    scripts = {p.name for p in (ROOT / "scripts").iterdir() if p.is_file()} - {"_env.sh"}
+    missing = [
+        name
+        for name in sorted(modules | stages | scripts)
+        if not re.search(rf"^ *{name} ", README, re.M)
+    ]
+    missing += [name for name in recipe_names() if f"| `{name}` |" not in README]
+
+    assert not missing
+
+
+def test_ray_accepts_the_cluster_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text(encoding="utf-8"))
+
+    validate_config(prepare_config(cluster))
+
+    workers = {k: v for k, v in cluster["available_node_types"].items() if k != "head"}
+    # The schema does not compare these.
+    assert all(node["min_workers"] <= node["max_workers"] for node in workers.values())
+    assert sum(node["max_workers"] for node in workers.values()) <= cluster["max_workers"]
+
+
+def test_the_cluster_file_names_the_ray_that_was_tested():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    version = re.search(r"^ray==(\S+)$", constraints, re.M)
+    cluster = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text(encoding="utf-8"))
+
+    assert version is not None
+    for image in ("head_image", "worker_image"):
+        assert f"rayproject/ray:{version.group(1)}-py311" in cluster["docker"][image]

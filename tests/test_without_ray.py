@@ -1,0 +1,56 @@
+"""The core stands by itself: PPO runs where Ray cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_one_ppo_step_runs_in_one_process_without_ray():
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['ray'] = None  # importing it now fails\n"
+        f"sys.argv = ['single_process.py', *sys.argv[1:]]\n"
+        f"runpy.run_path({str(ROOT / 'scripts/single_process.py')!r}, run_name='__main__')\n"
+    )
+
+    ended = run_python(
+        code, "--steps", "1", "--device", "cpu", "ppo.prompts_per_step=16", "ppo.epochs=1"
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    stats = json.loads(ended.stdout.splitlines()[-1])
+    assert stats["step"] == 1
+    assert abs(stats["ratio"] - 1) < 1e-5
+    assert abs(stats["kl"]) < 1e-3
+    assert stats["grad_norm"] > 0
+    assert "ray imported: False" in ended.stderr
+
+
+def test_results_and_statistics_need_no_torch():
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "sys.modules['ray'] = None\n"
+        "import ray_detox.cli, ray_detox.evaluation, ray_detox.report, ray_detox.store\n"
+        "import ray_detox.toxicity, ray_detox.quality, ray_detox.lab.corpus\n"
+    )
+
+    ended = run_python(code)
+
+    assert ended.returncode == 0, ended.stderr
