@@ -31,7 +31,7 @@ from ray_detox.config import ConfigError, RunConfig, config_from_dict
 from ray_detox.data import Source
 from ray_detox.progress import Console, MetricsLog, step_line
 from ray_detox.report import describe_run
-from ray_detox.store import ResultStore, StoreError, check_run_id, open_store
+from ray_detox.store import ResultStore, check_run_id, open_store
 
 
 class Stopped(Exception):
@@ -41,6 +41,10 @@ class Stopped(Exception):
         super().__init__(f"stopped after step {step}")
         self.step = step
         self.signal_number = signal_number
+
+
+class NotStored(RuntimeError):
+    """The run is complete, but the result store did not take its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +142,22 @@ def run(
         ConfigError, StoreError: a mistake, found before anything starts.
         Stopped: the run was asked to end; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
+        NotStored: the result is in the run's folder, and nowhere else yet.
     """
     source = prepare_run(config, folder, resume=resume)
     console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
+    try:
+        return _run_stages(config, folder, console, source)
+    except ConfigError:
+        # Such as a cluster that is too small: there is nothing to go on with.
+        if not resume:
+            shutil.rmtree(folder.path)
+        raise
 
+
+def _run_stages(
+    config: RunConfig, folder: RunFolder, console: Console, source: Source
+) -> dict[str, Any]:
     with cluster(config, console) as need:
         data, actors = _ingest(config, source, console, need)
         with console.stage("train", _describe_training(config, need)) as made:
@@ -267,7 +283,7 @@ def _train(
             lanes,
             actors,
             gpus_per_worker,
-            storage=config.train.storage or str(folder.path.resolve()),
+            storage=_storage(config, folder),
             on_event=on_event,
             stop_requested=stop.event,
         )
@@ -276,6 +292,13 @@ def _train(
         raise Stopped(outcome["step"], stop.signal_number)
     _copy(outcome["filesystem"], f"{outcome['checkpoint']}/adapter", folder.adapter)
     return outcome
+
+
+def _storage(config: RunConfig, folder: RunFolder) -> str:
+    """Where checkpoints are kept; a place of its own for every run, or runs would take up others'."""
+    if config.train.storage is None:
+        return str(folder.path.resolve())
+    return f"{config.train.storage.rstrip('/')}/{folder.run_id}"
 
 
 def _finish(
@@ -303,7 +326,7 @@ def _finish(
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     (files / "samples.jsonl").write_text(lines, encoding="utf-8")
     if problem:
-        raise StoreError(
+        raise NotStored(
             f"The run is complete and its report is in {files}, but it could not be stored: "
             f"{problem}"
         )
