@@ -11,7 +11,8 @@ sampling, then scores the reference, and only then waits. No gradients here, and
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_detox import prompts as draws
 from ray_detox.policy import Policy
 from ray_detox.records import PromptBatch, Rollout, Sample, Scores
-from ray_detox.reward import Scorer
+from ray_detox.reward import Pending, Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,64 +60,95 @@ def collect(
     """
     # Neighbours in a chunk are of like length, so that little of it is padding.
     order = torch.argsort(batch.query_mask.sum(dim=1), stable=True).tolist()
-    chunks = [order[i : i + chunk_size] for i in range(0, len(order), chunk_size)]
     seconds = {"sample": 0.0, "reference": 0.0, "score": 0.0}
 
-    samples: list[Sample] = []
-    queries: list[tuple[Tensor, Tensor]] = []
-    texts: list[str] = []
-    pending = []
-    for chunk in chunks:
-        began = time.perf_counter()
-        part = batch.select(chunk)
-        query_ids = part.query_ids.to(policy.device)
-        query_mask = part.query_mask.to(policy.device)
-        budgets, uniforms = draws.draw(part.ids, policy.sampling, seed, step)
-        sample = policy.sample(
-            query_ids,
-            query_mask,
-            torch.from_numpy(budgets).to(policy.device),
-            torch.from_numpy(uniforms.astype(np.float32)).to(policy.device),
-        )
-        ids = [
-            row[m].tolist()
-            for row, m in zip(sample.response_ids, sample.response_mask, strict=True)
+    answers: list[_Answers] = []
+    pending: list[Pending] = []
+    for start in range(0, len(order), chunk_size):
+        with _add_time(seconds, "sample"):
+            part = batch.select(order[start : start + chunk_size])
+            chunk = _answer(policy, tokenizer, part, seed, step)
+        answers.append(chunk)
+        pending.append(scorer.submit(part.texts, chunk.texts, chunk.ids, part.columns))
+
+    with _add_time(seconds, "reference"):
+        references = [
+            policy.ref_logprobs(
+                a.query_ids,
+                a.query_mask,
+                a.sample.response_ids,
+                a.sample.response_mask,
+                a.sample.encoder_states,
+            )
+            for a in answers
         ]
-        responses = decode(tokenizer, ids)
-        samples.append(sample)
-        queries.append((query_ids, query_mask))
-        texts += responses
-        seconds["sample"] += time.perf_counter() - began
-        pending.append(scorer.submit(part.texts, responses, ids, part.columns))
-
-    began = time.perf_counter()
-    references = [
-        policy.ref_logprobs(*query, s.response_ids, s.response_mask, s.encoder_states)
-        for query, s in zip(queries, samples, strict=True)
-    ]
-    seconds["reference"] = time.perf_counter() - began
-
-    began = time.perf_counter()
-    scores = Scores.concatenate([p.result() for p in pending])
-    seconds["score"] = time.perf_counter() - began
+    with _add_time(seconds, "score"):
+        scores = Scores.concatenate([p.result() for p in pending])
 
     back = np.argsort(order)
     scores = scores.select(back)
-    rows = torch.from_numpy(back).to(policy.device)
-    join = lambda parts: _stack_padded(parts)[rows]
-    has_states = samples[0].encoder_states is not None
-    rollout = Rollout(
-        query_ids=join([q for q, _ in queries]),
-        query_mask=join([m for _, m in queries]),
+    texts = [text for a in answers for text in a.texts]
+    return Collected(
+        rollout=_assemble(answers, references, scores, torch.from_numpy(back).to(policy.device)),
+        scores=scores,
+        responses=[texts[i] for i in back],
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """A chunk of prompts on the policy's device, and what it said to them."""
+
+    query_ids: Tensor
+    query_mask: Tensor
+    sample: Sample
+    ids: list[list[int]]
+    texts: list[str]
+
+
+def _answer(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, part: PromptBatch, seed: int, step: int
+) -> _Answers:
+    query_ids = part.query_ids.to(policy.device)
+    query_mask = part.query_mask.to(policy.device)
+    budgets, uniforms = draws.draw(part.ids, policy.sampling, seed, step)
+    sample = policy.sample(
+        query_ids,
+        query_mask,
+        torch.from_numpy(budgets).to(policy.device),
+        torch.from_numpy(uniforms.astype(np.float32)).to(policy.device),
+    )
+    rows = zip(sample.response_ids.tolist(), sample.response_mask.sum(dim=1).tolist(), strict=True)
+    ids = [row[:length] for row, length in rows]
+    return _Answers(query_ids, query_mask, sample, ids, decode(tokenizer, ids))
+
+
+def _assemble(
+    answers: Sequence[_Answers], references: Sequence[Tensor], scores: Scores, back: Tensor
+) -> Rollout:
+    """The chunks as one rollout, its rows in the order that `back` restores."""
+    samples = [a.sample for a in answers]
+    join = lambda parts: _stack_padded(parts)[back]
+    states = [s.encoder_states for s in samples if s.encoder_states is not None]
+    return Rollout(
+        query_ids=join([a.query_ids for a in answers]),
+        query_mask=join([a.query_mask for a in answers]),
         response_ids=join([s.response_ids for s in samples]),
         response_mask=join([s.response_mask for s in samples]),
         logprobs=join([s.logprobs for s in samples]),
         ref_logprobs=join(references),
         values=join([s.values for s in samples]),
-        scores=torch.from_numpy(scores.rewards).to(policy.device),
-        encoder_states=join([s.encoder_states for s in samples]) if has_states else None,
+        scores=torch.from_numpy(scores.rewards).to(back.device),
+        encoder_states=join(states) if states else None,
     )
-    return Collected(rollout, scores, [texts[i] for i in back], seconds)
+
+
+@contextmanager
+def _add_time(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -124,12 +156,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) ->
     return [text.strip() for text in tokenizer.batch_decode(list(rows), skip_special_tokens=True)]
 
 
-def _stack_padded(parts: Sequence[Tensor | None]) -> Tensor:
+def _stack_padded(parts: Sequence[Tensor]) -> Tensor:
     """Tensors [b, n, ...] below one another, padded with zeros to the largest n."""
-    tensors = [part for part in parts if part is not None]
-    width = max(part.shape[1] for part in tensors)
+    width = max(part.shape[1] for part in parts)
     wide = []
-    for part in tensors:
+    for part in parts:
         padded = part.new_zeros((part.shape[0], width, *part.shape[2:]))
         padded[:, : part.shape[1]] = part
         wide.append(padded)

@@ -30,7 +30,6 @@ from ray_detox.stages.ingest import lane_name
 T = TypeVar("T")
 
 POLL_S = 0.2
-STOP_PATIENCE_S = 120.0
 
 
 class TrainingError(RuntimeError):
@@ -197,33 +196,8 @@ def run_training(
         TrainingError: in one sentence, with the newest checkpoint kept.
     """
     progress = Progress.remote()  # type: ignore[attr-defined]
-    whole_gpus = gpus_per_worker >= 1
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": config.to_dict(),
-            "progress": progress,
-            "actors": list(actors),
-        },
-        # NCCL refuses two workers on one GPU.
-        torch_config=TorchConfig(backend="nccl" if whole_gpus else "gloo", timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.train.cpus_per_worker}
-            | ({"GPU": gpus_per_worker} if gpus_per_worker else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="train",
-            storage_path=storage,
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.train.max_failures, controller_failure_limit=3
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
-        ),
-        datasets={lane_name(i): lane for i, lane in enumerate(lanes)},
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-    )
+    job = {"config": config.to_dict(), "progress": progress, "actors": list(actors)}
+    trainer = _make_trainer(config, job, lanes, gpus_per_worker, storage)
 
     # fit() in a thread of its own: this one prints, and hears Ctrl-C.
     ended: dict[str, Any] = {}
@@ -247,6 +221,38 @@ def run_training(
         raise TrainingError(outcome["error"])
     checkpoint = ended["result"].checkpoint
     return outcome | {"checkpoint": checkpoint.path, "filesystem": checkpoint.filesystem}
+
+
+def _make_trainer(
+    config: RunConfig,
+    job: dict[str, Any],
+    lanes: Sequence[ray.data.Dataset],
+    gpus_per_worker: float,
+    storage: str,
+) -> TorchTrainer:
+    whole_gpus = gpus_per_worker >= 1
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        # NCCL refuses two workers on one GPU.
+        torch_config=TorchConfig(backend="nccl" if whole_gpus else "gloo", timeout_s=600),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker={"CPU": config.train.cpus_per_worker}
+            | ({"GPU": gpus_per_worker} if gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.train.max_failures, controller_failure_limit=3
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
+        ),
+        datasets={lane_name(i): lane for i, lane in enumerate(lanes)},
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
 
 
 def _fit(trainer: TorchTrainer, ended: dict[str, Any]) -> None:
