@@ -16,7 +16,7 @@ from typing import Any
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data import Source, check_rows, locate
 from ray_detox.judge import check_judge
-from ray_detox.sources import local_folder, looks_like_path
+from ray_detox.sources import local_folder, looks_like_path, s3_filesystem
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 """One of these files holds the words of a tokenizer."""
@@ -73,6 +73,8 @@ def check(config: RunConfig) -> Source:
     check_rows(source, config.data)
     check_policy(config)
     check_reward(config)
+    if config.train.storage is not None:
+        check_storage(config.train.storage)
     return source
 
 
@@ -294,16 +296,49 @@ def _or_auto(value: float | None) -> str:
 
 
 def check_output(folder: Path) -> None:
-    """The output folder can be made and written to; what is made for the test is removed.
+    """The output folder can be made and written to; nothing is made for the test.
 
     Raises:
         ConfigError: it cannot.
     """
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    reason = _why_not_writable(folder)
+    if reason:
         raise ConfigError(
-            f"The output folder {folder} cannot be written to ({existing} is not a folder you may "
-            "write to). Choose another with --output."
+            f"The output folder {folder} cannot be written to ({reason}). Choose another with "
+            "--output."
         )
+
+
+def check_storage(storage: str) -> None:
+    """Checkpoints can be kept where `train.storage` says.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if storage.startswith("s3://"):
+        from pyarrow import fs
+
+        filesystem, root = s3_filesystem(storage, "train.storage")
+        bucket = root.partition("/")[0]
+        try:
+            known = filesystem.get_file_info(bucket).type != fs.FileType.NotFound
+        except OSError as error:
+            known, bucket = False, f"{bucket} ({str(error).splitlines()[0]})"
+        reason = None if known else f"there is no bucket {bucket} for you"
+    elif not Path(storage).is_absolute():
+        reason = "every node must find it, so it begins with / or s3://"
+    else:
+        reason = _why_not_writable(Path(storage))
+    if reason:
+        raise ConfigError(
+            f"train.storage is {storage!r}, and no checkpoint can be kept there: {reason}."
+        )
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    existing = folder
+    while not os.path.exists(existing):  # not Path.exists, which may raise PermissionError
+        existing = existing.parent
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"{existing} is not a folder you may write to"

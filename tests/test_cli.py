@@ -452,6 +452,24 @@ def test_a_file_in_the_way_of_the_output_folder_is_refused(mistake, output):
     assert "Choose another with --output" in sentence
 
 
+@pytest.mark.parametrize(
+    "storage, reason",
+    [
+        ("relative/folder", "every node must find it, so it begins with / or s3://"),
+        ("{file}", "{file} is not a folder you may write to"),
+        ("{file}/below", "{file} is not a folder you may write to"),
+    ],
+)
+def test_a_place_where_no_checkpoint_can_be_kept_is_refused(mistake, tmp_path, storage, reason):
+    (tmp_path / "file").write_text("here first")
+    place = storage.format(file=tmp_path / "file")
+
+    sentence = mistake("lab", f"train.storage={place}")
+
+    assert f"train.storage is {place!r}, and no checkpoint can be kept there" in sentence
+    assert reason.format(file=tmp_path / "file") in sentence
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_folder_that_is_read_only_is_refused(mistake, output):
     output.mkdir(mode=0o500)
@@ -576,6 +594,7 @@ def test_an_export_overwrites_no_folder(mistake, stored_run, tmp_path):
         (pipeline.Stopped(7, signal.SIGINT), 130, "Stopped after step 7, with a checkpoint."),
         (pipeline.Stopped(7, signal.SIGTERM), 143, "Stopped after step 7, with a checkpoint."),
         (RuntimeError("Training failed: no."), cli.FAILED, "ray-detox: Training failed: no.\n"),
+        (pipeline.NotStored("Kept here alone."), cli.FAILED, "ray-detox: Kept here alone.\n"),
         (KeyboardInterrupt(), 130, "ray-detox: stopped."),
     ],
 )

@@ -6,7 +6,6 @@ Ray ends when the last test of the folder does, so that the tests elsewhere run 
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +23,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "WR_ENGINE": "python",
-    # Workers import reward functions from this folder.
-    "PYTHONPATH": str(Path(__file__).parent),
+    # Workers import `on_ray`, for its reward functions.
+    "PYTHONPATH": str(Path(__file__).parents[1]),
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
     "AWS_SECRET_ACCESS_KEY": "secret",
     "AWS_DEFAULT_REGION": "eu-central-1",
@@ -50,7 +49,6 @@ def aws() -> Iterator[str]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.syspath_prepend(ENVIRONMENT["PYTHONPATH"])
         yield f"http://{host}:{port}"
     server.stop()
 
@@ -75,4 +73,3 @@ def cluster(aws: str) -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
-    assert "awswrangler" not in sys.modules, "nothing here needs it, and it would start a Ray"

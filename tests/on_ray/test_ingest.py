@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -117,6 +118,17 @@ def test_a_file_gives_the_prompts_that_the_embedded_corpus_gives(tmp_path, embed
     assert own(found.held_out, "id", "summary") == own(embedded.held_out, "id", "summary")
     if kind != "csv":  # which has no lists
         assert found.held_out == embedded.held_out
+
+
+def test_a_hub_dataset_gives_the_prompts_that_the_embedded_corpus_gives(embedded, monkeypatch):
+    hub = datasets.Dataset.from_list(corpus.rows("ppo", ROWS))
+    monkeypatch.setattr("ray_detox.stages.ingest.load_hub", lambda config: hub)
+
+    found = Prepared("data.path=someone/dialogues")
+
+    assert found.counts == embedded.counts
+    assert found.lanes == embedded.lanes
+    assert found.held_out == embedded.held_out
 
 
 def test_a_prompt_is_the_template_around_the_dialogue_and_its_tokens(embedded):

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.ray
 TEXTS = 50
 CHUNK = 8
 TERMS = (
-    RewardTerm(function="reward_terms.echo", weight=0.5),
-    RewardTerm(function="reward_terms.die_once"),
-    RewardTerm(function="reward_terms.pause"),
+    RewardTerm(function="on_ray.reward_terms.echo", weight=0.5),
+    RewardTerm(function="on_ray.reward_terms.die_once"),
+    RewardTerm(function="on_ray.reward_terms.pause"),
     RewardTerm(function="trl.rewards.get_repetition_penalty_reward", arguments={"ngram_size": 2}),
 )
 
