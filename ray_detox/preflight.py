@@ -16,7 +16,12 @@ from typing import Any
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data import Source, check_rows, locate
 from ray_detox.judge import check_judge
-from ray_detox.sources import local_folder, looks_like_path, s3_filesystem
+from ray_detox.sources import (
+    hub_has_safetensors,
+    local_folder,
+    looks_like_path,
+    s3_filesystem,
+)
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 """One of these files holds the words of a tokenizer."""
@@ -119,7 +124,7 @@ def check_policy(config: RunConfig) -> None:
             f"policy.model is {policy.model!r}, a {kind}; expected an encoder-decoder such as "
             "google/flan-t5-base. For decoder-only models use trl's own trainers."
         )
-    _check_safetensors(folder, policy.model, "policy.model")
+    _check_safetensors(folder, policy.model, "policy.model", policy.revision)
     _check_tokenizer(folder, policy.model, "policy.model")
     if policy.adapter is not None:
         _check_adapter(folder, config)
@@ -148,12 +153,21 @@ def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
     return settings
 
 
-def _check_safetensors(folder: Path, name: str, setting: str) -> None:
-    is_local = name == "lab" or Path(name).expanduser().is_dir()
-    if is_local and not any(folder.glob("*.safetensors")):
+def _check_safetensors(folder: Path, name: str, setting: str, revision: str | None = None) -> None:
+    is_local = name == "lab" or name.startswith("s3://") or Path(name).expanduser().is_dir()
+    if any(folder.glob("*.safetensors")):
+        return
+    if is_local:
         raise ConfigError(
             f"{setting} is {name!r}, which has no .safetensors file. Pickled weights can run code "
             "and are not read; save the model again with save_pretrained."
+        )
+    if not hub_has_safetensors(name, revision):
+        raise ConfigError(
+            f"{setting} is the hub id {name!r}, which has no .safetensors file at this revision. "
+            "Pickled weights can run code and are not read; set "
+            f"{setting.partition('.')[0]}.revision to one that has (conversions often wait as "
+            "refs/pr/NUMBER), or convert it and give its folder."
         )
 
 
@@ -258,7 +272,7 @@ def check_reward(config: RunConfig) -> None:
             "expected a sequence classifier such as facebook/roberta-hate-speech-dynabench-r4-target."
         )
     label_index(settings, reward.label, reward.model)
-    _check_safetensors(folder, reward.model, "reward.model")
+    _check_safetensors(folder, reward.model, "reward.model", reward.revision)
     _check_tokenizer(folder, reward.model, "reward.model")
     for term in reward.terms:
         load_reward_function(term)

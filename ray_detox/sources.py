@@ -74,6 +74,20 @@ def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> P
         ) from error
 
 
+def hub_has_safetensors(name: str, revision: str | None) -> bool:
+    """Whether a hub model has safetensors; True where the hub cannot be asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = snapshot_download(
+            name, revision=revision, allow_patterns=WEIGHT_FILES, dry_run=True
+        )
+    except (HfHubHTTPError, OSError):  # offline, with the model in the cache
+        return True
+    return len(files) > 0
+
+
 def _from_s3(address: str, setting: str) -> Path:
     """Copy everything under `address` into a local cache that is keyed by what is there now."""
     filesystem, root = s3_filesystem(address, setting)

@@ -785,3 +785,26 @@ def test_a_hub_that_does_not_answer_is_a_mistake_of_one_line(tmp_path):
     assert done.stderr.startswith("ray-detox: policy.model is the hub id 'google/flan-t5-base'")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_hub_model_with_pickled_weights_alone_is_refused_before_it_is_fetched(
+    monkeypatch, mistake, tiny_roberta
+):
+    described = tiny_roberta
+
+    def only_description(name, revision, setting, weights):
+        folder = described.parent / "description"
+        folder.mkdir(exist_ok=True)
+        for file in described.iterdir():
+            if file.suffix != ".safetensors":
+                (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    monkeypatch.setattr("ray_detox.sources._from_hub", only_description)
+    # What the hub would fetch of a repository without safetensors: nothing.
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **asked: [])
+
+    sentence = mistake("lab", "reward.model=someone/classifier")
+
+    assert "the hub id 'someone/classifier', which has no .safetensors file" in sentence
+    assert "set reward.revision to one that has" in sentence
