@@ -4,13 +4,20 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox import prompts
 from ray_detox.config import PolicyConfig, SamplingConfig
-from ray_detox.policy import _invert_cdf, compute_dtype, export_model, load_policy, lora_config
+from ray_detox.policy import (
+    Policy,
+    _invert_cdf,
+    compute_dtype,
+    export_model,
+    load_policy,
+    lora_config,
+)
 
 EOS = 1
 
@@ -533,3 +540,60 @@ def test_a_model_that_is_not_there_is_named_with_what_to_give_instead(tmp_path):
         ValueError, match=r"policy.model is '.*nowhere', and no such folder is here"
     ):
         load_policy(missing, SamplingConfig(), seed=0)
+
+
+SMALL_BART = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+}
+SMALL_T5 = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("frozen_encoder", [False, True])
+@pytest.mark.parametrize(
+    "kind, settings, targets",
+    [
+        ("bart", SMALL_BART, ("q_proj", "v_proj")),
+        ("pegasus", SMALL_BART, ("q_proj", "v_proj")),
+        ("mt5", SMALL_T5, ("q", "v")),
+        ("longt5", SMALL_T5, ("q", "v")),
+    ],
+)
+def test_other_encoder_decoders_score_their_samples_as_they_drew_them(
+    kind, settings, targets, frozen_encoder
+):
+    torch.manual_seed(0)
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **settings))
+    config = PolicyConfig(lora_rank=4, lora_targets=targets, frozen_encoder=frozen_encoder)
+    model = get_peft_model(base, lora_config(config))
+    policy = Policy(model, SamplingConfig(budget_min=12, budget_max=12), frozen_encoder)
+    for parameter in policy.trainable().values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    query_mask = torch.arange(9) < torch.tensor([9, 4, 7, 3])[:, None]
+    query_ids = torch.where(query_mask, torch.randint(5, 90, (4, 9)), policy.pad_id)
+
+    drawn = policy.sample(query_ids, query_mask, torch.tensor([12, 3, 12, 1]), torch.rand(4, 12))
+    response = drawn.response_ids, drawn.response_mask, drawn.encoder_states
+    with torch.no_grad():
+        scored = policy.score_tokens(query_ids, query_mask, *response)
+    reference = policy.ref_logprobs(query_ids, query_mask, *response)
+
+    assert_close(scored.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+    assert_close(scored.values, drawn.values, atol=1e-5, rtol=0)
+    assert (reference - drawn.logprobs).abs().max() > 1e-3
+    assert (drawn.encoder_states is not None) == frozen_encoder
