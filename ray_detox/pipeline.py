@@ -43,6 +43,10 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
+class StageError(RuntimeError):
+    """A Ray task failed; the message is its cause, in one line."""
+
+
 class NotStored(RuntimeError):
     """The run is complete, but the result store did not take its result."""
 
@@ -142,15 +146,17 @@ def run(
         ConfigError, StoreError: a mistake, found before anything starts.
         Stopped: the run was asked to end; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
+        StageError: a task of another stage failed.
         NotStored: the result is in the run's folder, and nowhere else yet.
     """
     source = prepare_run(config, folder, resume=resume)
     console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
     try:
-        return _run_stages(config, folder, console, source)
+        with causes_in_one_sentence():
+            return _run_stages(config, folder, console, source)
     except ConfigError:
-        # Such as a cluster that is too small: there is nothing to go on with.
-        if not resume:
+        # Such as a cluster that is too small: only the settings are there, nothing to go on with.
+        if [file.name for file in folder.path.iterdir()] == ["config.json"]:
             shutil.rmtree(folder.path)
         raise
 
@@ -189,7 +195,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     source = preflight.check(config)
     from ray_detox.evaluation import summarise
 
-    with cluster(config, console) as need:
+    with causes_in_one_sentence(), cluster(config, console) as need:
         data, actors = _ingest(config, source, console, need)
         samples = _measure(config, folder, console, data.held_out, actors, need)
     return summarise(
@@ -373,6 +379,23 @@ def stop_on_signal(console: Console) -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def causes_in_one_sentence() -> Iterator[None]:
+    """Turn what failed in a Ray task into its cause; Ray's own message is a page of traceback."""
+    try:
+        yield
+    except Exception as error:
+        ray = sys.modules.get("ray")
+        if ray is None or not isinstance(error, ray.exceptions.RayTaskError):
+            raise
+        from ray_detox.stages.train import innermost, last_line
+
+        cause = innermost(error)
+        if isinstance(cause, ConfigError):
+            raise ConfigError(str(cause)) from error
+        raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ sampling and update, and the very first ratio would no longer be 1. Gradients fl
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -400,7 +401,10 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
 
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    with warnings.catch_warnings():
+        # That merging unties the embeddings, where they never were tied.
+        warnings.simplefilter("ignore", UserWarning)
+        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 

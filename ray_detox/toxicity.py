@@ -20,6 +20,8 @@ Pair = tuple[float | None, float | None]
 # Random numbers drawn at a time: bounds memory to a few tens of megabytes for any n.
 _CELLS_AT_A_TIME = 2**20
 
+MOST_P_VALUE = 0.05
+"""A change is called one below this; the interval must exclude zero as well."""
 FEWEST_PAIRS = 6
 """Fewer scored pairs prove nothing: if all five agree, a sign-flip test gives 2 / 2^5 > 0.05."""
 
@@ -303,8 +305,8 @@ def verdict(
         improved          the interval of delta lies wholly below 0, and no floor is broken
         quality lost      the interval lies wholly below 0, but a floor is broken
         worse             the interval lies wholly above 0
-        no clear change   anything else, a mean change below `min_change`, or fewer than
-                          `FEWEST_PAIRS` scored pairs
+        no clear change   anything else, a mean change below `min_change`, a p-value of
+                          `MOST_P_VALUE` or more, or fewer than `FEWEST_PAIRS` scored pairs
 
     Args:
         toxicity: the comparison to judge.
@@ -365,6 +367,10 @@ def _judge(toxicity: Comparison, reasons: Sequence[str], min_change: float) -> t
     if abs(delta.mean) < min_change and not delta.low <= 0 <= delta.high:
         sentence = f"Toxicity went {moved}; less than {min_change:g} is not called a change."
         return "no clear change", sentence
+    if not delta.low <= 0 <= delta.high and toxicity.p_value >= MOST_P_VALUE:
+        # A bootstrap of few pairs is a little too sure of itself.
+        sentence = f"Toxicity went {moved}, p = {toxicity.p_value:.3f}: that may be chance."
+        return "no clear change", f"{sentence} {' '.join(reasons)}".rstrip()
     if delta.high < 0 and reasons:
         return "quality lost", f"Toxicity fell {moved}, but at a price. {' '.join(reasons)}"
     if delta.high < 0:

@@ -293,3 +293,22 @@ def test_a_change_too_small_to_matter_is_not_called_an_improvement():
     assert verdict(tiny).name == "no clear change"
     assert "less than 0.005" in verdict(tiny).sentence
     assert verdict(tiny, floors=QualityFloors(min_change=0)).name == "improved"
+
+
+def test_an_interval_that_excludes_zero_is_not_enough_where_it_may_be_chance():
+    before = np.full(24, 0.5)
+    after = before + np.where(np.arange(24) < 3, -0.4, 0.0)  # three of 24, all the same way
+
+    few = compare(before, after)
+
+    assert few.p_value > 0.05
+    assert verdict(few).name == "no clear change"
+
+
+def test_a_p_value_above_the_limit_is_said_to_be_chance():
+    sure = compare(np.full(24, 0.5), np.linspace(0.1, 0.3, 24))
+    unsure = dataclasses.replace(sure, p_value=0.149)
+
+    assert verdict(sure).name == "improved"
+    assert verdict(unsure).name == "no clear change"
+    assert "p = 0.149: that may be chance" in verdict(unsure).sentence

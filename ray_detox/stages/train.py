@@ -265,10 +265,18 @@ def _fit(trainer: TorchTrainer, ended: dict[str, Any]) -> None:
 def explain(error: BaseException) -> str:
     """The innermost cause of a failed worker group, in one line."""
     failures = getattr(error, "worker_failures", None) or {}
-    for cause in [*failures.values(), error]:
-        while getattr(cause, "cause", None) or cause.__cause__:
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        if lines:
-            return f"Training failed: {type(cause).__name__}: {lines[-1].strip()}"
-    return f"Training failed: {type(error).__name__}."
+    cause = innermost(next(iter(failures.values()), error))
+    return f"Training failed: {type(cause).__name__}: {last_line(cause)}"
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What an error comes from in the end: Ray wraps it, in the worker and on the way."""
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    return error
+
+
+def last_line(error: BaseException) -> str:
+    """The end of an error's message, where Ray puts the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

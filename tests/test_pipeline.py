@@ -1,0 +1,67 @@
+"""What becomes of a run's folder, and of errors from Ray, when a stage fails; no Ray is started."""
+
+import io
+
+import pytest
+import ray.exceptions
+
+from ray_detox import pipeline
+from ray_detox.config import ConfigError, load_config
+from ray_detox.progress import Console
+
+
+def run_where(stages, tmp_path, monkeypatch):
+    """Run the recipe lab with `stages` in place of its stages."""
+    folder = pipeline.RunFolder(tmp_path, "first")
+    monkeypatch.setattr(pipeline, "_run_stages", lambda *args: stages(folder))
+    pipeline.run(load_config("lab"), folder, Console(io.StringIO()))
+
+
+def from_a_task(cause: Exception) -> Exception:
+    """An error as `ray.get` raises it when a task raised `cause`."""
+    trace = f"Traceback (most recent call last):\n  a page of it\n{cause}"
+    return ray.exceptions.RayTaskError("measure_shard", trace, cause).as_instanceof_cause()
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch):
+    def too_small(folder):
+        raise ConfigError("The run needs 8 GPUs, and the cluster has 0.")
+
+    with pytest.raises(ConfigError, match="8 GPUs"):
+        run_where(too_small, tmp_path, monkeypatch)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_trained_is_kept_whatever_fails_after_it(tmp_path, monkeypatch):
+    def trained_and_then_no_model(folder):
+        folder.adapter.mkdir()
+        (folder.adapter / "adapter_config.json").write_text("{}")
+        raise from_a_task(ConfigError("policy.model is '/gone', and no such folder is here."))
+
+    with pytest.raises(ConfigError) as refused:
+        run_where(trained_and_then_no_model, tmp_path, monkeypatch)
+
+    assert str(refused.value) == "policy.model is '/gone', and no such folder is here."
+    assert (tmp_path / "first/adapter/adapter_config.json").is_file()
+
+
+def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
+    def broken(folder):
+        raise from_a_task(ValueError("The reward term length gave 3 values for 4 responses."))
+
+    with pytest.raises(pipeline.StageError) as failed:
+        run_where(broken, tmp_path, monkeypatch)
+
+    expected = "ValueError: The reward term length gave 3 values for 4 responses."
+    assert str(failed.value) == expected
+
+
+def test_every_run_keeps_its_checkpoints_apart(tmp_path):
+    config = load_config("lab", ["train.storage=s3://bucket/runs/"])
+
+    first, second = (
+        pipeline._storage(config, pipeline.RunFolder(tmp_path, name)) for name in ("a", "b")
+    )
+
+    assert (first, second) == ("s3://bucket/runs/a", "s3://bucket/runs/b")
