@@ -402,8 +402,9 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     with warnings.catch_warnings():
-        # That merging unties the embeddings, where they never were tied.
-        warnings.simplefilter("ignore", UserWarning)
+        # That merging unties the embeddings, where they never were tied, and what libraries
+        # tell one another about their next release.
+        warnings.simplefilter("ignore")
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
