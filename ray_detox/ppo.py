@@ -23,11 +23,6 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` over the positions where `mask` is True. Scalar, NaN for an empty mask."""
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
-
-
 # ---- KL ------------------------------------------------------------------------------------
 
 

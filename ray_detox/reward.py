@@ -8,7 +8,6 @@ silence. Knows no policy and nothing of Ray.
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -213,9 +212,3 @@ class Reward:
     ) -> Pending:
         """Score now; there is no other process to hand it to."""
         return Ready(self(prompts, responses, response_ids, columns))
-
-
-def classifier_settings(folder: Path) -> dict[str, Any]:
-    """A model's config.json as plain values."""
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings

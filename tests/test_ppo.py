@@ -48,29 +48,6 @@ def test_one_worker_sums_to_itself():
     assert ppo.identity(x) is x
 
 
-def test_masked_mean_matches_the_worked_example():
-    x = tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]])
-    mask = tensor([[True, True, False], [True, False, False]])
-
-    assert_close(ppo.masked_mean(x, mask), tensor(3.0))
-
-
-def test_masked_mean_of_nothing_is_not_a_number():
-    assert ppo.masked_mean(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)).isnan()
-
-
-@given(responses(1), junk)
-def test_padding_never_changes_a_masked_mean_nor_gets_a_gradient(batch, value):
-    mask, x = batch
-    spoiled = spoil(x, mask, value).requires_grad_()
-
-    mean = ppo.masked_mean(spoiled, mask)
-    mean.backward()
-
-    assert_close(mean, ppo.masked_mean(x, mask))
-    assert_close(spoiled.grad, mask / mask.sum())
-
-
 # ---- KL ----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from ray_detox.config import ConfigError, RewardConfig, RewardTerm
 from ray_detox.reward import (
     Classifier,
     Reward,
-    classifier_settings,
     label_index,
     load_reward_function,
     longest_input,
@@ -168,10 +167,6 @@ def test_roberta_wastes_the_positions_up_to_its_padding(settings, expected):
         model_max_length = int(1e30)  # what a tokenizer says that does not know
 
     assert longest_input(Unsure(), settings) == expected
-
-
-def test_the_settings_of_a_classifier_are_read_without_loading_it(tiny_roberta):
-    assert classifier_settings(tiny_roberta)["id2label"] == {"0": "nothate", "1": "hate"}
 
 
 # ---- what is read ------------------------------------------------------------------------------
