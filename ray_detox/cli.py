@@ -207,7 +207,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder = pipeline.RunFolder(args.output, args.run_id)
     config = _changed(folder.read_config(), args.words)
     console = Console(sys.stderr if args.json else sys.stdout)
-    report = pipeline.evaluate_run(config, folder, console)
+    try:
+        report = pipeline.evaluate_run(config, folder, console)
+    except RuntimeError as error:
+        print(f"ray-detox: {error}", file=sys.stderr)
+        return FAILED
     print(json.dumps(report, indent=2) if args.json else "\n" + describe_run(report))
     return 0
 

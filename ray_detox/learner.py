@@ -94,6 +94,7 @@ class Learner:
             self._deal(step, epoch, first_row, len(rollout)) for epoch in range(self.config.epochs)
         ]
         lengths = rollout.response_mask.sum(dim=1).cpu().numpy()
+        sizes = lengths + rollout.query_mask.sum(dim=1).cpu().numpy()
         tokens = self.sum_over_workers(
             torch.tensor(
                 [lengths[rows].sum() for deal in deals for rows in deal], dtype=torch.float64
@@ -103,7 +104,9 @@ class Learner:
         figures: list[dict[str, float]] = []
         for rows, token_count in zip((r for deal in deals for r in deal), tokens, strict=True):
             self.optimiser.zero_grad(set_to_none=False)
-            sums = self._backward(rollout, targets, rows, token_count)
+            # Neighbours in a micro-batch are of like size, so that little of it is padding.
+            by_size = rows[np.argsort(sizes[rows], kind="stable")]
+            sums = self._backward(rollout, targets, by_size, token_count)
             measured = self._share(sums)
             if not all(np.isfinite(v) for v in measured.values()):
                 bad = ", ".join(name for name, v in measured.items() if not np.isfinite(v))
@@ -131,8 +134,6 @@ class Learner:
         self, rollout: Rollout, targets: Targets, rows: np.ndarray, token_count: float
     ) -> Tensor:
         """Add this worker's gradient of a minibatch to `.grad`; return its sums of `_FIGURES`."""
-        lengths = (rollout.response_mask.sum(dim=1) + rollout.query_mask.sum(dim=1)).cpu().numpy()
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
         sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self.policy.device)
         for start in range(0, len(rows), self.config.micro_batch_size):
             part = torch.from_numpy(rows[start : start + self.config.micro_batch_size])

@@ -12,6 +12,7 @@ Everything a run writes is under its folder, OUTPUT/RUN_ID:
 """
 
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -19,6 +20,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -435,8 +437,6 @@ def cluster(config: RunConfig, console: Console) -> Iterator[preflight.Needs]:
 
 
 def _connect(config: RunConfig) -> None:
-    import logging
-
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -469,8 +469,6 @@ def _count_gpus() -> int:
 
 
 def _check_size(config: RunConfig) -> preflight.Needs:
-    import time
-
     import ray
 
     def have(kind: str) -> float:

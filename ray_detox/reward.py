@@ -107,14 +107,16 @@ class Classifier:
         """Logits of the label, 1 - its probability, and where the text was cut; each [B]."""
         rows = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)
+        for i in np.flatnonzero(lengths > self.max_tokens).tolist():
+            cut = self.tokenizer(texts[i], truncation=True, max_length=self.max_tokens)
+            rows[i] = cut["input_ids"]
         logits = np.empty(len(texts), dtype=np.float32)
         toxicity = np.empty(len(texts), dtype=np.float32)
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             inputs = self.tokenizer.pad(
-                {"input_ids": [encoded["input_ids"][i] for i in batch]}, return_tensors="pt"
+                {"input_ids": [rows[i] for i in batch]}, return_tensors="pt"
             ).to(self.device)
             output = self.model(**inputs).logits.float()
             logits[batch] = output[:, self.label].cpu().numpy()

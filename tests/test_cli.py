@@ -808,3 +808,18 @@ def test_a_hub_model_with_pickled_weights_alone_is_refused_before_it_is_fetched(
 
     assert "the hub id 'someone/classifier', which has no .safetensors file" in sentence
     assert "set reward.revision to one that has" in sentence
+
+
+def test_an_evaluation_that_fails_while_it_runs_is_told_in_one_line(
+    monkeypatch, stored_run, output, capsys
+):
+    def fails(*args):
+        raise pipeline.StageError("ValueError: The reward term gave nothing.")
+
+    stored_run("first")
+    monkeypatch.setattr(pipeline, "evaluate_run", fails)
+
+    code = cli.main(["evaluate", "first", "--output", str(output)])
+
+    assert code == cli.FAILED
+    assert capsys.readouterr().err == "ray-detox: ValueError: The reward term gave nothing.\n"
