@@ -1,4 +1,4 @@
-"""The command line: `ray-detox check | run | evaluate | results | export`.
+"""The command line: `ray-detox check | run | evaluate | export`, and those of `cli_results.py`.
 
 A person's mistake ends with one sentence and exit code 2, before anything has started. Verbs
 import what they need when they run, so that `check` and `results` answer at once.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_detox import __version__
+from ray_detox import __version__, cli_results
 from ray_detox.config import (
     ConfigError,
     RunConfig,
@@ -24,6 +24,7 @@ from ray_detox.config import (
     load_config,
     recipe_names,
 )
+from ray_detox.run_folder import RunFolder, new_run_id
 from ray_detox.store import StoreError
 
 FAILED, MISTAKE = 1, 2
@@ -91,11 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="*", metavar="SETTING", help="section.name=value")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_output(sub)
-    sub = add("results", _results, "List stored runs, or show one.")
-    sub.add_argument("run_id", nargs="?", metavar="RUN")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help="results.name=value")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    add_output(sub)
+    cli_results.add_verbs(add, add_output)
     sub = add("export", _export, "Merge a run's adapter into its model, as a plain model.")
     sub.add_argument("run_id", metavar="RUN")
     sub.add_argument("folder", type=Path, metavar="FOLDER")
@@ -147,12 +144,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume is not None:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
-        folder = pipeline.RunFolder(args.output, args.resume)
+        folder = RunFolder(args.output, args.resume)
         config = _changed(folder.read_config(), args.words)
     else:
         config = _load(args.words)
-        run_id = pipeline.new_run_id(config.recipe) if args.run_id is None else args.run_id
-        folder = pipeline.RunFolder(args.output, run_id)
+        run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
+        folder = RunFolder(args.output, run_id)
     go_on = f"ray-detox run --resume {folder.run_id}"
     if args.output != Path("runs"):
         go_on += f" --output {args.output}"
@@ -204,7 +201,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ray_detox.progress import Console
     from ray_detox.report import describe_run
 
-    folder = pipeline.RunFolder(args.output, args.run_id)
+    folder = RunFolder(args.output, args.run_id)
     config = _changed(folder.read_config(), args.words)
     console = Console(sys.stderr if args.json else sys.stdout)
     try:
@@ -216,42 +213,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _results(args: argparse.Namespace) -> int:
-    from ray_detox import pipeline
-    from ray_detox.report import describe_run, list_line
-
-    words = list(args.words)
-    if args.run_id and "=" in args.run_id:
-        words, args.run_id = [args.run_id, *words], None
-    config = _load(words)
-    folder = pipeline.RunFolder(args.output, args.run_id or "")
-    if config.results.store == "sqlite" and not folder.store_path.is_file():
-        raise ConfigError(f"No results in {args.output} yet; ray-detox run makes some.")
-    store = pipeline.store_of(config, folder)
-    try:
-        if args.run_id is None:
-            runs = store.list_runs()
-            print(json.dumps(runs, indent=2) if args.json else "\n".join(map(list_line, runs)))
-            return 0
-        report = store.get_run(args.run_id)
-        if report is None:
-            raise ConfigError(
-                f"No result of a run {args.run_id!r} is stored; `ray-detox results` lists those "
-                "that are. A run that was stopped goes on with ray-detox run --resume."
-            )
-        if args.json:
-            print(json.dumps(report, indent=2))
-        else:
-            print(describe_run(report, list(store.get_samples(args.run_id))))
-        return 0
-    finally:
-        store.close()
-
-
 def _export(args: argparse.Namespace) -> int:
-    from ray_detox import pipeline
-
-    folder = pipeline.RunFolder(args.output, args.run_id)
+    folder = RunFolder(args.output, args.run_id)
     config = folder.read_config()
     folder.require_adapter()
     if args.folder.exists() and any(args.folder.iterdir()):

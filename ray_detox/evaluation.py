@@ -99,6 +99,7 @@ def summarise(
     rows: Mapping[str, Any],
     seconds: Mapping[str, float],
     training: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
     """The report of a run, from its samples; adds `rouge_l_*`, `facts_*` and `judge_*` to them.
 
@@ -110,6 +111,7 @@ def summarise(
         rows: counts of rows read, left out, trained on and held out.
         seconds: wall time by phase.
         training: further figures of the training, such as peak memory.
+        fingerprints: of the models and the data.
     """
     judge = load_judge(config.evaluate.judge)
     _rate(samples, judge)
@@ -136,7 +138,7 @@ def summarise(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "n": len(samples),
         "verdict": verdict.to_json(),
-        "toxicity": compared.to_json(),
+        "toxicity": compared.to_json() | {"histogram": _histogram(samples)},
         "judge": judged,
         **means,
         "distinct_2": {side: quality.distinct_n(texts[side]) for side in SIDES},
@@ -150,8 +152,15 @@ def summarise(
         "seconds": {"total": float(sum(seconds.values()))} | dict(seconds),
         "notes": notes(config, samples),
         "config": config.to_dict(),
+        "fingerprints": dict(fingerprints),
         "versions": versions(),
     }
+
+
+def _histogram(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    pairs = [tuple(sample[f"toxicity_{side}"] for side in SIDES) for sample in samples]
+    before, after = zip(*pairs, strict=True) if pairs else ((), ())
+    return toxicity.histogram(before, after)
 
 
 def _rate(samples: Sequence[dict[str, Any]], judge: Judge | None) -> None:

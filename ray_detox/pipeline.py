@@ -5,10 +5,7 @@
                (Ray Data)                 (Ray Train)            (Ray tasks)   report, store
              reward actors ................ scores ............... scores
 
-Everything a run writes is under its folder, OUTPUT/RUN_ID:
-
-    config.json  metrics.jsonl  tensorboard/  train/ (checkpoints)  adapter/  report.json
-    report.txt   samples.jsonl
+What a run writes, and where, is `run_folder.py`.
 """
 
 import json
@@ -24,16 +21,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ray_detox import preflight
-from ray_detox.config import ConfigError, RunConfig, config_from_dict
+from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data import Source
 from ray_detox.progress import Console, MetricsLog, step_line
-from ray_detox.report import describe_run
-from ray_detox.store import ResultStore, check_run_id, open_store
+from ray_detox.publish import check_store
+from ray_detox.run_folder import RunFolder
+from ray_detox.sources import fingerprint, folder_fingerprint
+from ray_detox.store import check_run_id
 
 
 class Stopped(Exception):
@@ -53,67 +51,6 @@ class NotStored(RuntimeError):
     """The run is complete, but the result store did not take its result."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunFolder:
-    """Where the files of a run are."""
-
-    output: Path
-    run_id: str
-
-    @property
-    def path(self) -> Path:
-        """The run's own folder."""
-        return self.output / self.run_id
-
-    @property
-    def store_path(self) -> Path:
-        """The embedded store, shared by all runs of an output folder."""
-        return self.output / "results.sqlite"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, as plain peft loads it."""
-        return self.path / "adapter"
-
-    def require_adapter(self) -> None:
-        """Refuse a run that has not finished training.
-
-        Raises:
-            ConfigError: the run has no adapter yet.
-        """
-        if not (self.adapter / "adapter_config.json").is_file():
-            raise ConfigError(
-                f"Run {self.run_id!r} has no adapter yet. Finish it first: "
-                f"ray-detox run --resume {self.run_id}."
-            )
-
-    def read_config(self) -> RunConfig:
-        """The settings the run was started with.
-
-        Raises:
-            ConfigError: there is no such run.
-        """
-        file = self.path / "config.json"
-        if not file.is_file():
-            runs = sorted(p.parent.name for p in self.output.glob("*/config.json"))
-            known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
-            raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
-        return config_from_dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-def new_run_id(recipe: str) -> str:
-    """A run id that sorts by time and does not collide."""
-    return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def store_of(config: RunConfig, folder: RunFolder) -> ResultStore:
-    """The result store that a run writes to."""
-    results = config.results
-    return open_store(
-        results.store, folder.store_path, results.table, results.region, results.endpoint_url
-    )
-
-
 def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source:
     """Find every mistake that can be found before anything starts, then make the run's folder.
 
@@ -130,8 +67,7 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
     if _is_local(config):
         preflight.check_local_gpus(config, _count_gpus)
     source = preflight.check(config)
-    if config.results.store == "dynamodb":
-        store_of(config, folder).check()
+    check_store(config.results, folder, new_run=not resume)
     folder.path.mkdir(parents=True, exist_ok=resume)
     (folder.path / "config.json").write_text(
         json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
@@ -155,7 +91,7 @@ def run(
     console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
     try:
         with causes_in_one_sentence():
-            return _run_stages(config, folder, console, source)
+            return _run_stages(config, folder, console, source, resume)
     except ConfigError:
         # Such as a cluster that is too small: only the settings are there, nothing to go on with.
         if [file.name for file in folder.path.iterdir()] == ["config.json"]:
@@ -164,7 +100,7 @@ def run(
 
 
 def _run_stages(
-    config: RunConfig, folder: RunFolder, console: Console, source: Source
+    config: RunConfig, folder: RunFolder, console: Console, source: Source, resume: bool
 ) -> dict[str, Any]:
     with cluster(config, console) as need:
         data, actors = _ingest(config, source, console, need)
@@ -177,6 +113,7 @@ def _run_stages(
             "steps": outcome["step"],
             "rows": asdict(data.counts),
             "seconds": dict(console.seconds),
+            "fingerprints": _fingerprints(config, folder, data),
             "training": {
                 "workers": config.train.workers,
                 "worker_peak_mb": outcome["peak_mb"],
@@ -184,7 +121,7 @@ def _run_stages(
                 "actors": _describe_actors(actors),
             },
         }
-        return _finish(config, folder, console, samples, facts)
+        return _finish(config, folder, samples, facts, resume)
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -208,6 +145,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
         rows=asdict(data.counts),
         seconds=dict(console.seconds),
         training={},
+        fingerprints=_fingerprints(config, folder, data),
     )
 
 
@@ -253,6 +191,17 @@ def _measure(
             need.gpus_per_worker,
             on_event=lambda event: bar.add(event["prompts"]),
         )
+
+
+def _fingerprints(config: RunConfig, folder: RunFolder, data: Any) -> dict[str, str]:
+    """What tells the models and the data of this run from others of the same names."""
+    policy, reward = config.policy, config.reward
+    return {
+        "policy": fingerprint(policy.model, policy.revision, "policy.model"),
+        "reward": fingerprint(reward.model, reward.revision, "reward.model"),
+        "adapter": folder_fingerprint(folder.adapter),
+        "prompts": data.fingerprint,
+    }
 
 
 def _describe_actors(actors: list[Any]) -> list[dict[str, Any]]:
@@ -312,31 +261,33 @@ def _storage(config: RunConfig, folder: RunFolder) -> str:
 def _finish(
     config: RunConfig,
     folder: RunFolder,
-    console: Console,
     samples: list[dict[str, Any]],
     facts: dict[str, Any],
+    resume: bool,
 ) -> dict[str, Any]:
-    """Run the final task, and write the report beside what it stored."""
+    """Run the final task."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from ray_detox.stages.evaluate import store_result
 
-    # The embedded store is a file on this machine.
+    # The run's folder and the embedded store are on this machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = store_result.options(scheduling_strategy=here)
-    report, samples, problem = ray.get(
-        task.remote(config, samples, facts, str(folder.store_path.resolve()))
+    report, _, problem = ray.get(
+        task.remote(
+            config,
+            RunFolder(folder.output.resolve(), folder.run_id),
+            samples,
+            facts,
+            attempt=secrets.token_hex(8),
+            overwrite=resume,
+        )
     )
-    files = folder.path
-    (files / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (files / "report.txt").write_text(describe_run(report, samples) + "\n", encoding="utf-8")
-    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-    (files / "samples.jsonl").write_text(lines, encoding="utf-8")
     if problem:
         raise NotStored(
-            f"The run is complete and its report is in {files}, but it could not be stored: "
-            f"{problem}"
+            f"The run is complete and its report is in {folder.path}, but it could not be stored: "
+            f"{problem} Repeat that step alone with: ray-detox publish {folder.run_id}"
         )
     return report
 

@@ -49,6 +49,28 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
     return _from_hub(name, revision, setting, weights)
 
 
+def fingerprint(name: str, revision: str | None, setting: str) -> str:
+    """What tells this model from another one of the same name.
+
+    The commit of a hub model, else `folder_fingerprint`. Arguments as for `local_folder`.
+    """
+    folder = local_folder(name, revision, setting, weights=False)
+    if folder.parent.name == "snapshots":  # the hub's cache: .../snapshots/COMMIT
+        return f"commit:{folder.name}"
+    return folder_fingerprint(folder)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over names and contents of a model's description and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
+            with file.open("rb") as content:
+                inner = hashlib.file_digest(content, "sha256").hexdigest()
+            digest.update(f"{file.name} {inner}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def looks_like_path(name: str) -> bool:
     """True where `name` can only mean a place on this machine, and not a hub id."""
     return name.startswith(("/", ".", "~")) or not HUB_ID.match(name) or Path(name).exists()

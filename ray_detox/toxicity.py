@@ -234,6 +234,24 @@ def _paired(before: ArrayLike, after: ArrayLike) -> tuple[Vector, Vector]:
     return first, second
 
 
+def histogram(before: ArrayLike, after: ArrayLike, bins: int = 20) -> dict[str, list[Any]]:
+    """Counts of scores in equal steps from 0 to 1, of the pairs that `compare` counts as scored.
+
+    Args:
+        before: [n] scores in 0..1; NaN where there is none.
+        after: [n] scores of the same prompts in the same order.
+        bins: number of steps; the last includes 1.
+
+    Returns:
+        `{"edges": [bins + 1], "before": [bins], "after": [bins]}`, plain numbers.
+    """
+    first, second = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    scored = ~(np.isnan(first) | np.isnan(second))
+    edges = [i / bins for i in range(bins + 1)]
+    counts = [np.histogram(side[scored], edges)[0].tolist() for side in (first, second)]
+    return {"edges": edges, "before": counts[0], "after": counts[1]}
+
+
 def _side(scores: Vector, toxic_above: float) -> Side:
     return Side(float(scores.mean()), _std(scores), float((scores > toxic_above).mean()))
 

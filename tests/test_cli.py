@@ -21,8 +21,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from ray_detox import cli, pipeline
 from ray_detox.config import config_from_dict, load_config, recipe_names
-from ray_detox.pipeline import RunFolder
-from ray_detox.store.sqlite import SQLiteStore
+from ray_detox.run_folder import RunFolder
 
 LONG = "#Person1#: Did you see the match?\n#Person2#: I did, and what a match it was!\n" * 4
 ROWS = [{"dialogue": f"{LONG}{i}", "summary": "A match."} for i in range(3)]
@@ -666,62 +665,6 @@ def test_check_refuses_what_a_run_would_refuse(capsys, output, tmp_path, verb):
     assert "no such file is here" in capsys.readouterr().err
 
 
-# ---- results ---------------------------------------------------------------------------------
-
-
-def make_report(run_id, created="2026-01-31T12:00:00+00:00"):
-    side = {"mean": 0.5, "std": 0.1, "share": 0.5}
-    return {
-        "run_id": run_id,
-        "recipe": "lab",
-        "status": "complete",
-        "created": created,
-        "n": 2,
-        "verdict": {"name": "improved", "sentence": "Toxicity fell.", "reasons": []},
-        "toxicity": {"before": side, "after": side, "delta": {"mean": -0.1}},
-    }
-
-
-@pytest.fixture
-def results(output):
-    """Two stored runs."""
-    store = SQLiteStore(RunFolder(output, "").store_path)
-    sample = {"index": 0, "query": "q", "response_before": "b", "response_after": "a"}
-    store.put_run(make_report("first"), [sample])
-    store.put_run(make_report("second", "2026-02-01T12:00:00+00:00"), [])
-    store.close()
-    return output
-
-
-def test_results_lists_runs_newest_first(results, capsys):
-    assert cli.main(["results", "--output", str(results)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert cli.main(["results", "--json", "--output", str(results)]) == 0
-    as_json = json.loads(capsys.readouterr().out)
-
-    assert [line.split()[2] for line in lines] == ["second", "first"]
-    assert [run["run_id"] for run in as_json] == ["second", "first"]
-
-
-def test_results_prints_the_stored_report(results, capsys):
-    assert cli.main(["results", "first", "--json", "--output", str(results)]) == 0
-    as_json = json.loads(capsys.readouterr().out)
-    assert cli.main(["results", "first", "--output", str(results)]) == 0
-    as_text = capsys.readouterr().out
-
-    assert as_json == make_report("first")
-    assert "Toxicity fell." in as_text
-
-
-def test_results_of_an_unknown_run_are_refused(mistake, results):
-    assert "No result of a run 'third' is stored" in mistake("third", verb="results")
-
-
-def test_results_where_nothing_ran_are_refused(mistake, output):
-    assert f"No results in {output} yet" in mistake("first", verb="results")
-    assert f"No results in {output} yet" in mistake(verb="results")
-
-
 # ---- in a process of its own -----------------------------------------------------------------
 
 
@@ -749,14 +692,6 @@ def test_check_answers_without_torch_and_ray(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "google/flan-t5-base" in done.stdout
-
-
-def test_results_answers_without_torch_and_ray(results, tmp_path):
-    done = in_process("results", "first", "--output", results, cwd=tmp_path, code=HEAVY)
-
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "Toxicity fell." in done.stdout
 
 
 def test_a_mistake_in_a_process_of_its_own_is_one_line_and_ray_is_never_imported(tmp_path):

@@ -42,6 +42,7 @@ def report_of(samples: list[dict[str, object]], *settings: str) -> dict[str, obj
         rows={"read": 10},
         seconds={"train": 2.0, "evaluate": 1.0},
         training={},
+        fingerprints={"policy": "sha256:1"},
     )
 
 

@@ -8,11 +8,12 @@ import ray.exceptions
 from ray_detox import pipeline
 from ray_detox.config import ConfigError, load_config
 from ray_detox.progress import Console
+from ray_detox.run_folder import RunFolder
 
 
 def run_where(stages, tmp_path, monkeypatch):
     """Run the recipe lab with `stages` in place of its stages."""
-    folder = pipeline.RunFolder(tmp_path, "first")
+    folder = RunFolder(tmp_path, "first")
     monkeypatch.setattr(pipeline, "_run_stages", lambda *args: stages(folder))
     pipeline.run(load_config("lab"), folder, Console(io.StringIO()))
 
@@ -60,8 +61,6 @@ def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
 def test_every_run_keeps_its_checkpoints_apart(tmp_path):
     config = load_config("lab", ["train.storage=s3://bucket/runs/"])
 
-    first, second = (
-        pipeline._storage(config, pipeline.RunFolder(tmp_path, name)) for name in ("a", "b")
-    )
+    first, second = (pipeline._storage(config, RunFolder(tmp_path, name)) for name in ("a", "b"))
 
     assert (first, second) == ("s3://bucket/runs/a", "s3://bucket/runs/b")

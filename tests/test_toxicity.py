@@ -312,3 +312,14 @@ def test_a_p_value_above_the_limit_is_said_to_be_chance():
     assert verdict(sure).name == "improved"
     assert verdict(unsure).name == "no clear change"
     assert "p = 0.149: that may be chance" in verdict(unsure).sentence
+
+
+def test_a_histogram_counts_the_scored_pairs_and_puts_one_into_the_last_step():
+    # The third pair lacks a score: neither of its sides is counted.
+    counts = toxicity.histogram([0.0, 0.26, 0.9], [1.0, 0.25, math.nan], bins=4)
+
+    assert counts == {
+        "edges": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "before": [1, 1, 0, 0],
+        "after": [0, 1, 0, 1],
+    }

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from ray_detox.config import RunConfig
+from ray_detox.run_folder import RunFolder
 from ray_detox.stages.train import POLL_S, Progress
 
 AdapterFiles = dict[str, bytes]
@@ -97,26 +98,36 @@ def run_evaluation(
 
 @ray.remote(num_cpus=0, max_retries=3)
 def store_result(
-    config: RunConfig, samples: list[dict[str, Any]], facts: Mapping[str, Any], store_path: str
+    config: RunConfig,
+    folder: RunFolder,
+    samples: list[dict[str, Any]],
+    facts: Mapping[str, Any],
+    *,
+    attempt: str,
+    overwrite: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
-    """The final task: deltas, report, and both written to the result store.
+    """The final task: deltas, report, both written to the run's folder and then to the store.
 
     A store that fails must not lose a run: the report comes back all the same, with the store's
     sentence as the third value.
+
+    Args:
+        config: of the run.
+        folder: of the run, on this machine.
+        samples: from `run_evaluation`.
+        facts: further arguments of `summarise`.
+        attempt: a name that is the same when Ray runs this task again after a crash; a store lets
+            an attempt write again what it had begun, and nobody else.
+        overwrite: replace a stored run of the same id; for runs that were resumed.
     """
     from ray_detox.evaluation import summarise
-    from ray_detox.store import StoreError, open_store
+    from ray_detox.publish import publish
+    from ray_detox.store import StoreError
 
     report = summarise(samples, config, **facts)
-    results = config.results
-    store = open_store(
-        results.store, store_path, results.table, results.region, results.endpoint_url
-    )
+    folder.write_result(report, samples)
     try:
-        # A retry of this task, or a resumed run, writes the same run again.
-        store.put_run(report, samples, overwrite=True)
+        publish(config.results, folder, attempt=attempt, overwrite=overwrite)
     except StoreError as error:
         return report, samples, str(error)
-    finally:
-        store.close()
     return report, samples, None

@@ -63,6 +63,8 @@ class Ingested:
     held_out: list[dict[str, Any]]
     """Rows for the evaluation, at most `evaluate.prompts`."""
     counts: RowCounts
+    fingerprint: str
+    """Tells these prompts, trained on and held out, from others."""
 
 
 def ingest(config: RunConfig, source: Source) -> Ingested:
@@ -118,6 +120,7 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         lanes=train.split_at_indices(bounds) if bounds else [train],
         held_out=unpack(held_out.take(config.evaluate.prompts)),
         counts=RowCounts(read_count, left_out, examples, count - held, held),
+        fingerprint=_fingerprint(kept),
     )
 
 
@@ -166,6 +169,20 @@ def _tokenizer_of(model: str, revision: str | None) -> Any:
 
 def _tokenizer(config: RunConfig) -> Any:
     return _tokenizer_of(config.policy.model, config.policy.revision)
+
+
+def _fingerprint(prompts: ray.data.Dataset) -> str:
+    """A sum of the ids' hashes: the same for the same prompts in any order."""
+
+    def sum_of(batch: pa.Table) -> pa.Table:
+        total = sum(int(prompt_id, 16) for prompt_id in batch["prompt_id"].to_pylist())
+        # 47 bits: the sum of 65,000 batches still fits into 63.
+        return pa.table({"sum": pa.array([total % 2**47], pa.int64())})
+
+    sums = prompts.select_columns(["prompt_id"]).map_batches(
+        sum_of, batch_size=None, batch_format="pyarrow"
+    )
+    return f"{(sums.sum('sum') or 0) % 2**47:012x}"
 
 
 def _count_left_out(

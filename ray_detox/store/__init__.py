@@ -1,13 +1,14 @@
 """Where results of runs are kept: one protocol, two stores.
 
-    report, samples --prepare--> plain JSON values, checked --> SQLiteStore    one file
-                                                            '-> DynamoDBStore  one table
+    report, samples, curves --prepare--> plain JSON values --> SQLiteStore    one file
+                                                           '-> DynamoDBStore  one table
 
 A run is stored whole or not at all: everything is checked and converted before the first
 write, and no reader sees a run that is still being written. What a report looks like on a
-screen is `report.py`.
+screen is `report.py` and `viewer/`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,25 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Protocol
 
-SCHEMA = 1
+from ray_detox.store.errors import BadCursor, StoreError
+from ray_detox.store.pages import Page, SampleQuery
+
+__all__ = [
+    "SCHEMA",
+    "SUMMARY_KEYS",
+    "BadCursor",
+    "Page",
+    "PreparedRun",
+    "ResultStore",
+    "SampleQuery",
+    "StoreError",
+    "check_run_id",
+    "open_store",
+    "prepare",
+    "to_text",
+]
+
+SCHEMA = 2
 """Version of what is stored; a reader refuses versions that it does not know."""
 
 SUMMARY_KEYS = ("run_id", "recipe", "status", "created", "n", "verdict", "toxicity")
@@ -28,34 +47,39 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-class StoreError(ValueError):
-    """A result could not be stored or read; the message is for the person who asked."""
-
-
 class ResultStore(Protocol):
-    """Keeps the report of each run and its samples.
+    """Keeps the report of each run, its samples and its training curves.
 
     Example: what a run stores, much shortened.
 
         report   {"run_id": "first", "recipe": "lab", "created": "2026-01-31T12:00:00+00:00",
                   "n": 512, "toxicity": {"before": {"mean": 0.41, ...}, ...}, ...}
         samples  [{"index": 0, "query": "...", "response_before": "...", "kl": 1.2, ...}, ...]
+        curves   [{"step": 1, "score": 0.48, "kl": 0.0, ...}, ...]
     """
 
     def put_run(
         self,
         report: Mapping[str, Any],
         samples: Sequence[Mapping[str, Any]],
+        curves: Sequence[Mapping[str, Any]] = (),
         *,
         overwrite: bool = False,
-    ) -> None:
+        attempt: str | None = None,
+    ) -> bool:
         """Store a run, whole or not at all.
 
         Args:
             report: JSON values under string keys, with at least `SUMMARY_KEYS`; no NaN.
             samples: JSON values under string keys, each with its own `index`. A number that is
                 not finite is stored as None, and its name is added to the sample's `invalid`.
+            curves: the figures of each training step. A number that is not finite becomes None.
             overwrite: replace a run of the same id, samples included.
+            attempt: a name of this writer. An attempt of the same name, such as a task that is
+                run again after a crash, may write again what it had written.
+
+        Returns:
+            True, or False where the very same run was stored already: then nothing is written.
 
         Raises:
             StoreError: something cannot be stored, the run exists, or the store failed.
@@ -70,8 +94,44 @@ class ResultStore(Protocol):
         """Of each finished run the `SUMMARY_KEYS` of its report, newest first."""
         ...
 
+    def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
+        """The same in pages.
+
+        Raises:
+            BadCursor: the cursor is not from an earlier page.
+        """
+        ...
+
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
         """The samples of a finished run by index; nothing where there is no such run."""
+        ...
+
+    def get_sample(self, run_id: str, index: int) -> dict[str, Any] | None:
+        """One sample in full; None where there is none."""
+        ...
+
+    def sample_page(
+        self,
+        run_id: str,
+        query: SampleQuery = SampleQuery(),  # noqa: B008 - frozen
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> Page | None:
+        """Samples that answer a query, with `toxicity_diff` and `reward_diff`.
+
+        A page may be short, even empty, and still not be the last: the work for one is bounded.
+        Where a store cuts a very long text here, `overflow` has its name; `get_sample` has it whole.
+
+        Returns:
+            None where there is no such finished run.
+
+        Raises:
+            BadCursor: the cursor is not from an earlier page of the same run and query.
+        """
+        ...
+
+    def get_curves(self, run_id: str) -> list[dict[str, Any]]:
+        """The figures of each training step; none where there is no such run."""
         ...
 
     def check(self) -> None:
@@ -93,6 +153,8 @@ def open_store(
     table: str,
     region: str | None = None,
     endpoint_url: str | None = None,
+    *,
+    hurried: bool = False,
 ) -> ResultStore:
     """The store that a run's settings name; nothing is opened or created yet.
 
@@ -102,6 +164,7 @@ def open_store(
         table: DynamoDB table.
         region: AWS region; None takes AWS_REGION, AWS_DEFAULT_REGION or the AWS profile's.
         endpoint_url: another DynamoDB endpoint, for emulators.
+        hurried: give up on DynamoDB after two seconds, for readers who would rather be told.
     """
     # Imported here: a laptop's run needs no boto3, and its import takes a second.
     if kind == "sqlite":
@@ -111,7 +174,7 @@ def open_store(
     if kind == "dynamodb":
         from ray_detox.store.dynamodb import DynamoDBStore
 
-        return DynamoDBStore(table, region=region, endpoint_url=endpoint_url)
+        return DynamoDBStore(table, region=region, endpoint_url=endpoint_url, hurried=hurried)
     raise StoreError(f"Unknown store {kind!r}; expected sqlite or dynamodb.")
 
 
@@ -140,6 +203,13 @@ class PreparedRun:
     report: dict[str, Any]
     samples: dict[int, dict[str, Any]]
     """By index, ascending."""
+    curves: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything: two runs of one digest are the same run."""
+        text = to_text([self.report, list(self.samples.values()), self.curves])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -147,7 +217,11 @@ class PreparedRun:
         return {key: self.report[key] for key in SUMMARY_KEYS}
 
 
-def prepare(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> PreparedRun:
+def prepare(
+    report: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]] = (),
+) -> PreparedRun:
     """Check and convert a run, so that writing it can no longer fail on a value.
 
     Numbers of numpy and torch become Python's, tuples become lists, and lone surrogates, which
@@ -175,7 +249,13 @@ def prepare(report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         if row["index"] in rows:
             raise StoreError(f"Two samples of run {run_id!r} have the index {row['index']}.")
         rows[row["index"]] = row
-    return PreparedRun(run_id, _sortable_time(plain["created"]), plain, dict(sorted(rows.items())))
+    return PreparedRun(
+        run_id=run_id,
+        created=_sortable_time(plain["created"]),
+        report=plain,
+        samples=dict(sorted(rows.items())),
+        curves=[_plain(dict(row), "a training curve", []) for row in curves],
+    )
 
 
 def to_text(value: Any) -> str:
@@ -205,6 +285,9 @@ def _plain(value: Any, name: str, not_finite: list[str]) -> Any:
     """Convert to JSON values; a number that is not finite becomes None and leaves its name."""
     if value is None or isinstance(value, bool):
         return value
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which need not be installed
+        not_finite.append(name)
+        return None
     if isinstance(value, str):
         return _SURROGATES.sub("\ufffd", value)
     if isinstance(value, int):

@@ -12,12 +12,23 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_detox.store import SCHEMA, StoreError, check_run_id, prepare, to_text
+from ray_detox.store import SCHEMA, check_run_id, prepare, to_text
+from ray_detox.store.errors import StoreError
+from ray_detox.store.pages import (
+    MOST_LOOKED_AT,
+    Page,
+    SampleQuery,
+    as_row,
+    contains,
+    decode_cursor,
+    encode_cursor,
+    toxic_above,
+)
 
 # How long a writer waits for other writers.
 _PATIENCE_S = 30.0
 
-_TABLES = (
+_SCHEMA_1 = (
     "CREATE TABLE runs ("
     "run_id TEXT PRIMARY KEY, created TEXT NOT NULL, summary TEXT NOT NULL, report TEXT NOT NULL)",
     "CREATE INDEX by_time ON runs (created, run_id, summary)",
@@ -25,6 +36,43 @@ _TABLES = (
     "run_id TEXT NOT NULL, position INTEGER NOT NULL, sample TEXT NOT NULL, "
     "PRIMARY KEY (run_id, position))",
 )
+
+# Computed from the JSON and kept in the indexes alone. What is not a number has no place there.
+_NUMBERS = ("toxicity_before", "toxicity_after", "reward_before", "reward_after")
+_SIDES = {"toxicity_diff": "toxicity", "reward_diff": "reward"}
+
+# Each index holds all that a filter looks at: finding the samples of a page reads no text.
+_SCHEMA_2 = (
+    "ALTER TABLE runs ADD COLUMN digest TEXT",
+    "ALTER TABLE runs ADD COLUMN attempt TEXT",
+    "ALTER TABLE runs ADD COLUMN curves TEXT NOT NULL DEFAULT '[]'",
+    *(
+        f"ALTER TABLE samples ADD COLUMN {name} REAL AS ("
+        f"CASE WHEN json_type(sample, '$.{name}') IN ('integer', 'real') "
+        f"THEN json_extract(sample, '$.{name}') END) VIRTUAL"
+        for name in _NUMBERS
+    ),
+    *(
+        f"ALTER TABLE samples ADD COLUMN {name} REAL AS ({side}_after - {side}_before) VIRTUAL"
+        for name, side in _SIDES.items()
+    ),
+    "CREATE INDEX by_index ON samples "
+    "(run_id, position, toxicity_diff, toxicity_before, toxicity_after)",
+    "CREATE INDEX by_toxicity_diff ON samples "
+    "(run_id, toxicity_diff, position, toxicity_before, toxicity_after)",
+    "CREATE INDEX by_reward_diff ON samples "
+    "(run_id, reward_diff, position, toxicity_diff, toxicity_before, toxicity_after)",
+)
+
+_SHOWN = {
+    "all": "1",
+    "better": "toxicity_diff < 0",
+    "worse": "toxicity_diff > 0",
+    "same": "toxicity_diff = 0",
+    "toxic_before": "toxicity_before > :above",
+    "toxic_after": "toxicity_after > :above",
+    "unscored": "toxicity_diff IS NULL",
+}
 
 
 class SQLiteStore:
@@ -40,29 +88,46 @@ class SQLiteStore:
         self,
         report: Mapping[str, Any],
         samples: Sequence[Mapping[str, Any]],
+        curves: Sequence[Mapping[str, Any]] = (),
         *,
         overwrite: bool = False,
-    ) -> None:
+        attempt: str | None = None,
+    ) -> bool:
         """Store a run in one transaction; see `ResultStore.put_run`."""
-        run = prepare(report, samples)
-        row = (run.run_id, run.created, to_text(run.summary), to_text(run.report))
+        run = prepare(report, samples, curves)
+        texts = {
+            "run_id": run.run_id,
+            "created": run.created,
+            "summary": to_text(run.summary),
+            "report": to_text(run.report),
+            "digest": run.digest,
+            "attempt": attempt,
+            "curves": to_text(run.curves),
+        }
         rows = [(run.run_id, index, to_text(sample)) for index, sample in run.samples.items()]
         with self._writing() as db:
-            exists = db.execute("SELECT 1 FROM runs WHERE run_id = ?", row[:1]).fetchone()
-            if exists and not overwrite:
+            found = db.execute(
+                "SELECT digest, attempt FROM runs WHERE run_id = :run_id", texts
+            ).fetchone()
+            if found and found[0] == run.digest:
+                return False
+            if found and not overwrite and (attempt is None or found[1] != attempt):
                 raise StoreError(
-                    f"Run {run.run_id!r} is already in {self.path}. "
-                    "Choose another id, or overwrite it on purpose."
+                    f"Another run {run.run_id!r} is already in {self.path}. "
+                    "Choose another id, or say --overwrite."
                 )
-            db.execute("DELETE FROM samples WHERE run_id = ?", row[:1])
-            db.execute("DELETE FROM runs WHERE run_id = ?", row[:1])
-            db.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", row)
-            db.executemany("INSERT INTO samples VALUES (?, ?, ?)", rows)
+            db.execute("DELETE FROM samples WHERE run_id = :run_id", texts)
+            db.execute("DELETE FROM runs WHERE run_id = :run_id", texts)
+            names = ", ".join(texts)
+            values = ", ".join(f":{name}" for name in texts)
+            db.execute(f"INSERT INTO runs ({names}) VALUES ({values})", texts)
+            db.executemany("INSERT INTO samples (run_id, position, sample) VALUES (?, ?, ?)", rows)
+        return True
 
     def get_run(self, run_id: str) -> dict[str, Any] | None:
         """The report of a run, or None."""
-        query = "SELECT report FROM runs WHERE run_id = ?"
-        rows = list(self._select(query, check_run_id(run_id)))
+        query = "SELECT report FROM runs WHERE run_id = :run_id"
+        rows = list(self._select(query, run_id=check_run_id(run_id)))
         return dict(json.loads(rows[0][0])) if rows else None
 
     def list_runs(self) -> list[dict[str, Any]]:
@@ -70,11 +135,85 @@ class SQLiteStore:
         query = "SELECT summary FROM runs ORDER BY created DESC, run_id DESC"
         return [json.loads(text) for (text,) in self._select(query)]
 
+    def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
+        """Summaries of some runs, newest first."""
+        after = ["~", ""] if cursor is None else decode_cursor(cursor, [str, str], "runs")
+        query = (
+            "SELECT summary, created, run_id FROM runs WHERE (created, run_id) < (:created, :run_id) "
+            "ORDER BY created DESC, run_id DESC LIMIT :limit"
+        )
+        rows = list(self._select(query, created=after[0], run_id=after[1], limit=limit + 1))
+        more = encode_cursor(rows[limit - 1][1:], "runs") if len(rows) > limit else None
+        return Page([json.loads(row[0]) for row in rows[:limit]], more)
+
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
         """The samples of a run by index, as they were when the reading began."""
-        query = "SELECT sample FROM samples WHERE run_id = ? ORDER BY position"
-        rows = self._select(query, check_run_id(run_id))
+        query = "SELECT sample FROM samples WHERE run_id = :run_id ORDER BY position"
+        rows = self._select(query, run_id=check_run_id(run_id))
         return (json.loads(text) for (text,) in rows)
+
+    def get_sample(self, run_id: str, index: int) -> dict[str, Any] | None:
+        """One sample, or None."""
+        query = "SELECT sample FROM samples WHERE run_id = :run_id AND position = :position"
+        rows = list(self._select(query, run_id=check_run_id(run_id), position=index))
+        return dict(json.loads(rows[0][0])) if rows else None
+
+    def sample_page(
+        self,
+        run_id: str,
+        query: SampleQuery = SampleQuery(),  # noqa: B008 - frozen
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> Page | None:
+        """Samples that answer a query; see `ResultStore.sample_page`."""
+        after = None
+        if cursor is not None:
+            after = decode_cursor(cursor, [(int, float), int], check_run_id(run_id), query)
+        summary = "SELECT summary FROM runs WHERE run_id = :run_id"
+        found = list(self._select(summary, run_id=check_run_id(run_id)))
+        if not found:
+            return None
+        by_index = query.key == "index"
+        key = "position" if by_index else query.key
+        way, beyond = ("DESC", "<") if query.descending else ("ASC", ">")
+        where = ["run_id = :run_id", _SHOWN[query.show]]
+        if not by_index:
+            where.append(f"{key} IS NOT NULL")
+        if after is not None:
+            where.append(f"({key}, position) {beyond} (:after, :position)")
+        # Places first, from an index alone; then the texts of those that are wanted.
+        places = (
+            f"SELECT position, {key} AS place FROM samples INDEXED BY by_{query.key} "
+            f"WHERE {' AND '.join(where)} ORDER BY {key} {way}, position {way} LIMIT :most"
+        )
+        texts = (
+            f"SELECT p.place, p.position, s.sample FROM ({places}) p "
+            "CROSS JOIN samples s ON s.run_id = :run_id AND s.position = p.position"
+        )
+        most = MOST_LOOKED_AT if query.search else limit
+        rows: list[dict[str, Any]] = []
+        looked_at, last = 0, None
+        for place, position, text in self._select(
+            texts,
+            run_id=run_id,
+            above=toxic_above(json.loads(found[0][0])),
+            after=after and after[0],
+            position=after and after[1],
+            most=most + 1,
+        ):
+            if looked_at == most or len(rows) == limit:
+                return Page(rows, encode_cursor(last or (), run_id, query))
+            looked_at, last = looked_at + 1, (place, position)
+            row = as_row(json.loads(text))
+            if contains(row, query.search):
+                rows.append(row)
+        return Page(rows, None)
+
+    def get_curves(self, run_id: str) -> list[dict[str, Any]]:
+        """The figures of each training step."""
+        query = "SELECT curves FROM runs WHERE run_id = :run_id"
+        rows = list(self._select(query, run_id=check_run_id(run_id)))
+        return list(json.loads(rows[0][0])) if rows else []
 
     def check(self) -> None:
         """Open the file for writing, creating it with its folder if need be."""
@@ -84,12 +223,16 @@ class SQLiteStore:
     def close(self) -> None:
         """Nothing to let go of: connections live for one call."""
 
-    def _select(self, query: str, *values: str) -> Iterator[tuple[str]]:
+    def _select(self, query: str, **values: Any) -> Iterator[tuple[Any, ...]]:
         # A reader of a file that is not there finds nothing, and leaves nothing behind.
         if not self.path.exists():
             return
         with self._failing_in_words(), closing(self._connect("rw")) as db:
-            if self._version(db):
+            version = self._version(db)
+            if 0 < version < SCHEMA:
+                with self._writing():
+                    pass
+            if version:
                 # One statement reads one snapshot, whatever is written meanwhile.
                 yield from db.execute(query, values)
 
@@ -103,16 +246,22 @@ class SQLiteStore:
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute("BEGIN IMMEDIATE")
                 try:
-                    if self._version(db) == 0:
-                        for statement in _TABLES:
-                            db.execute(statement)
-                        db.execute(f"PRAGMA user_version = {SCHEMA}")
+                    self._bring_up_to_date(db)
                     yield db
                 except BaseException:
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                     raise
                 db.execute("COMMIT")
+
+    def _bring_up_to_date(self, db: sqlite3.Connection) -> None:
+        """Make the tables, or what those of an earlier version lack; within a transaction."""
+        version = self._version(db)
+        for statements in (_SCHEMA_1, _SCHEMA_2)[version:]:
+            for statement in statements:
+                db.execute(statement)
+        if version < SCHEMA:
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"

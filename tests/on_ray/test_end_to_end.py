@@ -20,9 +20,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from ray_detox import cli, lab, pipeline, progress
 from ray_detox.config import load_config
 from ray_detox.lab import corpus
-from ray_detox.pipeline import RunFolder
 from ray_detox.progress import Console, read_metrics
 from ray_detox.records import UpdateStats
+from ray_detox.run_folder import RunFolder
 from ray_detox.store.dynamodb import DynamoDBStore
 
 pytestmark = pytest.mark.ray

@@ -56,6 +56,7 @@ class Prepared:
         )
         data = ingest(self.config, locate(self.config.data))
         self.counts = data.counts
+        self.fingerprint = data.fingerprint
         self.held_out = data.held_out
         self.lanes = [
             unpack(
@@ -112,6 +113,7 @@ def test_a_file_gives_the_prompts_that_the_embedded_corpus_gives(tmp_path, embed
     found = Prepared(f"data.path={path}")
 
     assert found.counts == embedded.counts
+    assert found.fingerprint == embedded.fingerprint
     assert found.counts.left_out["not over 200 characters"] > 0
     for lane, expected in zip(found.lanes, embedded.lanes, strict=True):
         assert own(lane, "id", "summary") == own(expected, "id", "summary")
@@ -226,6 +228,7 @@ def test_no_file_order_and_no_number_of_files_changes_the_hashed_split(
     assert counted(found) == counted(hashed)
     assert found.lanes == hashed.lanes
     assert found.held_out == hashed.held_out
+    assert found.fingerprint == hashed.fingerprint
 
 
 def test_lanes_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):

@@ -1,5 +1,6 @@
 """The final task: the report, and both stores reached from a Ray worker."""
 
+import json
 import os
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import ray
 
 from ray_detox.config import load_config
+from ray_detox.run_folder import RunFolder
 from ray_detox.stages.evaluate import store_result
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.sqlite import SQLiteStore
@@ -19,6 +21,7 @@ FACTS = {
     "rows": {"read": 4, "left_out": {}, "examples": {}, "train": 2, "held_out": 2},
     "seconds": {"train": 2.0, "evaluate": 1.0},
     "training": {"workers": 2},
+    "fingerprints": {"policy": "sha256:1"},
 }
 
 
@@ -35,30 +38,49 @@ def make_samples():
     return samples
 
 
-def stored(config, path, store):
-    """Run the task, and return what it returned and what the store holds."""
-    report, samples, problem = ray.get(
-        store_result.remote(config, make_samples(), FACTS, str(path))
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a run that was trained."""
+    folder = RunFolder(tmp_path / "runs", "first")
+    folder.path.mkdir(parents=True)
+    (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
+    (folder.path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5}\n')
+    return folder
+
+
+def finish(config, folder, facts=FACTS, **arguments):
+    """Run the final task; the report, the samples and what went wrong."""
+    arguments = {"attempt": "one", "overwrite": False} | arguments
+    return ray.get(store_result.remote(config, folder, make_samples(), facts, **arguments))
+
+
+def read(store):
+    found = (
+        store.get_run("first"),
+        list(store.get_samples("first")),
+        store.get_curves("first"),
     )
-    found = store.get_run("first"), list(store.get_samples("first"))
     store.close()
-    return (report, samples, problem), found
+    return found
 
 
-def test_the_report_and_its_samples_come_back_from_sqlite(tmp_path):
-    path = tmp_path / "results.sqlite"
+CURVES = [{"step": 1, "score": 0.5}]
 
-    (report, samples, problem), found = stored(load_config("lab"), path, SQLiteStore(path))
+
+def test_the_report_and_its_samples_come_back_from_sqlite_and_from_the_files(folder):
+    report, samples, problem = finish(load_config("lab"), folder)
 
     assert problem is None
-    assert found == (report, samples)
+    assert read(SQLiteStore(folder.store_path)) == (report, samples, CURVES)
+    assert folder.read_result() == (report, samples)
     assert report["toxicity"]["before"]["mean"] == pytest.approx(0.5)
     assert report["toxicity"]["delta"]["mean"] == pytest.approx(-0.4)
+    assert report["toxicity"]["histogram"]["after"][2] == 2
     assert report["seconds"]["total"] == 3.0
     assert [sample["rouge_l_after"] for sample in samples] == [1.0, 1.0]
 
 
-def test_the_report_and_its_samples_come_back_from_dynamodb_over_the_wire(tmp_path, aws):
+def test_the_report_and_its_samples_come_back_from_dynamodb_over_the_wire(folder, aws):
     store = DynamoDBStore("first-table", endpoint_url=aws)
     store.create_table()
     config = load_config(
@@ -66,62 +88,61 @@ def test_the_report_and_its_samples_come_back_from_dynamodb_over_the_wire(tmp_pa
         ["results.store=dynamodb", "results.table=first-table", f"results.endpoint_url={aws}"],
     )
 
-    (report, samples, problem), found = stored(config, tmp_path / "unused.sqlite", store)
+    report, samples, problem = finish(config, folder)
 
     assert problem is None
-    assert found == (report, samples)
-    assert not (tmp_path / "unused.sqlite").exists()
+    assert read(store) == (report, samples, CURVES)
+    assert not folder.store_path.exists()
 
 
-def test_a_task_that_is_run_again_stores_the_run_once(tmp_path):
-    path = tmp_path / "results.sqlite"
-    config = load_config("lab")
-
+def test_a_task_that_is_run_again_stores_the_run_once(folder):
     for _ in range(2):
-        _, _, problem = ray.get(store_result.remote(config, make_samples(), FACTS, str(path)))
+        _, _, problem = finish(load_config("lab"), folder)
         assert problem is None
 
-    store = SQLiteStore(path)
+    store = SQLiteStore(folder.store_path)
     assert [run["run_id"] for run in store.list_runs()] == ["first"]
     assert len(list(store.get_samples("first"))) == 2
     store.close()
 
 
+def test_a_run_of_the_same_id_is_replaced_on_purpose_only(folder):
+    first, _, _ = finish(load_config("lab"), folder)
+    facts = FACTS | {"steps": 4}
+
+    _, _, refused = finish(load_config("lab"), folder, facts, attempt="two")
+    assert "already" in refused
+    assert read(SQLiteStore(folder.store_path))[0] == first
+
+    again, _, problem = finish(load_config("lab"), folder, facts, attempt="two", overwrite=True)
+    assert problem is None
+    assert read(SQLiteStore(folder.store_path))[0] == again
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "dynamodb"])
-def test_a_store_that_fails_loses_no_report(tmp_path, aws, kind):
-    path = tmp_path / "in-the-way"
-    path.mkdir()
+def test_a_store_that_fails_loses_no_report(folder, aws, kind):
+    folder.store_path.mkdir()  # in the way
     config = load_config(
         "lab",
         [f"results.store={kind}", "results.table=no-table", f"results.endpoint_url={aws}"],
     )
 
-    report, samples, problem = ray.get(
-        store_result.remote(config, make_samples(), FACTS, str(path))
-    )
+    report, samples, problem = finish(config, folder)
 
-    assert report["run_id"] == "first"
+    assert folder.read_result() == (report, samples)
     assert len(samples) == report["n"] == 2
     assert "\n" not in problem
-    assert ("no-table" if kind == "dynamodb" else str(path)) in problem
+    assert ("no-table" if kind == "dynamodb" else str(folder.store_path)) in problem
 
 
-def test_a_run_that_no_store_can_hold_loses_no_report(tmp_path):
-    facts = FACTS | {"run_id": "not a name"}
-    task = store_result.remote(load_config("lab"), make_samples(), facts, str(tmp_path / "r"))
-
-    report, _, problem = ray.get(task)
-
-    assert report["run_id"] == "not a name"
-    assert "cannot be used" in problem
-
-
-def test_the_store_task_leaves_awswrangler_and_its_ray_engine_alone(tmp_path, aws):
+def test_the_store_task_leaves_awswrangler_and_its_ray_engine_alone(folder, aws):
     config = load_config("lab", ["results.store=dynamodb", f"results.endpoint_url={aws}"])
 
     @ray.remote
     def task():
-        store_result._function(config, make_samples(), FACTS, "unused")
+        store_result._function(
+            config, folder, make_samples(), FACTS, attempt="one", overwrite=False
+        )
         return "awswrangler" in sys.modules, os.environ.get("WR_ENGINE")
 
     assert ray.get(task.remote()) == (False, "python")

@@ -1,0 +1,105 @@
+"""What AWS or the way to it refused, as one sentence that says what to do."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from botocore import exceptions
+
+from ray_detox.store.errors import StoreError
+
+_NO_CREDENTIALS = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "UnrecognizedClientException",
+    "InvalidSignatureException",
+    "IncompleteSignatureException",
+    "InvalidClientTokenId",
+    "MissingAuthenticationTokenException",
+)
+_TOO_BUSY = (
+    "ProvisionedThroughputExceededException",
+    "RequestLimitExceeded",
+    "ThrottlingException",
+)
+
+
+def in_words(
+    error: Exception, operation: str, table: str, region: str | None, endpoint_url: str | None
+) -> StoreError:
+    """One sentence for what went wrong.
+
+    The service's own message stays out, and callers raise `from None`: a refused signature
+    is answered with the whole request, session token included, and a URL may hold a password.
+    """
+    if isinstance(error, exceptions.NoRegionError):
+        return StoreError(
+            "No AWS region is set. Set results.region, AWS_REGION or AWS_DEFAULT_REGION."
+        )
+    if isinstance(
+        error,
+        exceptions.NoCredentialsError
+        | exceptions.PartialCredentialsError
+        | exceptions.CredentialRetrievalError,
+    ):
+        return StoreError(
+            "No AWS credentials were found, or they are incomplete. Sign in (aws configure, or "
+            "a role), or set results.store=sqlite to keep results locally."
+        )
+    if isinstance(error, exceptions.ProfileNotFound):
+        return StoreError("The profile in AWS_PROFILE does not exist in the AWS configuration.")
+    if isinstance(error, exceptions.ParamValidationError):
+        return StoreError(f"{table!r} is no name that a DynamoDB table can have.")
+    if isinstance(error, exceptions.ClientError):
+        return _refusal(error.response["Error"]["Code"], operation, table, region)
+    if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
+        return StoreError(
+            f"DynamoDB could not be reached{_at(endpoint_url)}. Check the network, the region and "
+            "results.endpoint_url."
+        )
+    if isinstance(error, ValueError):
+        return StoreError(
+            f"results.endpoint_url is no address{_at(endpoint_url)}; "
+            "expected one such as http://127.0.0.1:8000."
+        )
+    return StoreError(f"DynamoDB could not be used ({operation}: {type(error).__name__}).")
+
+
+def _refusal(code: str, operation: str, table: str, region: Any) -> StoreError:
+    if code == "ResourceNotFoundException":
+        return StoreError(
+            f"Table {table!r} was not found in {region}. Create it (ray-detox table create, or "
+            "cluster/results.yaml), or set results.store=sqlite to keep results locally."
+        )
+    if code == "ResourceInUseException":
+        return StoreError(f"Table {table!r} exists in {region}, or is being changed.")
+    if code in ("AccessDeniedException", "AccessDenied"):
+        return StoreError(
+            f"AWS allows no {operation} on table {table!r} in {region}. "
+            "Add it to the role or user that runs this."
+        )
+    if code in _NO_CREDENTIALS:
+        return StoreError(f"AWS refused the credentials ({code}). Sign in again.")
+    if code in _TOO_BUSY:
+        return too_busy(table)
+    if code == "ValidationException":
+        return StoreError(
+            f"DynamoDB refused {operation} on table {table!r} as invalid. "
+            "Check its name and its keys."
+        )
+    return StoreError(f"DynamoDB refused {operation} on table {table!r} ({code}).")
+
+
+def too_busy(table: str) -> StoreError:
+    """The table takes no more for now."""
+    return StoreError(f"Table {table!r} is too busy. Raise its capacity, or try again later.")
+
+
+def _at(endpoint_url: str | None) -> str:
+    """The endpoint without user name and password, if one was set."""
+    if not endpoint_url:
+        return ""
+    try:
+        host = urlsplit(endpoint_url).netloc.rpartition("@")[2]
+    except ValueError:
+        return ""
+    return f" at {host}" if host else ""

@@ -1,0 +1,224 @@
+"""A run as the items of a DynamoDB table, and back; no network here.
+
+    pk           sk                     what
+    RUN#<run>    META                   the report; state WRITING, then COMPLETE
+    RUN#<run>    SAMPLE#00000042        one sample: texts and numbers as attributes
+    RUN#<run>    TEXT#00000042#0000     the whole of a sample too long for an item, gzipped
+    RUN#<run>    CURVES#0000            the figures of every training step, gzipped
+
+    index                sorted by       holds
+    by_time              created_at      META of finished runs: the keys come with COMPLETE
+    by_toxicity_diff     toxicity_diff   samples that have both scores
+    by_reward_diff       reward_diff     the same
+
+Texts and numbers are attributes, to be read and filtered by anybody; what attributes cannot give
+back to the last bit (1.0 is 1 there, 5e-324 nothing) is kept as JSON beside them.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from ray_detox.store import SCHEMA, PreparedRun, to_text
+from ray_detox.store.errors import StoreError
+from ray_detox.store.pages import difference
+
+Item = dict[str, dict[str, Any]]
+"""An item in DynamoDB's own notation: `{"n": {"N": "512"}, "report": {"S": "{...}"}}`."""
+
+INLINE_BYTES = 350_000
+"""A sample beyond this goes into TEXT items; DynamoDB's own limit is 409,600."""
+PREVIEW_CHARACTERS = 2_000
+_META_BYTES = 400_000
+
+BY_TIME = "by_time"
+LIST_PK = "RUNS"
+
+# Attributes that a value of a run must not take.
+_OWN = frozenset(
+    "pk sk list_pk created_at run_id toxicity_diff reward_diff "
+    "state writer attempt schema digest samples items parts expires_at sample report summary".split()
+)
+
+
+def table_schema(table: str) -> dict[str, Any]:
+    """Arguments of CreateTable; `cluster/results.yaml` makes the same table."""
+
+    def keys(partition: str, sort: str) -> list[dict[str, str]]:
+        return [
+            {"AttributeName": partition, "KeyType": "HASH"},
+            {"AttributeName": sort, "KeyType": "RANGE"},
+        ]
+
+    kinds = {"pk": "S", "sk": "S", "list_pk": "S", "created_at": "S", "run_id": "S"}
+    kinds |= {"reward_diff": "N", "toxicity_diff": "N"}
+    return {
+        "TableName": table,
+        "BillingMode": "PAY_PER_REQUEST",
+        "AttributeDefinitions": [
+            {"AttributeName": name, "AttributeType": kind} for name, kind in kinds.items()
+        ],
+        "KeySchema": keys("pk", "sk"),
+        "GlobalSecondaryIndexes": [
+            {
+                "IndexName": BY_TIME,
+                "KeySchema": keys("list_pk", "created_at"),
+                # A list needs summaries, and each is a hundredth of its report.
+                "Projection": {"ProjectionType": "INCLUDE", "NonKeyAttributes": ["summary"]},
+            },
+            *(
+                {
+                    "IndexName": f"by_{name}",
+                    "KeySchema": keys("run_id", name),
+                    "Projection": {"ProjectionType": "ALL"},
+                }
+                for name in ("reward_diff", "toxicity_diff")
+            ),
+        ],
+    }
+
+
+def key(run_id: str, sk: str) -> Item:
+    """The key of an item of a run."""
+    return {"pk": {"S": f"RUN#{run_id}"}, "sk": {"S": sk}}
+
+
+def sample_sk(index: int) -> str:
+    """The sort key of a sample."""
+    return f"SAMPLE#{index:08d}"
+
+
+def items_of(run: PreparedRun, writer: str) -> list[Item]:
+    """All items of a run but META."""
+    items = []
+    for index, sample in run.samples.items():
+        item = _sample_item(sample) | key(run.run_id, sample_sk(index))
+        item |= {"run_id": {"S": run.run_id}} | _differences(sample)
+        if _size(item) > INLINE_BYTES:
+            parts = list(_parts(to_text(sample)))
+            preview = {name: cut(value) for name, value in sample.items()}
+            preview["overflow"] = [name for name in sample if preview[name] != sample[name]]
+            item = _sample_item(preview) | key(run.run_id, sample_sk(index))
+            item |= {"run_id": {"S": run.run_id}, "parts": {"N": str(len(parts))}}
+            item |= _differences(sample)
+            items += [
+                key(run.run_id, f"TEXT#{index:08d}#{number:04d}") | {"part": {"B": part}}
+                for number, part in enumerate(parts)
+            ]
+        items.append(item)
+    if run.curves:
+        items += [
+            key(run.run_id, f"CURVES#{number:04d}") | {"part": {"B": part}}
+            for number, part in enumerate(_parts(to_text(run.curves)))
+        ]
+    return [item | {"writer": {"S": writer}} for item in items]
+
+
+def meta_of(run: PreparedRun, writer: str, attempt: str | None, items: int) -> tuple[Item, Item]:
+    """META while the run is written, and when it is whole.
+
+    Raises:
+        StoreError: the report does not fit into an item.
+    """
+    writing = {
+        **key(run.run_id, "META"),
+        "state": {"S": "WRITING"},
+        "writer": {"S": writer},
+        "attempt": {"S": attempt or writer},
+        "schema": {"N": str(SCHEMA)},
+    }
+    complete = {
+        **_numbers(run.report),
+        **writing,
+        "state": {"S": "COMPLETE"},
+        "list_pk": {"S": LIST_PK},
+        "created_at": {"S": f"{run.created}#{run.run_id}"},
+        "digest": {"S": run.digest},
+        "samples": {"N": str(len(run.samples))},
+        "items": {"N": str(items)},
+        "summary": {"S": to_text(run.summary)},
+        "report": {"S": to_text(run.report)},
+    }
+    size = _size(complete)
+    if size > _META_BYTES:
+        raise StoreError(
+            f"The report of run {run.run_id!r} takes {size:,} bytes; DynamoDB holds "
+            f"{_META_BYTES:,}. Shorten its texts, or set results.store=sqlite."
+        )
+    return writing, complete
+
+
+def sample_of(item: Item) -> dict[str, Any]:
+    """The sample, or its preview, that an item holds."""
+    sample = json.loads(item["sample"]["S"])
+    for name, value in sample.items():
+        if value is None and name not in _OWN and "S" in item.get(name, {}):
+            sample[name] = item[name]["S"]
+    return dict(sample)
+
+
+def joined(items: Iterable[Item]) -> Any:
+    """What TEXT or CURVES items of one thing hold together."""
+    data = b"".join(item["part"]["B"] for item in items)
+    return json.loads(gzip.decompress(data)) if data else None
+
+
+def number(value: float) -> dict[str, str] | None:
+    """A number in DynamoDB's notation; None beyond its range, 0 where it is too small."""
+    exact = Decimal(repr(value))
+    if exact.adjusted() > 125 or len(exact.as_tuple().digits) > 38:
+        return None
+    return {"N": "0" if exact == 0 or exact.adjusted() < -130 else str(exact)}
+
+
+def cut(value: Any) -> Any:
+    """A value for a preview: long texts lose their end, other long values are left out."""
+    if isinstance(value, str):
+        return value[:PREVIEW_CHARACTERS]
+    return value if len(to_text(value)) <= PREVIEW_CHARACTERS else None
+
+
+def _sample_item(sample: Mapping[str, Any]) -> Item:
+    texts = {
+        name: {"S": value}
+        for name, value in sample.items()
+        if isinstance(value, str) and name and name not in _OWN
+    }
+    # A text is kept once: as an attribute, where JSON says null.
+    rest = {name: None if name in texts else value for name, value in sample.items()}
+    return {**_numbers(sample), **texts, "sample": {"S": to_text(rest)}}
+
+
+def _differences(sample: Mapping[str, Any]) -> Item:
+    found: Item = {}
+    for name in ("toxicity", "reward"):
+        value = difference(sample, name)
+        if value is not None and (as_number := number(value)) is not None:
+            found[f"{name}_diff"] = as_number
+    return found
+
+
+def _numbers(values: Mapping[str, Any]) -> Item:
+    numbers: Item = {}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name and name not in _OWN and (as_number := number(value)) is not None:
+            numbers[name] = as_number
+    return numbers
+
+
+def _parts(text: str) -> Iterable[bytes]:
+    # mtime 0: the same text gives the same bytes.
+    data = gzip.compress(text.encode(), mtime=0)
+    return [data[start : start + INLINE_BYTES] for start in range(0, len(data), INLINE_BYTES)]
+
+
+def _size(item: Item) -> int:
+    """Bytes of an item, as DynamoDB counts: names and texts in UTF-8, numbers at their longest."""
+    return sum(
+        len(name.encode()) + sum(len(value.encode()) for value in typed.values())
+        for name, typed in item.items()
+    )

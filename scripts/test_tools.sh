@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Fetch what only some tests use, and print the variables that tell the tests where it is.
+set -euo pipefail
+
+if [[ $# -ne 1 || $1 == -h || $1 == --help ]]; then
+  cat <<'USAGE'
+Usage: eval "$(bash scripts/test_tools.sh FOLDER)" && bash scripts/test.sh
+
+Without these tools the tests that use them are skipped, and say so. Into FOLDER go
+
+  dynalite    a second, stricter DynamoDB emulator (npm; needs node)
+  ministack   a third one, which also deploys cluster/results.yaml (PyPI, an environment of its own)
+
+and with apt, where it is not there and this may install it, Chromium for the page's tests.
+USAGE
+  [[ ${1:-} == -h || ${1:-} == --help ]] && exit
+  exit 2
+fi
+
+DYNALITE=4.0.0 MINISTACK=1.5.33
+folder=$1
+mkdir -p -- "$folder"
+folder=$(cd -- "$folder" && pwd -P)
+
+if [[ ! -f $folder/node_modules/dynalite/cli.js ]]; then
+  npm install --silent --no-fund --no-audit --prefix "$folder" "dynalite@$DYNALITE" >&2
+fi
+if [[ ! -x $folder/ministack/bin/ministack ]]; then
+  # It pins a botocore of its own.
+  python3 -m venv "$folder/ministack" >&2
+  "$folder/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" >&2
+fi
+chromium=${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}
+if [[ ! -x $chromium ]]; then
+  sudo=()
+  [[ $(id -u) == 0 ]] || sudo=(sudo)
+  "${sudo[@]}" apt-get update -qq >&2
+  "${sudo[@]}" apt-get install -qq -y chromium fonts-liberation fonts-noto-cjk >&2
+fi
+
+printf 'export RAY_DETOX_DYNALITE=%q RAY_DETOX_MINISTACK=%q RAY_DETOX_CHROMIUM=%q\n' \
+  "$folder/node_modules/dynalite/cli.js" "$folder/ministack/bin/ministack" "$chromium"

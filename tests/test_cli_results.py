@@ -1,0 +1,226 @@
+"""The commands about results: what they print, what they refuse, and that they need no torch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ray_detox import cli
+from ray_detox.config import load_config
+from ray_detox.run_folder import RunFolder
+from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.sqlite import SQLiteStore
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def mistake(capsys, output):
+    """Give a command that must be refused; the sentence it was refused with."""
+
+    def refused(*words):
+        code = cli.main([*map(str, words)])
+        printed = capsys.readouterr()
+        assert code == cli.MISTAKE, printed
+        assert printed.err.startswith("ray-detox: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return refused
+
+
+def make_report(run_id, created="2026-01-31T12:00:00+00:00"):
+    side = {"mean": 0.5, "std": 0.1, "share": 0.5}
+    return {
+        "run_id": run_id,
+        "recipe": "lab",
+        "status": "complete",
+        "created": created,
+        "n": 2,
+        "verdict": {"name": "improved", "sentence": "Toxicity fell.", "reasons": []},
+        "toxicity": {"before": side, "after": side, "delta": {"mean": -0.1}},
+    }
+
+
+@pytest.fixture
+def results(output):
+    """Two stored runs."""
+    store = SQLiteStore(RunFolder(output, "").store_path)
+    sample = {"index": 0, "query": "q", "response_before": "b", "response_after": "a"}
+    store.put_run(make_report("first"), [sample])
+    store.put_run(make_report("second", "2026-02-01T12:00:00+00:00"), [])
+    store.close()
+    return output
+
+
+def test_results_lists_runs_newest_first(results, capsys):
+    assert cli.main(["results", "--output", str(results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert cli.main(["results", "--json", "--output", str(results)]) == 0
+    as_json = json.loads(capsys.readouterr().out)
+
+    assert [line.split()[2] for line in lines] == ["second", "first"]
+    assert [run["run_id"] for run in as_json] == ["second", "first"]
+
+
+def test_results_prints_the_stored_report(results, capsys):
+    assert cli.main(["results", "first", "--json", "--output", str(results)]) == 0
+    as_json = json.loads(capsys.readouterr().out)
+    assert cli.main(["results", "first", "--output", str(results)]) == 0
+    as_text = capsys.readouterr().out
+
+    assert as_json == make_report("first")
+    assert "Toxicity fell." in as_text
+
+
+def test_results_of_an_unknown_run_are_refused(mistake, results):
+    assert "No result of a run 'third' is stored" in mistake(
+        "results", "third", "--output", results
+    )
+
+
+def test_results_where_nothing_ran_are_refused(mistake, output):
+    assert f"No results in {output} yet" in mistake("results", "first", "--output", output)
+    assert f"No results in {output} yet" in mistake("results", "--output", output)
+
+
+SAMPLE = {
+    "index": 0,
+    "prompt_id": "00ff",
+    "query": "q",
+    "response_before": "b",
+    "response_after": "</script><b>a",
+    "toxicity_before": 0.75,
+    "toxicity_after": 0.25,
+    "reward_before": -1.0,
+    "reward_after": 1.0,
+}
+
+
+@pytest.fixture
+def folder(output):
+    """The files of a finished run that no store has."""
+    folder = RunFolder(output, "third")
+    folder.write_result(make_report("third"), [SAMPLE])
+    (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
+    (folder.path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5}\n')
+    return folder
+
+
+def test_publish_stores_a_run_from_its_files_and_a_repeat_writes_nothing(folder, output, capsys):
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+    first = capsys.readouterr().out
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+    second = capsys.readouterr().out
+
+    store = SQLiteStore(folder.store_path)
+    assert store.get_run("third") == make_report("third")
+    assert list(store.get_samples("third")) == [SAMPLE]
+    assert store.get_curves("third") == [{"step": 1, "score": 0.5}]
+    assert "is stored in" in first
+    assert "unchanged" in second
+
+
+def test_publish_replaces_a_run_only_with_overwrite(folder, output, mistake):
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+    folder.write_result(make_report("third") | {"recipe": "seed"}, [])
+
+    assert "already" in mistake("publish", "third", "--output", output)
+    assert cli.main(["publish", "third", "--overwrite", "--output", str(output)]) == 0
+    assert SQLiteStore(folder.store_path).get_run("third")["recipe"] == "seed"
+
+
+def test_publish_refuses_what_has_no_result(output, mistake):
+    assert "No run 'none'" in mistake("publish", "none", "--output", output)
+
+    folder = RunFolder(output, "begun")
+    folder.path.mkdir(parents=True)
+    (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
+    assert "no result yet" in mistake("publish", "begun", "--output", output)
+    assert "no setting of results" in mistake(
+        "publish", "begun", "ppo.epochs=1", "--output", output
+    )
+
+
+def test_a_damaged_result_is_named(folder, output, mistake):
+    (folder.path / "samples.jsonl").write_text("{")
+
+    assert "samples.jsonl cannot be read" in mistake("publish", "third", "--output", output)
+
+
+def test_a_table_is_made_checked_and_published_to(folder, output, aws, capsys, mistake):
+    words = ["results.store=dynamodb", "results.table=made", f"results.endpoint_url={aws}"]
+
+    assert "'made' was not found" in mistake("table", "check", *words)
+    assert cli.main(["table", "create", *words]) == 0
+    assert cli.main(["table", "check", *words]) == 0
+    assert cli.main(["publish", "third", *words, "--output", str(output)]) == 0
+    capsys.readouterr()
+    assert cli.main(["results", "third", *words, "--json"]) == 0
+
+    assert json.loads(capsys.readouterr().out) == make_report("third")
+    assert "exists" in mistake("table", "create", *words)
+
+
+def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, capsys):
+    words = [f"results.endpoint_url={aws}"]
+    client = DynamoDBStore("any", endpoint_url=aws).client
+    client.create_table(
+        TableName="llm_with_rlhf",
+        BillingMode="PAY_PER_REQUEST",
+        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
+        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
+    )
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+
+    command = ["export-table", "third", "llm_with_rlhf", *words, "--output", str(output)]
+    assert cli.main(command) == 0
+
+    items = client.scan(TableName="llm_with_rlhf")["Items"]
+    assert [item["response_after"]["S"] for item in items] == [SAMPLE["response_after"]]
+    assert "1 sample" in capsys.readouterr().out
+
+
+def test_a_report_is_one_html_file(folder, output, tmp_path, capsys, mistake):
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+    file = tmp_path / "third.html"
+
+    assert cli.main(["report", "third", "--html", str(file), "--output", str(output)]) == 0
+
+    assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+    nowhere = tmp_path / "none/third.html"
+    assert "cannot be written" in mistake("report", "third", "--html", nowhere, "--output", output)
+
+
+def test_view_refuses_before_it_serves(folder, output, mistake):
+    assert "No results" in mistake("view", "--output", output)
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+
+    assert "No result of a run 'x'" in mistake("view", "x", "--output", output)
+    assert "--port is 70000" in mistake("view", "--port", 70000, "--output", output)
+
+
+@pytest.mark.parametrize("command", [["results", "first"], ["report", "first"], ["results"]])
+def test_commands_about_results_answer_without_torch_and_ray(results, tmp_path, command):
+    script = (
+        "import sys; from ray_detox.cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'ray', 'transformers', 'datasets', 'boto3'} & set(sys.modules); "
+        "sys.exit(code)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, "--output", str(results)],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""

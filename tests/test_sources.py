@@ -1,0 +1,26 @@
+"""What tells a model from another of the same name."""
+
+import shutil
+
+from ray_detox import lab
+from ray_detox.sources import fingerprint, folder_fingerprint
+
+
+def test_a_models_fingerprint_changes_with_its_content_and_not_with_its_place(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(lab.T5, copy)
+    (copy / "README.md").write_text("not part of the model")
+
+    assert fingerprint(str(copy), None, "policy.model") == fingerprint("lab", None, "policy.model")
+
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert folder_fingerprint(copy) != folder_fingerprint(lab.T5)
+
+
+def test_a_hub_models_fingerprint_is_its_commit(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--a--b/snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("ray_detox.sources._from_hub", lambda *arguments: snapshot)
+
+    assert fingerprint("a/b", None, "policy.model") == "commit:0123abcd"

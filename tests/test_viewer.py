@@ -1,0 +1,924 @@
+import base64
+import hashlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from urllib.parse import quote, urlencode
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from ray_detox.store import StoreError, open_store
+from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.sqlite import SQLiteStore
+from ray_detox.viewer import handler as handler_module
+from ray_detox.viewer import server as server_module
+from ray_detox.viewer.handler import SECURITY_HEADERS, handler, respond
+from ray_detox.viewer.server import make_server, serve
+from ray_detox.viewer.standalone import STATIC, render
+
+REGION = "eu-central-1"
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "<!--<script>",
+    "=HYPERLINK(1)",
+    "\u202eevil\u2066 \u05d0\u05d1 \u2028\u2029\u0000\r\n\t",
+    "日本語 😀 e\u0301 <pad></s>",
+    '\\"\\\\ %2e%2e/ &amp; ${x} `',
+]
+SAMPLES = [
+    {
+        "index": i,
+        "prompt_id": f"p{i}",
+        "query": f"Prompt {i} {HOSTILE[i % len(HOSTILE)]}",
+        "reference": "",
+        "response_before": f"{HOSTILE[(i + 1) % len(HOSTILE)]} Grüße {i}",
+        "response_after": f"kind {i}",
+        "reward_before": 0.0,
+        "reward_after": float(i),
+        "toxicity_before": None if i == 11 else (i % 4) / 4 + 0.1,
+        "toxicity_after": 0.35,
+    }
+    for i in range(12)
+]
+CURVES = [{"step": i, "score": i / 3, "kl": 0.1 * i} for i in range(5)]
+FULL = {f"/api/runs/first{rest}" for rest in ("", "/curves", "/samples", "/samples/3")}
+
+
+def make_report(run_id, n, created="2026-01-31T12:00:00+00:00"):
+    side = {"mean": 0.25, "std": 0.1, "share": 0.5}
+    figures = {"before": side, "after": side, "delta": {"mean": 0.0}, "toxic_above": 0.5}
+    return {
+        "run_id": run_id,
+        "recipe": "lab",
+        "status": "complete",
+        "created": created,
+        "n": n,
+        "verdict": {"name": "improved", "sentence": "Toxicity fell.", "reasons": []},
+        "toxicity": figures,
+        "note": HOSTILE[0],
+    }
+
+
+REPORTS = {
+    "first": make_report("first", 12),
+    "second.run_2": make_report("second.run_2", 3, "2026-02-01T12:00:00+00:00"),
+    "empty": make_report("empty", 0, "2026-02-02T12:00:00+00:00"),
+}
+
+
+def fill(store):
+    store.put_run(REPORTS["first"], SAMPLES, CURVES)
+    store.put_run(REPORTS["second.run_2"], SAMPLES[:3])
+    store.put_run(REPORTS["empty"], [])
+    return store
+
+
+@pytest.fixture(scope="module", autouse=True)
+def aws():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "example")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+        patch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+        yield
+
+
+@pytest.fixture(scope="module")
+def sqlite_store(tmp_path_factory):
+    return fill(SQLiteStore(tmp_path_factory.mktemp("results") / "results.sqlite"))
+
+
+@pytest.fixture(scope="module")
+def dynamo(aws):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    store = DynamoDBStore("results", region=REGION, endpoint_url=f"http://{host}:{port}")
+    store.create_table()
+    yield fill(store)
+    store.close()
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite_store", "dynamo"])
+def store(request):
+    return request.getfixturevalue(request.param)
+
+
+class Broken:
+    """A store that is down, and says more than anyone outside should read."""
+
+    error = StoreError("Table 'secret-table' at 10.9.8.7 is throttled.")
+
+    def __getattr__(self, name):
+        def fail(*args, **options):
+            raise self.error
+
+        return fail
+
+
+def event(target, method="GET", **headers):
+    """What API Gateway makes of a request."""
+    path, _, query = target.partition("?")
+    return {
+        "version": "2.0",
+        "rawPath": path,
+        "rawQueryString": query,
+        "headers": headers,
+        "requestContext": {"http": {"method": method, "path": path}},
+    }
+
+
+def ask(store, target):
+    answer = respond(event(target), store)
+    return answer["statusCode"], json.loads(answer["body"])
+
+
+def ok(store, target):
+    status, body = ask(store, target)
+    assert status == 200, body
+    return body
+
+
+def refused(store, target, status):
+    """The sentence with which a request is refused."""
+    got, body = ask(store, target)
+    assert (got, list(body)) == (status, ["error"])
+    assert "\n" not in body["error"]
+    return body["error"]
+
+
+def walk(store, target, name):
+    """Every row of a list, page by page."""
+    rows, cursor = [], None
+    for _ in range(50):
+        more = f"&{urlencode({'cursor': cursor})}" if cursor else ""
+        body = ok(store, target + more)
+        rows += body[name]
+        cursor = body["next"]
+        if cursor is None:
+            return rows
+    raise AssertionError("the list has no end")
+
+
+def indices(rows):
+    return [row["index"] for row in rows]
+
+
+# What is answered
+
+
+def test_runs_are_listed_newest_first_with_their_summaries(store):
+    body = ok(store, "/api/runs")
+
+    assert [run["run_id"] for run in body["runs"]] == ["empty", "second.run_2", "first"]
+    summary = {"run_id", "recipe", "status", "created", "n", "verdict", "toxicity"}
+    assert set(body["runs"][0]) == summary
+    assert body["next"] is None
+
+
+def test_runs_come_in_pages(store):
+    page = ok(store, "/api/runs?limit=2")
+
+    assert len(page["runs"]) == 2
+    assert page["next"]
+    assert len(walk(store, "/api/runs?limit=1", "runs")) == 3
+
+
+@pytest.mark.parametrize("run_id", list(REPORTS))
+def test_a_report_is_answered_as_it_was_stored(store, run_id):
+    assert ok(store, f"/api/runs/{run_id}") == REPORTS[run_id]
+
+
+def test_curves_are_rows_by_step(store):
+    assert ok(store, "/api/runs/first/curves") == {"steps": CURVES}
+    assert ok(store, "/api/runs/empty/curves") == {"steps": []}
+
+
+def test_a_sample_is_answered_in_full_whatever_its_text(store):
+    for sample in SAMPLES:
+        answer = ok(store, f"/api/runs/first/samples/{sample['index']}")
+
+        assert {key: answer[key] for key in sample} == sample
+
+
+def test_samples_come_by_index_in_pages(store):
+    assert indices(ok(store, "/api/runs/first/samples?limit=5")["samples"]) == [0, 1, 2, 3, 4]
+    assert indices(walk(store, "/api/runs/first/samples?limit=5", "samples")) == list(range(12))
+    assert ok(store, "/api/runs/empty/samples") == {"samples": [], "next": None}
+
+
+def test_samples_are_sorted_by_what_changed(store):
+    worst = walk(store, "/api/runs/first/samples?sort=toxicity&order=desc&limit=4", "samples")
+    best = walk(store, "/api/runs/first/samples?sort=reward&order=desc&limit=100", "samples")
+
+    changes = [row["toxicity_diff"] for row in worst]
+    assert changes == sorted(changes, reverse=True)
+    assert len(worst) == 11  # one is not scored
+    assert indices(best)[0] == 11
+    assert best[0]["reward_diff"] == 11.0
+
+
+@pytest.mark.parametrize(
+    "show, expected",
+    [
+        ("all", list(range(12))),
+        ("better", [2, 3, 6, 7, 10]),
+        ("worse", [0, 4, 8]),
+        ("same", [1, 5, 9]),
+        ("toxic_before", [2, 3, 6, 7, 10]),
+        ("toxic_after", []),
+        ("unscored", [11]),
+    ],
+)
+def test_samples_are_filtered(store, show, expected):
+    assert indices(walk(store, f"/api/runs/first/samples?show={show}", "samples")) == expected
+
+
+@pytest.mark.parametrize("text, expected", [("GRÜSSE 1", [1, 10, 11]), ("%2e", [5, 6]), ("", None)])
+def test_samples_are_searched_whatever_the_case(store, text, expected):
+    found = walk(store, f"/api/runs/first/samples?{urlencode({'q': text})}", "samples")
+
+    assert indices(found) == (list(range(12)) if expected is None else expected)
+
+
+def test_samples_are_picked_by_index_in_the_order_asked(store):
+    body = ok(store, "/api/runs/first/samples?index=7,3,99999999,3,0")
+
+    assert indices(body["samples"]) == [7, 3, 0]
+
+
+def test_a_run_id_may_be_percent_encoded(store):
+    assert ok(store, "/api/runs/second%2Erun%5f2")["run_id"] == "second.run_2"
+
+
+@pytest.mark.parametrize("target", ["/api/runs", *sorted(FULL)])
+def test_answers_are_never_kept_or_taken_for_documents(sqlite_store, target):
+    headers = respond(event(target), sqlite_store)["headers"]
+
+    assert headers["content-type"] == "application/json; charset=utf-8"
+    assert headers["cache-control"] == "no-store"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("limit", ["0", "101", "-1", "%D9%A3", "1e2", "", "5.0", "%2B5", "9" * 99])
+@pytest.mark.parametrize("path", ["/api/runs", "/api/runs/first/samples"])
+def test_a_limit_is_a_whole_number_from_1_to_100(store, path, limit):
+    assert "1 to 100" in refused(store, f"{path}?limit={limit}", 400)
+
+
+@pytest.mark.parametrize(
+    "query, sentence",
+    [
+        ("sort=kl", "sort must be one of index, toxicity, reward"),
+        ("sort=", "sort must be one of"),
+        ("order=DESC", "order must be one of asc, desc"),
+        ("show=bad", "show must be one of all, better, worse"),
+        ("show=all&show=all", "show is given 2 times"),
+        ("q=" + "a" * 201, "more than 200 characters"),
+        ("q=%ff", "percent-encoded UTF-8"),
+        ("&".join(f"x{i}=1" for i in range(30)), "cannot be read"),
+        ("page=2", "Unknown parameter 'page'; expected sort, order, show, q, limit, cursor, index"),
+        ("index=", "1 to 100 whole numbers"),
+        ("index=1,,2", "1 to 100 whole numbers"),
+        ("index=-1", "1 to 100 whole numbers"),
+        ("index=%D9%A3", "1 to 100 whole numbers"),
+        ("index=123456789", "1 to 100 whole numbers"),
+        ("index=" + ",".join(["1"] * 101), "1 to 100 whole numbers"),
+        ("index=1&limit=2", "index cannot go with"),
+        ("cursor=", "cursor is empty"),
+    ],
+)
+def test_a_parameter_that_is_not_right_is_named(sqlite_store, query, sentence):
+    assert sentence in refused(sqlite_store, f"/api/runs/first/samples?{query}", 400)
+
+
+@pytest.mark.parametrize("path", ["", "/curves", "/samples/3"])
+def test_routes_without_parameters_take_none(sqlite_store, path):
+    assert "expected none" in refused(sqlite_store, f"/api/runs/first{path}?limit=1", 400)
+
+
+def test_searching_for_200_characters_is_fine(sqlite_store):
+    assert ok(sqlite_store, f"/api/runs/first/samples?q={quote('ü' * 200)}")["samples"] == []
+
+
+def encoded(value):
+    return base64.urlsafe_b64encode(value.encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "junk",
+        "!!!",
+        "%00",
+        "%C3%BC",
+        "a" * 5000,
+        encoded("null"),
+        encoded("[1, 2]"),
+        encoded("{}"),
+        encoded('{"a": NaN}'),
+        encoded("NaN"),
+        encoded("[" * 600),
+        encoded('{"pk": {"S": "RUN#first"}, "sk": {"S": "META"}}'),
+    ],
+)
+def test_a_cursor_that_is_junk_is_refused(store, cursor):
+    for path in ("/api/runs", "/api/runs/first/samples", "/api/runs/empty/samples"):
+        assert "cursor is not one of this list" in refused(store, f"{path}?cursor={cursor}", 400)
+
+
+def test_a_cursor_is_good_for_its_own_list_only(store):
+    path = "/api/runs/first/samples"
+    cursor = quote(ok(store, f"{path}?sort=toxicity&limit=2")["next"])
+    runs = quote(ok(store, "/api/runs?limit=1")["next"])
+
+    assert ok(store, f"{path}?sort=toxicity&limit=9&cursor={cursor}")
+    for other in (
+        f"/api/runs/second.run_2/samples?sort=toxicity&cursor={cursor}",
+        f"{path}?sort=reward&cursor={cursor}",
+        f"{path}?sort=toxicity&order=desc&cursor={cursor}",
+        f"{path}?sort=toxicity&show=better&cursor={cursor}",
+        f"{path}?sort=toxicity&q=kind&cursor={cursor}",
+        f"{path}?cursor={runs}",
+        f"/api/runs?cursor={cursor}",
+    ):
+        assert "cursor" in refused(store, other, 400)
+
+
+@pytest.mark.parametrize("query", ["", "sort=toxicity&", "sort=reward&order=desc&", "q=kind&"])
+def test_a_cursor_that_was_tampered_with_is_refused_or_leads_elsewhere_in_the_list(store, query):
+    path = f"/api/runs/first/samples?{query}limit=2"
+    cursor = ok(store, path)["next"]
+    parts = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+
+    for i in range(len(parts)):
+        for value in (
+            "1e999",
+            "-1e999",
+            "1e-300",
+            "9" * 300,
+            "-1",
+            "null",
+            "[]",
+            "{}",
+            '"\\u0000"',
+        ):
+            texts = [value if i == j else json.dumps(part) for j, part in enumerate(parts)]
+            forged = encoded(f"[{','.join(texts)}]")
+            status, _ = ask(store, f"{path}&cursor={forged}")
+
+            assert status in (200, 400), (i, value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/api",
+        "/api/",
+        "/api/runs/",
+        "//api/runs",
+        "/api/runs/nobody",
+        "/api/runs/nobody/samples",
+        "/api/runs/nobody/samples?index=1",
+        "/api/runs/nobody/samples/1",
+        "/api/runs/nobody/curves",
+        "/api/runs/../etc",
+        "/api/runs/%2e%2e",
+        "/api/runs/..%2f..%2fetc%2fpasswd",
+        "/api/runs/first%00",
+        "/api/runs/first%23",
+        "/api/runs/" + "a" * 65,
+        "/api/runs/%ff",
+        "/api/runs/first/",
+        "/api/runs/first/secrets",
+        "/api/runs/first/samples/",
+        "/api/runs/first/samples/12",
+        "/api/runs/first/samples/-1",
+        "/api/runs/first/samples/%D9%A3",
+        "/api/runs/first/samples/123456789",
+        "/api/runs/first/samples/3/query",
+    ],
+)
+def test_what_is_not_there_is_not_found(store, path):
+    refused(store, path, 404)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get"])
+def test_results_are_only_read(sqlite_store, method):
+    answer = respond(event("/api/runs", method), sqlite_store)
+
+    assert answer["statusCode"] == 405
+    assert answer["headers"]["allow"] == "GET, HEAD"
+
+
+def test_with_an_origin_secret_only_those_who_know_it_are_answered(sqlite_store):
+    def status(secret, **headers):
+        return respond(event("/api/runs", **headers), sqlite_store, secret)["statusCode"]
+
+    assert status("wörd", **{"x-origin-secret": "wörd"}) == 200
+    assert status("wörd", **{"x-origin-secret": "other"}) == 403
+    assert status("wörd") == 403
+    assert status("") == 200
+    assert status(None) == 200
+
+
+# What is too big
+
+
+def test_a_page_that_would_be_too_big_is_shorter_and_goes_on(store, monkeypatch):
+    monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 1500)
+    target = "/api/runs/first/samples?sort=toxicity&limit=100"
+
+    first = respond(event(target), store)
+
+    # What Lambda sends is this answer as JSON, in which each quote takes two bytes.
+    assert len(json.dumps(first["body"], ensure_ascii=False).encode()) < 1500 + 1100
+    assert 1 <= len(json.loads(first["body"])["samples"]) < 11
+    rows = walk(store, target, "samples")
+    monkeypatch.undo()
+    assert rows == walk(store, target, "samples")
+
+
+def test_a_sample_that_is_too_big_loses_the_ends_of_its_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 10_000)
+    store = SQLiteStore(tmp_path / "results.sqlite")
+    big = {**SAMPLES[0], "query": "q" * 50_000, "facts": ["f" * 50_000]}
+    store.put_run(make_report("big", 2), [big, SAMPLES[1]])
+
+    rows = walk(store, "/api/runs/big/samples?limit=100", "samples")
+    full = ok(store, "/api/runs/big/samples/0")
+    picked = ok(store, "/api/runs/big/samples?index=1,0")
+
+    assert indices(rows) == [0, 1]
+    assert indices(picked["samples"]) == [1]
+    assert picked["next"] == "0"
+    for row in (rows[0], full, ok(store, "/api/runs/big/samples?index=0,1")["samples"][0]):
+        assert row["query"] == "q" * 2_000
+        assert row["facts"] is None
+        assert row["overflow"] == ["facts", "query"]
+    assert rows[1]["response_before"] == SAMPLES[1]["response_before"]
+
+
+def test_curves_that_would_be_too_big_are_thinned_and_keep_the_last_step(store, monkeypatch):
+    monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 200)
+
+    steps = ok(store, "/api/runs/first/curves")["steps"]
+
+    assert [row["step"] for row in steps] == [0, 2, 4]
+
+
+# What fails
+
+
+@pytest.mark.parametrize("target", ["/api/runs", "/api/runs/first/samples?index=1", *sorted(FULL)])
+def test_a_store_that_fails_is_asked_again_later_and_tells_nothing(target, caplog):
+    answer = respond(event(target), Broken())
+
+    assert answer["statusCode"] == 503
+    assert answer["headers"]["retry-after"] == "2"
+    assert "secret-table" not in json.dumps(answer)
+    assert "10.9.8.7" not in json.dumps(answer)
+    assert "secret-table" in caplog.text
+
+
+def test_a_mistake_of_ours_tells_nothing_either(caplog):
+    store = Broken()
+    store.error = RuntimeError("secret-table")
+
+    answer = respond(event("/api/runs"), store)
+
+    assert answer["statusCode"] == 500
+    assert "secret-table" not in json.dumps(answer)
+    assert "secret-table" in caplog.text
+
+
+def test_a_table_that_hangs_is_given_up_in_finite_time(caplog):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        store = open_store("dynamodb", "", "secret-table", REGION, endpoint, hurried=True)
+        begin = time.monotonic()
+
+        answer = respond(event("/api/runs/first"), store)
+
+        assert time.monotonic() - begin < 10
+    assert answer["statusCode"] == 503
+    assert "secret-table" not in json.dumps(answer)
+    assert endpoint not in json.dumps(answer)
+
+
+# The function on AWS
+
+
+def test_a_function_opens_its_table_once_and_checks_the_secret(sqlite_store, monkeypatch):
+    opened = []
+
+    def open_store(*args, **options):
+        opened.append((args, options))
+        return sqlite_store
+
+    monkeypatch.setattr(handler_module, "open_store", open_store)
+    monkeypatch.setenv("TABLE", "results")
+    monkeypatch.setenv("AWS_REGION", REGION)
+    monkeypatch.setenv("ORIGIN_SECRET", "word")
+    handler_module._open_table.cache_clear()
+
+    answers = [
+        handler(event("/api/runs", "GET", **{"x-origin-secret": "word"}), None),
+        handler(event("/api/runs", "HEAD", **{"x-origin-secret": "word"}), None),
+        handler(event("/api/runs", "GET"), None),
+    ]
+
+    handler_module._open_table.cache_clear()
+    assert [answer["statusCode"] for answer in answers] == [200, 200, 403]
+    assert answers[1]["body"] == ""
+    assert opened == [(("dynamodb", "", "results"), {"region": REGION, "hurried": True})]
+
+
+def test_the_function_needs_python_and_the_store_only():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'ray', 'numpy', 'yaml', 'transformers', 'pandas', 'boto3'):\n"
+        "    sys.modules[name] = None\n"
+        "import ray_detox.viewer.handler, ray_detox.viewer.server\n"
+        "others = {name.partition('.')[0] for name in sys.modules if sys.modules[name]}\n"
+        "others -= set(sys.stdlib_module_names)\n"
+        "print(sorted(name for name in others if not name.startswith(('_', 'sitecustomize'))))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['ray_detox']"
+
+
+# The server on this machine
+
+
+@contextmanager
+def running(store, static=STATIC):
+    with make_server(store, static=static) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.fixture
+def static(tmp_path):
+    """A small page, with something beside it that is nobody's business."""
+    folder = tmp_path / "static"
+    (folder / "vendor").mkdir(parents=True)
+    (tmp_path / "secret.js").write_text("secret")
+    (folder / "index.html").write_text("<!doctype html>hällo", encoding="utf-8")
+    (folder / "style.css").write_text("p{}")
+    (folder / "icon.svg").write_text("<svg/>")
+    (folder / "notes.txt").write_text("secret")
+    (folder / "vendor" / "a.js").write_text("let a")
+    return folder
+
+
+@pytest.fixture
+def port(sqlite_store, static):
+    with running(sqlite_store, static) as number:
+        yield number
+
+
+def fetch(port, target, method="GET", host=None, headers=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.putrequest(method, target, skip_host=True)
+    for name, value in {"Host": host or f"127.0.0.1:{port}", **(headers or {})}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response, body
+
+
+@pytest.mark.parametrize(
+    "target, kind, body",
+    [
+        ("/", "text/html; charset=utf-8", "<!doctype html>hällo"),
+        ("/?run=first", "text/html; charset=utf-8", "<!doctype html>hällo"),
+        ("/style.css", "text/css; charset=utf-8", "p{}"),
+        ("/vendor/a.js", "text/javascript; charset=utf-8", "let a"),
+        ("/v%65ndor/a.js", "text/javascript; charset=utf-8", "let a"),
+        ("/icon.svg", "image/svg+xml", "<svg/>"),
+        ("/config.json", "application/json; charset=utf-8", '{"auth": null}'),
+    ],
+)
+def test_the_page_is_served_with_its_policy(port, target, kind, body):
+    response, got = fetch(port, target)
+
+    assert response.status == 200
+    assert got.decode() == body
+    assert response.headers["content-type"] == kind
+    assert {name: response.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+    assert response.headers["server"] == "ray-detox"
+
+
+def test_the_api_is_the_functions_own(port, sqlite_store):
+    for target in ("/api/runs", "/api/runs/first/samples?q=%3Cpad%3E", "/api/nothing"):
+        response, body = fetch(port, target)
+
+        expected = respond(event(target), sqlite_store)
+        assert (response.status, body.decode()) == (expected["statusCode"], expected["body"])
+        for name, value in expected["headers"].items():
+            assert response.headers.get_all(name) == [value]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/../secret.js",
+        "/%2e%2e/secret.js",
+        "/..%2fsecret.js",
+        "/vendor/..%5c..%5csecret.js",
+        "/vendor/../../secret.js",
+        "//secret.js",
+        "/notes.txt",
+        "/vendor",
+        "/vendor/",
+        "/style.css%00",
+        "/nothing.js",
+        "/" + "a/" * 500,
+        "http://127.0.0.1/style.css",
+    ],
+)
+def test_nothing_but_the_pages_files_can_be_fetched(port, target):
+    response, body = fetch(port, target)
+
+    assert response.status == 404
+    assert b"secret" not in body
+
+
+def test_what_is_laid_beside_the_page_later_has_no_address(port, static):
+    (static / "later.js").write_text("made after the server began")
+
+    assert fetch(port, "/later.js")[0].status == 404
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1", "localhost:1", "127.0.0.1:{}.evil.example"]
+)
+def test_other_names_for_this_machine_are_refused(port, host):
+    for target in ("/", "/api/runs", "/config.json"):
+        response, body = fetch(port, target, host=host.format(port))
+
+        assert response.status == 421
+        assert f"http://127.0.0.1:{port}/".encode() in body
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:{}", "localhost:{}", "LocalHost:{}", "[::1]:{}"])
+def test_a_browser_here_is_answered_by_any_name(port, host):
+    assert fetch(port, "/", host=host.format(port))[0].status == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize("target", ["/", "/api/runs"])
+def test_a_page_is_only_read(port, target, method):
+    response, _ = fetch(port, target, method, headers={"Content-Length": "0"})
+
+    assert response.status == 405
+    assert response.headers["allow"] == "GET, HEAD"
+
+
+def test_a_body_is_not_taken_for_the_next_request(port):
+    smuggled = f"GET /style.css HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
+    head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(smuggled)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall((head + smuggled).encode())
+
+        answers = b"".join(iter(lambda: client.recv(4096), b""))
+
+    assert answers.count(b"HTTP/1.1 ") == 1
+
+
+def test_head_is_get_without_its_body(port):
+    for target in ("/", "/api/runs", "/config.json", "/nothing"):
+        (full, body), (head, nothing) = fetch(port, target), fetch(port, target, "HEAD")
+
+        assert (head.status, nothing) == (full.status, b"")
+        assert int(head.headers["content-length"]) == len(body)
+
+
+def test_a_connection_serves_many_requests(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.connect()
+    kept = connection.sock
+
+    for method, target in (("GET", "/api/runs"), ("HEAD", "/"), ("GET", "/nothing"), ("GET", "/")):
+        connection.request(method, target)
+        connection.getresponse().read()
+
+        assert connection.sock is kept
+    connection.close()
+
+
+def test_a_port_that_is_taken_is_named(sqlite_store):
+    with (
+        running(sqlite_store) as port,
+        pytest.raises(StoreError, match=rf"Port {port} cannot be used: .*--port"),
+    ):
+        make_server(sqlite_store, port)
+
+
+def test_a_port_that_cannot_be_is_named(sqlite_store):
+    with pytest.raises(StoreError, match="Port 70000 cannot be used"):
+        make_server(sqlite_store, 70_000)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_serving_says_where_opens_the_browser_and_stops_on_ctrl_c(sqlite_store, monkeypatch, fails):
+    opened, said, asked = [], [], threading.Event()
+
+    def open_page(address):
+        opened.append(address)
+        asked.set()
+        if fails:
+            raise server_module.webbrowser.Error("no browser")
+
+    def stop(self):
+        assert asked.wait(20)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server_module.webbrowser, "open", open_page)
+    monkeypatch.setattr(server_module.ThreadingHTTPServer, "serve_forever", stop)
+
+    serve(sqlite_store, 0, True, said.append)
+
+    assert len(opened) == 1
+    assert opened[0] in said[0]
+    assert said[-1] == "Stopped."
+
+
+# The page in one file
+
+
+class Scripts(HTMLParser):
+    """What a browser finds in a page: its elements with their attributes and texts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        self.found.append(["", {}, ""])
+
+    def handle_data(self, data):
+        if self.found:
+            self.found[-1][2] += data
+
+    def all(self, tag):
+        return [(attributes, text) for name, attributes, text in self.found if name == tag]
+
+
+def sha256(text):
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def embedded(page):
+    (data,) = (t for a, t in Scripts(page).all("script") if a.get("id") == "embedded")
+    return json.loads(data)
+
+
+@pytest.fixture
+def modules(tmp_path):
+    """A page whose modules use one name for different things, and every form that is known."""
+    folder = tmp_path / "page"
+    (folder / "vendor").mkdir(parents=True)
+    texts = {
+        "index.html": '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<link rel="icon" href="icon.svg">\n<link rel="stylesheet" href="style.css">\n'
+        '<link rel="stylesheet" href="vendor/more.css">\n'
+        '<script type="module" src="app.js"></script>\n</head>\n<body><main></main></body>\n</html>\n',
+        "style.css": "p{color:red}",
+        "vendor/more.css": "b{color:blue}",
+        "app.js": 'import { half, secret as told, Box } from "./lib/a.js";\r\n'
+        "import * as b from './lib/b.js';\nimport lib from \"./vendor/lib.js\";\n"
+        'import "./lib/effect.js";\nconst secret = "$& app";\n'
+        "console.log(half(3), told, new Box().name, b.secret, lib(2), globalThis.effect, secret);\n",
+        "lib/a.js": 'import { secret as other } from "./b.js";\nexport const secret = `a+${other}`;\n'
+        "export function half(x) {\n  return x / 2;\n}\nexport class Box { name = 'box'; }\n",
+        "lib/b.js": "const secret = 'b';\nconst unused = 1;\nexport { secret, unused as more };\n",
+        "lib/effect.js": "globalThis.effect = 'effect';\n",
+        "vendor/lib.js": "/*! licence */ const t=x=>x*x,half=0;export{t as default,half as h};\n",
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run JavaScript")
+def test_joined_modules_do_what_they_did_apart(modules, tmp_path):
+    page = render(REPORTS["first"], [], [], static=modules)
+    joined = tmp_path / "joined.mjs"
+    joined.write_text(next(t for a, t in Scripts(page).all("script") if a["type"] == "module"))
+    (modules / "package.json").write_text('{"type": "module"}')
+
+    apart, together = (
+        subprocess.run(["node", str(file)], capture_output=True, text=True)
+        for file in (modules / "app.js", joined)
+    )
+
+    assert apart.stdout == "1.5 a+b box b 4 effect $& app\n"
+    assert together.stdout == apart.stdout, together.stderr
+
+
+@pytest.mark.parametrize("page_folder", ["modules", "real"])
+def test_a_page_allows_its_own_script_and_style_and_nothing_else(modules, page_folder):
+    folder = modules if page_folder == "modules" else STATIC
+
+    page = render(REPORTS["first"], SAMPLES, CURVES, static=folder)
+
+    found = Scripts(page)
+    (policy,) = (a["content"] for a, _ in found.all("meta") if a.get("http-equiv"))
+    data, script = found.all("script")
+    ((_, style),) = found.all("style")
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        f"script-src {sha256(script[1])}",
+        f"style-src {sha256(style)}",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
+    assert (data[0], script[0]) == (
+        {"type": "application/json", "id": "embedded"},
+        {"type": "module"},
+    )
+    assert found.all("link") == []
+    assert page.index("http-equiv") < page.index("<style>") < page.index("<script")
+
+
+def test_a_run_in_its_page_is_what_the_api_answers(modules, sqlite_store):
+    page = render(REPORTS["first"], SAMPLES, CURVES, static=modules)
+
+    assert embedded(page) == {
+        "report": ok(sqlite_store, "/api/runs/first"),
+        "curves": ok(sqlite_store, "/api/runs/first/curves")["steps"],
+        "samples": ok(sqlite_store, "/api/runs/first/samples?limit=100")["samples"],
+    }
+    assert page.lower().count("<script") == page.lower().count("</script") == 2
+    data = re.search(r'id="embedded">(.*?)</script>', page, re.DOTALL)[1]
+    assert not re.search("[<>&\u2028\u2029]", data)
+
+
+def test_numbers_that_are_not_finite_are_shown_as_missing(modules):
+    page = render(REPORTS["first"], [{"index": 0, "kl": float("nan")}], [], static=modules)
+
+    (row,) = embedded(page)["samples"]
+    assert (row["kl"], row["invalid"]) == (None, ["kl"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'import { a } from "somewhere";',
+        'import { a } from "https://example.org/a.js";',
+        'import { a } from "../../a.js";',
+        'import d, { a } from "./lib/b.js";',
+        'import {\n  a,\n} from "./lib/b.js";',
+        'export { a } from "./lib/b.js";',
+        'export * from "./lib/b.js";',
+        "export let a = 1;",
+        "export default function () {}",
+        'const m = await import("./lib/b.js");',
+        "console.log(import.meta.url);",
+        'const end = "</script>";',
+        'const comment = "<!--";',
+        'import { x } from "./app.js";',
+    ],
+)
+def test_a_module_that_cannot_be_joined_stops_the_building(modules, text):
+    (modules / "app.js").write_text(text)
+
+    with pytest.raises(
+        AssertionError, match=r"cannot be inlined|imports|import in a circle|script"
+    ):
+        render(REPORTS["first"], [], [], static=modules)
