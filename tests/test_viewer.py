@@ -819,11 +819,14 @@ def modules(tmp_path):
         "app.js": 'import { half, secret as told, Box } from "./lib/a.js";\r\n'
         "import * as b from './lib/b.js';\nimport lib from \"./vendor/lib.js\";\n"
         'import "./lib/effect.js";\nconst secret = "$& app";\n'
+        "await null;\n"
         "console.log(half(3), told, new Box().name, b.secret, lib(2), globalThis.effect, secret);\n",
         "lib/a.js": 'import { secret as other } from "./b.js";\nexport const secret = `a+${other}`;\n'
         "export function half(x) {\n  return x / 2;\n}\nexport class Box { name = 'box'; }\n",
-        "lib/b.js": "const secret = 'b';\nconst unused = 1;\nexport { secret, unused as more };\n",
+        "lib/b.js": "const secret = 'b';\n/*\nexport const gone = 1;\n*/\n"
+        "const unused = 1;\nexport { secret, unused as more };\n",
         "lib/effect.js": "globalThis.effect = 'effect';\n",
+        "vendor/lib.LICENSE": "Copyright (c) somebody /* or other */\n",
         "vendor/lib.js": "/*! licence */ const t=x=>x*x,half=0;export{t as default,half as h};\n",
     }
     for name, text in texts.items():
@@ -887,6 +890,13 @@ def test_a_run_in_its_page_is_what_the_api_answers(modules, sqlite_store):
     assert page.lower().count("<script") == page.lower().count("</script") == 2
     data = re.search(r'id="embedded">(.*?)</script>', page, re.DOTALL)[1]
     assert not re.search("[<>&\u2028\u2029]", data)
+
+
+def test_licences_of_others_go_where_their_modules_go(modules):
+    page = render(REPORTS["first"], [], [], static=modules)
+
+    assert "Copyright (c) somebody /* or other * /" in page
+    assert "/*! licence */" in page
 
 
 def test_numbers_that_are_not_finite_are_shown_as_missing(modules):

@@ -33,6 +33,7 @@ _CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".json": "application/json; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".LICENSE": "text/plain; charset=utf-8",
 }
 
 

@@ -34,7 +34,7 @@ _IMPORT = re.compile(r"""import\s*(?:(?P<what>[^"']+?)\s*from\s*)?(["'])(?P<modu
 _DECLARED = re.compile(r"export\s+((?:async\s+)?(?:function\s*\*?|class|const)\s+([\w$]+).*)")
 _DEFAULT = re.compile(r"export\s+default\s+([\w$]+);?")
 _LIST = re.compile(r"(?P<before>.*?)\bexport\s*\{(?P<names>[^{}]*)\};?")
-_NOT_KNOWN = re.compile(r"^(?:import|export)\b.*|\bimport\s*\(.*|\bimport\.meta\b.*", re.MULTILINE)
+_NOT_KNOWN = re.compile(r"^(?:import|export)\b.*|\bimport\s*\(.*|\bimport\.meta\b.*")
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Inside JSON text these occur in strings alone, where an escape means the same."""
@@ -104,10 +104,10 @@ def _join_modules(static: Path, entry: str) -> str:
     """The entry module and all that it imports, as one script that imports nothing.
 
     Each module becomes a function that is called on the spot and returns what the module
-    exports, so that names of one are not in the way of another:
+    exports, so that names of one are not in the way of another; async, for a module may await:
 
-        const m0 = (() => { const half = (x) => x / 2; return { half }; })();
-        (() => { const { half: h } = m0; show(h(3)); })();
+        const m0 = await (async () => { const half = (x) => x / 2; return { half: half }; })();
+        const m1 = await (async () => { const { half: h } = m0; show(h(3)); return {  }; })();
     """
     joined: dict[str, str] = {}  # path -> text, imported before importing
     variables: dict[str, str] = {}
@@ -119,19 +119,34 @@ def _join_modules(static: Path, entry: str) -> str:
                 _read(static / path), path, lambda other: visit(other, (*importers, path))
             )
             variables[path] = f"m{len(variables)}"
-            joined[path] = f"// {path}\nconst {variables[path]} = {text};\n"
+            joined[path] = (
+                f"// {path}\n{_licence(static / path)}const {variables[path]} = {text};\n"
+            )
         return variables[path]
 
     visit(posixpath.normpath(entry), ())
     return "\n" + "".join(joined.values())
 
 
+def _licence(module: Path) -> str:
+    """The licence that lies beside a module of others, as a comment: it goes where they go."""
+    file = module.with_suffix(".LICENSE")
+    return f"/*\n{_read(file).replace('*/', '* /')}*/\n" if file.exists() else ""
+
+
 def _as_function(text: str, path: str, variable_of: Callable[[str], str]) -> str:
     """A module's text as a called function; `variable_of` gives what another module is called."""
     lines: list[str] = []
     exports: dict[str, str] = {}  # exported name -> name inside
+    in_comment = False
     for line in text.split("\n"):
         stripped = line.rstrip()
+        if in_comment or stripped.lstrip().startswith("/*"):
+            # What was commented out, uPlot's own exports among it, is no code.
+            in_comment = "*/" not in stripped
+        if in_comment:
+            lines.append(line)
+            continue
         if match := _IMPORT.fullmatch(stripped):
             module = match["module"]
             assert module.startswith(("./", "../")), (
@@ -151,12 +166,12 @@ def _as_function(text: str, path: str, variable_of: Callable[[str], str]) -> str
         elif match := _LIST.fullmatch(stripped):
             line = match["before"]
             exports |= {outer: inner for inner, outer in _renamed(match["names"])}
+        unknown = _NOT_KNOWN.search(line)
+        assert not unknown, f"{path} has a form that cannot be inlined: {unknown[0][:80]}"
         lines.append(line)
     body = "\n".join(lines)
-    unknown = _NOT_KNOWN.search(body)
-    assert not unknown, f"{path} has a form that cannot be inlined: {unknown[0][:80]}"
     returned = ", ".join(f"{outer}: {inner}" for outer, inner in exports.items())
-    return f"(() => {{\n{body}\nreturn {{ {returned} }};\n}})()"
+    return f"await (async () => {{\n{body}\nreturn {{ {returned} }};\n}})()"
 
 
 def _imported(what: str | None, variable: str, path: str) -> str:

@@ -1,0 +1,55 @@
+// The list of runs, newest first.
+
+import { announce, count, h, mean, moment, number, percent, show } from "./dom.js";
+
+export async function showRuns({ main, source, signal, fail }) {
+  document.title = "Runs · ray-detox";
+  const first = await source.runs(undefined, signal);
+  const heading = h("h1", {}, "Runs");
+  if (first.runs.length === 0) {
+    show(main, heading, h("div", { class: "empty" }, h("p", {}, "No run is stored here yet."), h("p", {}, "Make one with ", h("code", {}, "ray-detox run"), ", then reload this page.")));
+    return;
+  }
+  const list = h("ol", { class: "runs" });
+  const more = h("div", { class: "more" });
+  show(main, heading, list, more);
+  add(first);
+
+  function add(page) {
+    list.append(...page.runs.map(row));
+    show(more, page.next ? h("button", { type: "button", onclick: () => load(page.next) }, "More runs") : null);
+  }
+
+  async function load(cursor) {
+    show(more, h("p", { class: "loading" }, "Loading…"));
+    try {
+      add(await source.runs(cursor, signal));
+      announce(`${list.children.length} runs shown`);
+    } catch (error) {
+      if (!signal.aborted) show(more, fail(error, () => load(cursor)));
+    }
+  }
+}
+
+function row(run) {
+  const toxicity = run.toxicity ?? {};
+  const verdict = run.verdict?.name ?? run.status ?? "";
+  return h(
+    "li",
+    {},
+    h(
+      "a",
+      { class: "run", href: `#/run/${encodeURIComponent(run.run_id)}` },
+      h("span", { class: "run-name" }, run.run_id),
+      h("span", { class: "run-about" }, `${run.recipe} · ${moment(run.created)} · ${count(run.n)} prompts`),
+      h("span", { class: "run-figures" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
+      h("span", { class: "run-figures" }, percent(toxicity.improvement), h("small", {}, "gone")),
+      h("span", { class: `badge ${kind(verdict)}` }, verdict),
+    ),
+  );
+}
+
+/** The class of a verdict: its colour, beside its words. */
+export function kind(verdict) {
+  return { improved: "good", "quality lost": "warning", worse: "bad" }[verdict] ?? "neutral";
+}
