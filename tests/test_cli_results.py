@@ -6,12 +6,28 @@ import subprocess
 import sys
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from ray_detox import cli
 from ray_detox.config import load_config
 from ray_detox.run_folder import RunFolder
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.sqlite import SQLiteStore
+
+
+@pytest.fixture
+def aws(monkeypatch):
+    """The address of an AWS that lives in this process."""
+    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ MAX_CURSOR_CHARACTERS = 1_000
 MOST_LOOKED_AT = 20_000
 """Samples that one page of a search looks at; a page may therefore be short, and still have a next."""
 
+_LARGEST = 2**53  # of a number in a cursor: beyond it stores disagree on what a number is
+
 _SEARCHED = ("query", "reference", "response_before", "response_after")
 
 
@@ -138,7 +140,9 @@ def decode_cursor(cursor: str, kinds: Sequence[type | tuple[type, ...]], *of: ob
         or len(parts) != len(kinds) + 1
         or parts[0] != _mark(of)
         or any(
-            isinstance(part, bool) or not isinstance(part, kind)
+            isinstance(part, bool)
+            or not isinstance(part, kind)
+            or (isinstance(part, int | float) and not abs(part) < _LARGEST)
             for part, kind in zip(parts[1:], kinds, strict=True)
         )
     ):

@@ -95,7 +95,7 @@ function compared(sides) {
     "div",
     { class: "sides" },
     sides.map((side, i) =>
-      h("section", { "aria-label": side.title }, h("h3", {}, side.title), side.missing ? h("p", { class: "missing" }, "This prompt was not in that run.") : answer(side.text, changes, i), h("p", { class: "about" }, side.about)),
+      h("div", { role: "group", "aria-label": side.title }, h("h3", {}, side.title), side.missing ? h("p", { class: "missing" }, "This prompt was not in that run.") : answer(side.text, changes, i), h("p", { class: "about" }, side.about)),
     ),
   );
 }
