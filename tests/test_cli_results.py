@@ -183,8 +183,7 @@ def test_a_table_is_made_checked_and_published_to(folder, output, aws, capsys, m
     assert "exists" in mistake("table", "create", *words)
 
 
-def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, capsys):
-    words = [f"results.endpoint_url={aws}"]
+def make_notebook_table(aws):
     client = DynamoDBStore("any", endpoint_url=aws).client
     client.create_table(
         TableName="llm_with_rlhf",
@@ -192,6 +191,11 @@ def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, ca
         AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
         KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
     )
+    return client
+
+
+def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, capsys):
+    client, words = make_notebook_table(aws), [f"results.endpoint_url={aws}"]
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
 
     command = ["export-table", "third", "llm_with_rlhf", *words, "--output", str(output)]
@@ -200,6 +204,17 @@ def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, ca
     items = client.scan(TableName="llm_with_rlhf")["Items"]
     assert [item["response_after"]["S"] for item in items] == [SAMPLE["response_after"]]
     assert "1 sample" in capsys.readouterr().out
+
+
+def test_publishing_to_the_notebooks_table_keeps_the_whole_run_as_well(folder, output, aws):
+    client = make_notebook_table(aws)
+    words = ["results.store=dynamodb", "results.table=llm_with_rlhf"]
+
+    command = ["publish", "third", *words, f"results.endpoint_url={aws}", "--output", str(output)]
+    assert cli.main(command) == 0
+
+    assert client.scan(TableName="llm_with_rlhf")["Count"] == 1
+    assert SQLiteStore(folder.store_path).get_run("third") == make_report("third")
 
 
 def test_a_report_is_one_html_file(folder, output, tmp_path, capsys, mistake):
