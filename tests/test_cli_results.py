@@ -183,10 +183,10 @@ def test_a_table_is_made_checked_and_published_to(folder, output, aws, capsys, m
     assert "exists" in mistake("table", "create", *words)
 
 
-def make_notebook_table(aws):
+def make_notebook_table(aws, name):
     client = DynamoDBStore("any", endpoint_url=aws).client
     client.create_table(
-        TableName="llm_with_rlhf",
+        TableName=name,
         BillingMode="PAY_PER_REQUEST",
         AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
         KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
@@ -195,19 +195,19 @@ def make_notebook_table(aws):
 
 
 def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, capsys):
-    client, words = make_notebook_table(aws), [f"results.endpoint_url={aws}"]
+    client, words = make_notebook_table(aws, "exported"), [f"results.endpoint_url={aws}"]
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
 
-    command = ["export-table", "third", "llm_with_rlhf", *words, "--output", str(output)]
+    command = ["export-table", "third", "exported", *words, "--output", str(output)]
     assert cli.main(command) == 0
 
-    items = client.scan(TableName="llm_with_rlhf")["Items"]
+    items = client.scan(TableName="exported")["Items"]
     assert [item["response_after"]["S"] for item in items] == [SAMPLE["response_after"]]
     assert "1 sample" in capsys.readouterr().out
 
 
 def test_publishing_to_the_notebooks_table_keeps_the_whole_run_as_well(folder, output, aws):
-    client = make_notebook_table(aws)
+    client = make_notebook_table(aws, "llm_with_rlhf")
     words = ["results.store=dynamodb", "results.table=llm_with_rlhf"]
 
     command = ["publish", "third", *words, f"results.endpoint_url={aws}", "--output", str(output)]

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Put the page with results on AWS, or bring it up to date.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+Usage: bash scripts/deploy_results.sh [--region REGION] [OPTIONS]
+
+Deploys cluster/results.yaml: the table, the read-only API and the page, then prints its address.
+Run it again to update; nothing is lost. Needs the aws CLI, signed in, and python3.
+
+  --region REGION        where; default AWS_REGION or AWS_DEFAULT_REGION
+  --stack NAME           default ray-detox-results
+  --table NAME           default ray-detox, as results.table
+  --existing-table       the table is there already (ray-detox table create)
+  --access HOW           cognito (default): users that you add
+                         jwt: users of another issuer, with --jwt-issuer URL --jwt-audience ID
+                         public: everybody who knows the address
+  --package-only FILE    only make the Lambda's zip
+
+Deleting the stack (aws cloudformation delete-stack) leaves the table and the page's bucket.
+USAGE
+}
+
+die() {
+  printf 'deploy_results.sh: %s\n' "$*" >&2
+  exit 2
+}
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+region=${AWS_REGION:-${AWS_DEFAULT_REGION:-}}
+stack=ray-detox-results table=ray-detox create=true access=cognito issuer="" audience="" package=""
+while (($#)); do
+  case $1 in
+    -h | --help)
+      usage
+      exit
+      ;;
+    --existing-table) create=false ;;
+    --region | --stack | --table | --access | --jwt-issuer | --jwt-audience | --package-only)
+      (($# > 1)) || die "$1 needs a value; see --help."
+      case $1 in
+        --region) region=$2 ;;
+        --stack) stack=$2 ;;
+        --table) table=$2 ;;
+        --access) access=$2 ;;
+        --jwt-issuer) issuer=$2 ;;
+        --jwt-audience) audience=$2 ;;
+        --package-only) package=$2 ;;
+      esac
+      shift
+      ;;
+    *) die "unknown option $1; see --help." ;;
+  esac
+  shift
+done
+
+# make_zip FILE: what the Lambda needs and no more; the same files give the same bytes.
+make_zip() {
+  python3 - "$root" "$1" <<'PYTHON'
+import sys
+import zipfile
+from pathlib import Path
+
+root, target = Path(sys.argv[1]), sys.argv[2]
+files = [root / "ray_detox/__init__.py"]
+files += sorted((root / "ray_detox/store").glob("*.py"))
+files += sorted((root / "ray_detox/viewer").glob("*.py"))
+with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+    for file in files:
+        entry = zipfile.ZipInfo(file.relative_to(root).as_posix())  # dated 1980
+        entry.external_attr = 0o644 << 16
+        archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
+PYTHON
+}
+
+if [[ -n $package ]]; then
+  make_zip "$package"
+  exit
+fi
+
+case $access in
+  cognito | public) ;;
+  jwt) [[ -n $issuer && -n $audience ]] || die "--access jwt needs --jwt-issuer and --jwt-audience." ;;
+  *) die "--access is '$access'; expected cognito, jwt or public." ;;
+esac
+[[ -n $region ]] || die "no region; give --region, or set AWS_REGION."
+command -v aws >/dev/null || die "the aws CLI is not installed; see https://aws.amazon.com/cli/."
+export AWS_DEFAULT_REGION=$region AWS_REGION=$region AWS_PAGER=""
+account=$(aws sts get-caller-identity --query Account --output text 2>/dev/null) ||
+  die "AWS knows nobody by these credentials; sign in (aws configure, or aws sso login)."
+
+work=$(mktemp -d)
+trap 'rm -rf -- "$work"' EXIT
+make_zip "$work/lambda.zip"
+key=results/$(python3 -c 'import hashlib,sys; print(hashlib.sha256(open(sys.argv[1],"rb").read()).hexdigest()[:16])' "$work/lambda.zip").zip
+code=ray-detox-code-$account-$region
+if ! aws s3api head-bucket --bucket "$code" >/dev/null 2>&1; then
+  aws s3 mb "s3://$code" >/dev/null
+  aws s3api put-public-access-block --bucket "$code" --public-access-block-configuration \
+    BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+fi
+aws s3 cp --only-show-errors "$work/lambda.zip" "s3://$code/$key"
+
+output() {
+  aws cloudformation describe-stacks --stack-name "$stack" --output text \
+    --query "Stacks[0].Outputs[?OutputKey=='$1'].OutputValue | [0]"
+}
+
+echo "deploying $stack to $region (some minutes the first time, for CloudFront)"
+parameters=(TableName="$table" CreateTable="$create" Access="$access" CodeBucket="$code" CodeKey="$key"
+  JwtIssuer="$issuer" JwtAudience="$audience")
+# A stack that is there keeps its secret: a parameter that is not given stays as it is.
+if ! aws cloudformation describe-stacks --stack-name "$stack" >/dev/null 2>&1; then
+  parameters+=(OriginSecret="$(python3 -c 'import secrets; print(secrets.token_hex(32))')")
+fi
+aws cloudformation deploy --stack-name "$stack" --template-file "$root/cluster/results.yaml" \
+  --capabilities CAPABILITY_IAM --no-fail-on-empty-changeset --parameter-overrides "${parameters[@]}"
+
+bucket=$(output Bucket) url=$(output Url)
+if [[ $access == cognito ]]; then
+  printf '{"auth": {"domain": "%s", "client_id": "%s"}}\n' \
+    "$(output SignInDomain)" "$(output SignInClient)" >"$work/config.json"
+else
+  # Another issuer's own addresses are put there by hand; see the README.
+  echo '{"auth": null}' >"$work/config.json"
+fi
+site=$root/ray_detox/viewer/static
+# Asked for anew each time and answered by "not changed": the page never runs with old modules.
+fresh=(--only-show-errors --cache-control no-cache)
+for kind in js:text/javascript css:text/css html:text/html svg:image/svg+xml json:application/json; do
+  aws s3 cp "${fresh[@]}" --recursive --exclude '*' --include "*.${kind%%:*}" \
+    --content-type "${kind#*:}; charset=utf-8" "$site" "s3://$bucket/"
+done
+if [[ $access != jwt ]] || ! aws s3api head-object --bucket "$bucket" --key config.json >/dev/null 2>&1; then
+  aws s3 cp "${fresh[@]}" --content-type application/json "$work/config.json" "s3://$bucket/config.json"
+fi
+aws cloudfront create-invalidation --distribution-id "$(output DistributionId)" --paths '/*' >/dev/null
+
+echo "The page is at $url"
+echo "Runs get there with: results.store=dynamodb results.table=$table results.region=$region"
+if [[ $access == cognito ]]; then
+  echo "Add a reader with: aws cognito-idp admin-create-user --region $region" \
+    "--user-pool-id $(output UserPoolId) --username SOMEBODY@EXAMPLE.COM"
+fi

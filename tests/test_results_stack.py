@@ -1,0 +1,238 @@
+"""The page on AWS: what the template allows, and what its package holds."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from cfnlint.decode import cfn_yaml
+from moto.server import ThreadedMotoServer
+
+from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.dynamodb_items import table_schema
+from ray_detox.viewer.handler import SECURITY_HEADERS
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "cluster/results.yaml"
+TEMPLATE = FILE.read_text(encoding="utf-8")
+DEPLOY = ["bash", str(ROOT / "scripts/deploy_results.sh")]
+
+
+def plain(node):
+    """The template without the positions that its reader keeps."""
+    if isinstance(node, dict):
+        return {str(key): plain(value) for key, value in node.items()}
+    return [plain(item) for item in node] if isinstance(node, list) else node
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return plain(cfn_yaml.loads(TEMPLATE))["Resources"]
+
+
+def of_type(resources, kind):
+    return [resource for resource in resources.values() if resource["Type"] == kind]
+
+
+def test_the_linter_finds_nothing_not_even_for_information():
+    done = subprocess.run(
+        [sys.executable, "-m", "cfnlint", "--include-checks", "I", "--", str(FILE)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_the_function_may_read_this_table_and_write_its_own_log(resources):
+    (role,) = of_type(resources, "AWS::IAM::Role")
+    (policy,) = role["Properties"]["Policies"]
+    read, log = policy["PolicyDocument"]["Statement"]
+
+    assert "ManagedPolicyArns" not in role["Properties"]
+    assert read["Action"] == ["dynamodb:GetItem", "dynamodb:Query"]
+    table = "arn:${AWS::Partition}:dynamodb:${AWS::Region}:${AWS::AccountId}:table/${TableName}"
+    assert read["Resource"] == [{"Fn::Sub": table}, {"Fn::Sub": f"{table}/index/*"}]
+    assert log["Action"] == ["logs:CreateLogStream", "logs:PutLogEvents"]
+    assert log["Resource"] == {"Fn::GetAtt": ["FunctionLogs", "Arn"]}
+    assert {read["Effect"], log["Effect"]} == {"Allow"}
+
+
+def test_the_bucket_is_private_to_the_distribution(resources):
+    (bucket,) = of_type(resources, "AWS::S3::Bucket")
+    (policy,) = of_type(resources, "AWS::S3::BucketPolicy")
+    allow, deny = policy["Properties"]["PolicyDocument"]["Statement"]
+
+    assert set(bucket["Properties"]["PublicAccessBlockConfiguration"].values()) == {True}
+    assert allow["Principal"] == {"Service": "cloudfront.amazonaws.com"}
+    assert "${Distribution}" in json.dumps(allow["Condition"]["StringEquals"]["AWS:SourceArn"])
+    assert set(allow["Action"]) == {"s3:GetObject", "s3:ListBucket"}
+    assert deny["Effect"] == "Deny"
+    assert deny["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+
+
+def test_the_api_is_read_slowly_and_by_those_who_signed_in(resources):
+    (route,) = of_type(resources, "AWS::ApiGatewayV2::Route")
+    (stage,) = of_type(resources, "AWS::ApiGatewayV2::Stage")
+    (authorizer,) = of_type(resources, "AWS::ApiGatewayV2::Authorizer")
+    parameters = plain(cfn_yaml.loads(TEMPLATE))["Parameters"]
+
+    assert route["Properties"]["RouteKey"] == "GET /api/{proxy+}"
+    assert route["Properties"]["AuthorizationType"] == {"Fn::If": ["UseAuth", "JWT", "NONE"]}
+    assert authorizer["Condition"] == "UseAuth"
+    assert parameters["Access"]["Default"] == "cognito"
+    assert parameters["OriginSecret"]["NoEcho"] is True
+    limits = stage["Properties"]["DefaultRouteSettings"]
+    assert 0 < limits["ThrottlingRateLimit"] <= limits["ThrottlingBurstLimit"] <= 100
+
+
+def test_every_log_is_forgotten_some_day(resources):
+    logs = of_type(resources, "AWS::Logs::LogGroup")
+
+    assert len(logs) == 2
+    assert all("RetentionInDays" in group["Properties"] for group in logs)
+
+
+def test_the_table_is_the_one_that_the_command_line_makes_and_hard_to_lose(resources):
+    (table,) = of_type(resources, "AWS::DynamoDB::Table")
+    made = table_schema("any")
+
+    has = table["Properties"]
+    assert table["DeletionPolicy"] == table["UpdateReplacePolicy"] == "Retain"
+    assert has["DeletionProtectionEnabled"] is True
+    assert has["SSESpecification"] == {"SSEEnabled": True}
+    assert has["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}
+    assert has["TimeToLiveSpecification"] == {"AttributeName": "expires_at", "Enabled": True}
+    assert has["BillingMode"] == made["BillingMode"]
+    assert has["KeySchema"] == made["KeySchema"]
+
+    def by_name(items, name):
+        return sorted(items, key=lambda item: item[name])
+
+    for part, name in (
+        ("AttributeDefinitions", "AttributeName"),
+        ("GlobalSecondaryIndexes", "IndexName"),
+    ):
+        assert by_name(has[part], name) == by_name(made[part], name)
+
+
+def test_the_page_has_the_headers_that_it_has_on_a_laptop(resources):
+    (policy,) = of_type(resources, "AWS::CloudFront::ResponseHeadersPolicy")
+    config = policy["Properties"]["ResponseHeadersPolicyConfig"]
+    csp, _ = config["SecurityHeadersConfig"]["ContentSecurityPolicy"]["ContentSecurityPolicy"][
+        "Fn::Sub"
+    ]
+    custom = {
+        item["Header"].lower(): item["Value"] for item in config["CustomHeadersConfig"]["Items"]
+    }
+
+    assert csp.replace("${SignIn}", "") == SECURITY_HEADERS["content-security-policy"]
+    assert custom == {name: SECURITY_HEADERS[name] for name in custom}
+    assert "permissions-policy" in custom
+
+
+# ---- the package -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lambda")
+    subprocess.run([*DEPLOY, "--package-only", str(folder / "a.zip")], check=True)
+    subprocess.run([*DEPLOY, "--package-only", str(folder / "b.zip")], check=True)
+    assert (folder / "a.zip").read_bytes() == (folder / "b.zip").read_bytes()
+    with zipfile.ZipFile(folder / "a.zip") as archive:
+        archive.extractall(folder / "code")
+    return folder / "code"
+
+
+def test_the_package_answers_from_a_table_without_what_a_lambda_lacks(package, resources):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    environment = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_REGION": "eu-central-1",
+        "AWS_ENDPOINT_URL_DYNAMODB": address,
+        "TABLE": "packed",
+        "PATH": os.environ["PATH"],
+    }
+    (function,) = of_type(resources, "AWS::Lambda::Function")
+    module, _, name = function["Properties"]["Handler"].rpartition(".")
+    script = f"""
+import sys
+for name in ("torch", "ray", "numpy", "yaml", "pandas", "pyarrow", "transformers"):
+    sys.modules[name] = None
+sys.path.insert(0, {str(package)!r})
+import importlib, json
+module = importlib.import_module({module!r})
+assert module.__file__.startswith({str(package)!r})
+event = {{"rawPath": "/api/runs", "rawQueryString": "", "headers": {{}},
+         "requestContext": {{"http": {{"method": "GET"}}}}}}
+print(json.dumps(getattr(module, {name!r})(event, None)))
+"""
+    try:
+        store = DynamoDBStore("packed", region="eu-central-1", endpoint_url=address)
+        os.environ.setdefault("AWS_ACCESS_KEY_ID", "x")
+        os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "x")
+        store.create_table()
+        done = subprocess.run(
+            # Isolated: nothing but the package and what is installed.
+            [sys.executable, "-I", "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        server.stop()
+
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["statusCode"], answer["body"]) == (200, '{"runs":[],"next":null}')
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--access", "everybody"], "--access is 'everybody'; expected cognito, jwt or public."),
+        (["--access", "jwt"], "--access jwt needs --jwt-issuer and --jwt-audience."),
+        ([], "no region; give --region, or set AWS_REGION."),
+        (["--region"], "--region needs a value; see --help."),
+        (["--regoin", "x"], "unknown option --regoin; see --help."),
+        (["--region", "eu-central-1"], "the aws CLI is not installed"),
+    ],
+)
+def test_a_mistake_in_deploying_is_one_sentence(tmp_path, words, sentence):
+    for name in ("bash", "dirname", "python3"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+
+    done = subprocess.run(
+        [*DEPLOY, *words], env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"deploy_results.sh: {sentence}")
+    assert re.fullmatch(r".*\n", done.stderr)
+
+
+@pytest.mark.skipif(
+    "RAY_DETOX_MINISTACK" not in os.environ,
+    reason="RAY_DETOX_MINISTACK is not set; scripts/test_tools.sh fetches the emulator",
+)
+def test_the_whole_stack_answers_on_an_emulator():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/smoke_results.py"), os.environ["RAY_DETOX_MINISTACK"]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
