@@ -26,9 +26,9 @@ if [[ ! -f $folder/node_modules/dynalite/cli.js ]]; then
   npm install --silent --no-fund --no-audit --prefix "$folder" "dynalite@$DYNALITE" >&2
 fi
 if [[ ! -x $folder/ministack/bin/ministack ]]; then
-  # It pins a botocore of its own; boto3 is what a Lambda finds on AWS.
+  # It pins a botocore of its own; boto3 is what a Lambda finds on AWS, cryptography signs tokens.
   python3 -m venv "$folder/ministack" >&2
-  "$folder/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" boto3 >&2
+  "$folder/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" boto3 cryptography >&2
 fi
 chromium=${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}
 if [[ ! -x $chromium ]]; then
