@@ -11,7 +11,7 @@ Without these tools the tests that use them are skipped, and say so. Into FOLDER
   dynalite    a second, stricter DynamoDB emulator (npm; needs node)
   ministack   a third one, which also deploys cluster/results.yaml (PyPI, an environment of its own)
 
-and with apt, where it is not there and this may install it, Chromium for the page's tests.
+and with apt, where they are not there, node and Chromium for the page's tests.
 USAGE
   [[ ${1:-} == -h || ${1:-} == --help ]] && exit
   exit 2
@@ -22,6 +22,14 @@ folder=$1
 mkdir -p -- "$folder"
 folder=$(cd -- "$folder" && pwd -P)
 
+apt_install() {
+  local sudo=()
+  [[ $(id -u) == 0 ]] || sudo=(sudo)
+  "${sudo[@]}" apt-get update -qq >&2
+  "${sudo[@]}" apt-get install -qq -y "$@" >&2
+}
+
+command -v npm >/dev/null || apt_install nodejs npm
 if [[ ! -f $folder/node_modules/dynalite/cli.js ]]; then
   npm install --silent --no-fund --no-audit --prefix "$folder" "dynalite@$DYNALITE" >&2
 fi
@@ -32,10 +40,7 @@ if [[ ! -x $folder/ministack/bin/ministack ]]; then
 fi
 chromium=${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}
 if [[ ! -x $chromium ]]; then
-  sudo=()
-  [[ $(id -u) == 0 ]] || sudo=(sudo)
-  "${sudo[@]}" apt-get update -qq >&2
-  "${sudo[@]}" apt-get install -qq -y chromium fonts-liberation fonts-noto-cjk >&2
+  apt_install chromium fonts-liberation fonts-noto-cjk
 fi
 
 printf 'export RAY_DETOX_DYNALITE=%q RAY_DETOX_MINISTACK=%q RAY_DETOX_CHROMIUM=%q\n' \

@@ -9,17 +9,27 @@ from decimal import Decimal
 
 import botocore.exceptions
 import numpy as np
+import pandas as pd
 import pytest
 from botocore.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
-from ray_detox.store import StoreError, check_run_id, open_store
+from ray_detox.store import (
+    SUMMARY_KEYS,
+    BadCursor,
+    SampleQuery,
+    StoreError,
+    check_run_id,
+    open_store,
+)
 from ray_detox.store import dynamodb as dynamodb_module
+from ray_detox.store import sqlite as sqlite_module
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_items import table_schema
+from ray_detox.store.pages import SHOWS, SORTS, as_row, matches
 from ray_detox.store.sqlite import SQLiteStore
+from tests.emulators import emulator
 
 REGION = "eu-central-1"
 SECRET = "wJalrXUtnFEMIsecret"
@@ -28,11 +38,8 @@ tables = (f"table-{i}" for i in itertools.count())
 
 @pytest.fixture(scope="module")
 def endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with emulator("moto") as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +66,30 @@ def dynamo(endpoint):
     store.close()
 
 
-@pytest.fixture(params=["sqlite_store", "dynamo"])
+def strict(name):
+    """Fixtures for an emulator that is not always there: its address, and a store on it."""
+
+    @pytest.fixture(scope="module", name=f"{name}_endpoint")
+    def address():
+        with emulator(name) as address:
+            yield address
+
+    @pytest.fixture(name=name)
+    def store(request):
+        endpoint = request.getfixturevalue(f"{name}_endpoint")
+        store = DynamoDBStore(next(tables), region=REGION, endpoint_url=endpoint)
+        store.create_table()
+        yield store
+        store.close()
+
+    return address, store
+
+
+dynalite_endpoint, dynalite = strict("dynalite")
+ministack_endpoint, ministack = strict("ministack")
+
+
+@pytest.fixture(params=["sqlite_store", "dynamo", "dynalite", "ministack"])
 def store(request):
     return request.getfixturevalue(request.param)
 
@@ -86,6 +116,9 @@ def make_samples(n, **more):
         {"index": i, "query": f"prompt {i}", "toxicity_before": i / 7, "length_after": i, **more}
         for i in range(n)
     ]
+
+
+CURVES = [{"step": 1, "score": 0.5, "kl": 1e-17}, {"step": 2, "score": None, "kl": 1.0}]
 
 
 # The conformance suite: each test runs over every store.
@@ -737,3 +770,153 @@ def test_the_embedded_store_needs_no_heavy_library():
     )
 
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ---- pages -----------------------------------------------------------------------------------
+
+
+def scored_samples(n):
+    """Samples of which no two have the same difference but those without one."""
+    generator = np.random.default_rng(0)
+    samples = []
+    for i, (before, after) in enumerate(generator.random((n, 2)).tolist()):
+        samples.append(
+            {
+                "index": 3 * i,
+                "query": f"Prompt {i} \u7b28\u86cb" if i % 5 == 0 else f"Prompt {i}",
+                "reference": "GRO\u00dfe" if i % 7 == 0 else None,
+                "response_before": "b" * (i % 11),
+                "response_after": "a",
+                "toxicity_before": before,
+                "toxicity_after": None if i % 10 == 9 else after,
+                "reward_before": -before,
+                "reward_after": None if i % 12 == 11 else after / 3,
+            }
+        )
+    return samples
+
+
+def all_pages(store, query, limit):
+    rows, cursor = [], None
+    while True:
+        page = store.sample_page("first", query, limit, cursor)
+        assert len(page.rows) <= limit
+        rows += page.rows
+        if page.next is None:
+            return rows
+        assert len(page.next) <= 1000
+        cursor = page.next
+
+
+def test_pages_have_what_the_rules_say_in_their_order(store):
+    samples = scored_samples(60)
+    store.put_run(make_report(toxicity={"toxic_above": 0.4}), samples)
+
+    queries = [SampleQuery(*some) for some in itertools.product(SORTS, (False, True), SHOWS)]
+    searches = ("\u7b28\u86cb", "gro\u00dfE", "nowhere")
+    queries += [SampleQuery("toxicity", True, "worse", search) for search in searches]
+    for query in queries:
+        expected = [row for row in map(as_row, samples) if matches(row, query, 0.4)]
+        expected.sort(key=lambda row: row[query.key], reverse=query.descending)
+
+        # Seven at a time, or all at once: the same rows.
+        for limit in (7, 100) if query.show == "all" else (20,):
+            assert all_pages(store, query, limit) == expected, query
+
+
+def test_a_run_that_is_not_there_has_no_page_no_sample_and_no_curves(store):
+    assert store.sample_page("first") is None
+    assert store.get_sample("first", 0) is None
+    assert store.get_curves("first") == []
+
+
+def test_an_empty_run_and_one_of_a_single_sample_have_pages(store):
+    store.put_run(make_report(), [])
+    store.put_run(make_report("second"), make_samples(1))
+
+    assert store.sample_page("first").rows == []
+    assert [row["index"] for row in store.sample_page("second").rows] == [0]
+    assert store.get_sample("second", 1) is None
+
+
+def test_one_sample_and_the_curves_come_back_as_they_were_put(store):
+    store.put_run(make_report(), make_samples(3), CURVES)
+
+    assert json.dumps(store.get_sample("first", 1)) == json.dumps(make_samples(3)[1])
+    assert json.dumps(store.get_curves("first")) == json.dumps(CURVES)
+
+
+def test_the_list_comes_in_pages(store):
+    for i in range(5):
+        store.put_run(make_report(f"run-{i}", f"2026-01-0{i + 1}T00:00:00+00:00"), [])
+
+    first = store.list_page(2)
+    second = store.list_page(2, first.next)
+    third = store.list_page(2, second.next)
+
+    found = [run["run_id"] for page in (first, second, third) for run in page.rows]
+    assert found == ["run-4", "run-3", "run-2", "run-1", "run-0"]
+    assert third.next is None
+
+
+@pytest.mark.parametrize("junk", ["junk", "x" * 5000, "W10", "bnVsbA", "\u0663", "", "====", "e30"])
+def test_a_cursor_from_elsewhere_is_refused(store, junk):
+    store.put_run(make_report(), scored_samples(30))
+    store.put_run(make_report("second"), scored_samples(30))
+    other_run = store.sample_page("second", limit=2).next
+    other_query = store.sample_page("first", SampleQuery("toxicity"), limit=2).next
+
+    for cursor in (junk, other_run, other_query):
+        with pytest.raises(BadCursor):
+            store.sample_page("first", limit=2, cursor=cursor)
+    with pytest.raises(BadCursor):
+        store.list_page(2, junk)
+
+
+def test_a_text_of_five_megabytes_comes_back_and_does_not_fill_a_page(store):
+    text = "\u6c49\u0000\u202e" + "".join(
+        map(chr, np.random.default_rng(0).integers(97, 500, 2_500_000))
+    )
+    samples = make_samples(2)
+    samples[1] |= {"response_after": text, "toxicity_after": 0.5}
+
+    store.put_run(make_report(), samples)
+
+    assert list(store.get_samples("first")) == samples
+    assert store.get_sample("first", 1) == samples[1]
+    page = store.sample_page("first", SampleQuery("toxicity"))
+    (row,) = page.rows
+    assert row["toxicity_diff"] == 0.5 - 1 / 7
+    assert row["response_after"][:2000] == text[:2000]
+    if "overflow" in row:
+        assert row["overflow"] == ["response_after"]
+        assert len(row["response_after"]) == 2000
+
+
+def test_what_pandas_has_for_nothing_is_named_as_not_finite(store):
+    sample = {"index": 0, "toxicity_after": pd.NA, "kl": pd.NaT, "reward_after": np.float32("nan")}
+
+    store.put_run(make_report(), [sample])
+
+    (found,) = store.get_samples("first")
+    assert found["invalid"] == ["toxicity_after", "kl", "reward_after"]
+    assert found["toxicity_after"] is found["kl"] is None
+
+
+def test_a_file_of_an_earlier_version_is_read_and_brought_up_to_date(tmp_path):
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as db:
+        for statement in sqlite_module._SCHEMA_1:
+            db.execute(statement)
+        db.execute("PRAGMA user_version = 1")
+        report, sample = make_report(), scored_samples(1)[0]
+        summary = {key: report[key] for key in SUMMARY_KEYS}
+        texts = [json.dumps(value) for value in (summary, report, sample)]
+        db.execute("INSERT INTO runs VALUES ('first', '2026', ?, ?)", texts[:2])
+        db.execute("INSERT INTO samples VALUES ('first', 0, ?)", texts[2:])
+    db.close()
+    store = SQLiteStore(path)
+
+    assert store.get_run("first") == report
+    assert store.sample_page("first", SampleQuery("toxicity")).rows == [as_row(sample)]
+    assert store.get_curves("first") == []
