@@ -107,9 +107,39 @@ output() {
     --query "Stacks[0].Outputs[?OutputKey=='$1'].OutputValue | [0]"
 }
 
+# discover ISSUER CLIENT FILE: how the page signs in there, into FILE; prints where it gets its token.
+discover() {
+  python3 - "$@" <<'PYTHON'
+import json
+import sys
+import urllib.parse
+import urllib.request
+
+issuer, client, target = sys.argv[1:]
+address = issuer.rstrip("/") + "/.well-known/openid-configuration"
+with urllib.request.urlopen(address, timeout=20) as answer:
+    found = json.load(answer)
+auth = {
+    "authorize": found["authorization_endpoint"],
+    "token": found["token_endpoint"],
+    "logout": found.get("end_session_endpoint"),
+    "client_id": client,
+}
+with open(target, "w", encoding="utf-8") as file:
+    json.dump({"auth": auth}, file)
+print("https://" + urllib.parse.urlsplit(auth["token"]).netloc)
+PYTHON
+}
+
+sign_in=""
+if [[ $access == jwt ]]; then
+  sign_in=$(discover "$issuer" "$audience" "$work/config.json" 2>/dev/null) ||
+    die "$issuer/.well-known/openid-configuration cannot be read; check --jwt-issuer."
+fi
+
 echo "deploying $stack to $region (some minutes the first time, for CloudFront)"
 parameters=(TableName="$table" CreateTable="$create" Access="$access" CodeBucket="$code" CodeKey="$key"
-  JwtIssuer="$issuer" JwtAudience="$audience")
+  JwtIssuer="$issuer" JwtAudience="$audience" SignInOrigin="$sign_in")
 # A stack that is there keeps its secret: a parameter that is not given stays as it is.
 if ! aws cloudformation describe-stacks --stack-name "$stack" >/dev/null 2>&1; then
   parameters+=(OriginSecret="$(python3 -c 'import secrets; print(secrets.token_hex(32))')")
@@ -121,8 +151,7 @@ bucket=$(output Bucket) url=$(output Url)
 if [[ $access == cognito ]]; then
   printf '{"auth": {"domain": "%s", "client_id": "%s"}}\n' \
     "$(output SignInDomain)" "$(output SignInClient)" >"$work/config.json"
-else
-  # Another issuer's own addresses are put there by hand; see the README.
+elif [[ $access == public ]]; then
   echo '{"auth": null}' >"$work/config.json"
 fi
 site=$root/ray_detox/viewer/static
@@ -132,9 +161,7 @@ for kind in js:text/javascript css:text/css html:text/html svg:image/svg+xml jso
   aws s3 cp "${fresh[@]}" --recursive --exclude '*' --include "*.${kind%%:*}" \
     --content-type "${kind#*:}; charset=utf-8" "$site" "s3://$bucket/"
 done
-if [[ $access != jwt ]] || ! aws s3api head-object --bucket "$bucket" --key config.json >/dev/null 2>&1; then
-  aws s3 cp "${fresh[@]}" --content-type application/json "$work/config.json" "s3://$bucket/config.json"
-fi
+aws s3 cp "${fresh[@]}" --content-type application/json "$work/config.json" "s3://$bucket/config.json"
 aws cloudfront create-invalidation --distribution-id "$(output DistributionId)" --paths '/*' >/dev/null
 
 echo "The page is at $url"

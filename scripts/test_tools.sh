@@ -24,24 +24,36 @@ folder=$(cd -- "$folder" && pwd -P)
 
 apt_install() {
   local sudo=()
-  [[ $(id -u) == 0 ]] || sudo=(sudo)
-  "${sudo[@]}" apt-get update -qq >&2
-  "${sudo[@]}" apt-get install -qq -y "$@" >&2
+  [[ $(id -u) == 0 ]] || sudo=(sudo -n)
+  "${sudo[@]}" apt-get update -qq >&2 &&
+    "${sudo[@]}" apt-get install -qq -y "$@" >&2
 }
 
-command -v npm >/dev/null || apt_install nodejs npm
-if [[ ! -f $folder/node_modules/dynalite/cli.js ]]; then
-  npm install --silent --no-fund --no-audit --prefix "$folder" "dynalite@$DYNALITE" >&2
-fi
-if [[ ! -x $folder/ministack/bin/ministack ]]; then
-  # It pins a botocore of its own; boto3 is what a Lambda finds on AWS, cryptography signs tokens.
-  python3 -m venv "$folder/ministack" >&2
-  "$folder/ministack/bin/pip" install --quiet --disable-pip-version-check "ministack==$MINISTACK" boto3 cryptography >&2
-fi
-chromium=${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}
-if [[ ! -x $chromium ]]; then
-  apt_install chromium fonts-liberation fonts-noto-cjk
-fi
+# fetched NAME VARIABLE FILE COMMAND...: fetches FILE if need be and prints VARIABLE; without the
+# tool its tests are skipped, for a registry that is away should not stop all the others.
+fetched() {
+  local name=$1 variable=$2 file=$3
+  shift 3
+  if [[ -e $file ]] || { "$@" && [[ -e $file ]]; }; then
+    printf 'export %s=%q\n' "$variable" "$file"
+  else
+    printf 'test_tools.sh: %s could not be fetched; its tests are skipped.\n' "$name" >&2
+  fi
+}
 
-printf 'export RAY_DETOX_DYNALITE=%q RAY_DETOX_MINISTACK=%q RAY_DETOX_CHROMIUM=%q\n' \
-  "$folder/node_modules/dynalite/cli.js" "$folder/ministack/bin/ministack" "$chromium"
+dynalite() {
+  command -v npm >/dev/null || apt_install nodejs npm
+  timeout 180 npm install --silent --no-fund --no-audit --prefix "$folder" "dynalite@$DYNALITE" >&2
+}
+
+ministack() {
+  # It pins a botocore of its own; boto3 is what a Lambda finds on AWS, cryptography signs tokens.
+  python3 -m venv "$folder/ministack" >&2 &&
+    timeout 300 "$folder/ministack/bin/pip" install --quiet --disable-pip-version-check \
+      "ministack==$MINISTACK" boto3 cryptography >&2
+}
+
+fetched dynalite RAY_DETOX_DYNALITE "$folder/node_modules/dynalite/cli.js" dynalite
+fetched ministack RAY_DETOX_MINISTACK "$folder/ministack/bin/ministack" ministack
+fetched Chromium RAY_DETOX_CHROMIUM "${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}" \
+  apt_install chromium fonts-liberation fonts-noto-cjk

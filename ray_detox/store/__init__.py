@@ -91,7 +91,7 @@ class ResultStore(Protocol):
         ...
 
     def list_runs(self) -> list[dict[str, Any]]:
-        """Of each finished run the `SUMMARY_KEYS` of its report, newest first."""
+        """Of each finished run the `SUMMARY_KEYS` of its report, less the histogram; newest first."""
         ...
 
     def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
@@ -214,7 +214,13 @@ class PreparedRun:
     @property
     def summary(self) -> dict[str, Any]:
         """What a list of runs shows of this one."""
-        return {key: self.report[key] for key in SUMMARY_KEYS}
+        summary = {key: self.report[key] for key in SUMMARY_KEYS}
+        if isinstance(summary["toxicity"], dict):
+            # Half of it by size, and no list draws it.
+            summary["toxicity"] = {
+                key: value for key, value in summary["toxicity"].items() if key != "histogram"
+            }
+        return summary
 
 
 def prepare(
