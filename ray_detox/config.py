@@ -44,6 +44,19 @@ def _require_between(name: str, value: float, low: float, high: float) -> None:
     _require(low <= value <= high, f"{name} is {value}; expected a value from {low} to {high}.")
 
 
+def _span(name: str, value: int | str) -> tuple[int, int]:
+    """Least and most of a count that is fixed (`2`) or may move (`1..4`)."""
+    least, dots, most = str(value).partition("..")
+    ends = (least, most if dots else least)
+    if all(end.isascii() and end.isdecimal() for end in ends):
+        low, high = (int(end) for end in ends)
+        if 1 <= low <= high:
+            return low, high
+    raise ConfigError(
+        f"{name} is {value!r}; expected a whole number of at least 1, or a range such as 1..4."
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Where the dialogues come from, and which of them become prompts."""
@@ -73,7 +86,7 @@ class DataConfig:
     limit: int | None = None
     """Rows read at most; null reads all."""
     lanes: int = 16
-    """Fixed equal parts that the prompts are dealt into; the number of workers divides it."""
+    """Fixed equal parts that the prompts are dealt into; every worker holds at least one."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "data.path is empty; give a file, a folder, a hub id or `lab`.")
@@ -212,14 +225,27 @@ class RewardConfig:
     """Texts per forward pass of the classifier; also the unit of work sent to an actor."""
     max_tokens: int | None = None
     """Longer texts are truncated and counted; null takes the model's own limit."""
-    actors: int = 1
-    """Reward actors, each with its own copy of the classifier."""
+    actors: int | str = 1
+    """Reward actors, each with its own copy of the classifier: a number, or `1..4` to follow the load."""
     cpus_per_actor: float = 1.0
     """CPUs held by one reward actor."""
     gpus_per_actor: float | None = None
     """GPUs held by one reward actor, fractions allowed; null takes 0.25 where training uses GPUs."""
     deadline_s: float = 120.0
     """Longest wait for the scores of one batch before the run stops with an error."""
+    silence_s: float = 10.0
+    """An actor that has said nothing for this long is asked whether it lives; if not, another scores."""
+    grow_after_s: float = 5.0
+    """Where actors may move: one more is asked for once texts have waited for this long."""
+    shrink_after_s: float = 60.0
+    """Where actors may move: one is let go once some have had nothing to do for this long."""
+    across_workers: bool = False
+    """Let an actor fill a batch from all workers: faster where each has few texts; scores then differ
+    by rounding from run to run."""
+    batch_tokens: int = 4096
+    """Tokens that a batch across workers may hold."""
+    batch_wait_ms: float = 3.0
+    """Milliseconds that a batch across workers waits for more."""
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "reward.model is empty; give a hub id, a folder or `lab`.")
@@ -227,19 +253,30 @@ class RewardConfig:
         _require_at_least("reward.batch_size", self.batch_size, 1)
         if self.max_tokens is not None:
             _require_at_least("reward.max_tokens", self.max_tokens, 8)
-        _require_at_least("reward.actors", self.actors, 1)
+        _span("reward.actors", self.actors)
         _require_at_least("reward.cpus_per_actor", self.cpus_per_actor, 0)
         if self.gpus_per_actor is not None:
             _require_at_least("reward.gpus_per_actor", self.gpus_per_actor, 0)
-        _require(
-            self.deadline_s > 0,
-            f"reward.deadline_s is {self.deadline_s}; expected a value above 0.",
-        )
+        for name in ("deadline_s", "silence_s", "grow_after_s", "shrink_after_s"):
+            value = getattr(self, name)
+            _require(value > 0, f"reward.{name} is {value}; expected a value above 0.")
+        _require_at_least("reward.batch_tokens", self.batch_tokens, 1)
+        _require_between("reward.batch_wait_ms", self.batch_wait_ms, 0, 1000)
         names = [term.name for term in self.terms]
         _require(
             len(set(names)) == len(names),
             f"reward.terms names {', '.join(names)}: two terms share a name. Wrap one of them.",
         )
+
+    @property
+    def least_actors(self) -> int:
+        """Reward actors that a run always has."""
+        return _span("reward.actors", self.actors)[0]
+
+    @property
+    def most_actors(self) -> int:
+        """Reward actors that a run may grow to."""
+        return _span("reward.actors", self.actors)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,24 +368,25 @@ class TrainConfig:
 
     steps: int = 40
     """PPO steps: rollout, scores, update."""
-    workers: int = 2
-    """Ray Train workers; each samples and learns on its share of every step's prompts."""
+    workers: int | str = 2
+    """Ray Train workers, each with its share of every step's prompts: a number, or `2..4` to go on
+    with fewer where nodes are lost, and with more where they come back."""
     cpus_per_worker: float = 1.0
     """CPUs held by one worker, and its torch threads."""
     gpus_per_worker: float | None = None
     """GPUs held by one worker; null takes 1 where the cluster has one for every worker, else 0."""
-    checkpoint_every: int = 10
-    """PPO steps between checkpoints."""
+    checkpoint_every: int = 1
+    """PPO steps between checkpoints; writing one goes on beside the next step."""
     checkpoints_kept: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the best one."""
     storage: str | None = None
     """Folder or `s3://...` for checkpoints that every node can reach; null takes the run's own folder."""
     max_failures: int = 3
-    """Times the worker group may be restarted from its newest checkpoint."""
+    """Times the worker group may fail between two checkpoints; it goes on from the newest one."""
 
     def __post_init__(self) -> None:
         _require_at_least("train.steps", self.steps, 1)
-        _require_at_least("train.workers", self.workers, 1)
+        _span("train.workers", self.workers)
         _require(
             self.cpus_per_worker > 0,
             f"train.cpus_per_worker is {self.cpus_per_worker}; expected a value above 0.",
@@ -358,6 +396,16 @@ class TrainConfig:
         _require_at_least("train.checkpoint_every", self.checkpoint_every, 1)
         _require_at_least("train.checkpoints_kept", self.checkpoints_kept, 1)
         _require_at_least("train.max_failures", self.max_failures, 0)
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which a run does not go on."""
+        return _span("train.workers", self.workers)[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a run has where there is room."""
+        return _span("train.workers", self.workers)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,8 +473,8 @@ class ClusterConfig:
 
     address: str = "auto"
     """`auto` (the cluster this process was submitted to, else a local one), `local`, or `host:port`."""
-    patience_s: float = 0.0
-    """Longest wait for an autoscaling cluster to grow to what the run needs; 0 asks it to be there."""
+    patience_s: float = 60.0
+    """Longest wait for what the run needs: nodes that are being added or busy; 0 asks it to be there."""
 
     def __post_init__(self) -> None:
         _require(bool(self.address), "cluster.address is empty; use auto, local or host:port.")
@@ -455,13 +503,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_between("seed", self.seed, 0, 2**63 - 1)
-        if self.data.lanes % self.train.workers:
-            divisors = [n for n in range(1, self.data.lanes + 1) if self.data.lanes % n == 0]
-            raise ConfigError(
-                f"train.workers ({self.train.workers}) does not divide data.lanes "
-                f"({self.data.lanes}). Use one of {', '.join(map(str, divisors))} workers, "
-                f"or set data.lanes to a multiple of {self.train.workers}."
-            )
+        _require(
+            self.train.most_workers <= self.data.lanes,
+            f"train.workers ({self.train.workers}) are more than data.lanes ({self.data.lanes}), and "
+            "each holds at least one lane. Ask for fewer workers, or raise data.lanes.",
+        )
         if self.ppo.prompts_per_step % self.data.lanes:
             raise ConfigError(
                 f"ppo.prompts_per_step ({self.ppo.prompts_per_step}) is no multiple of data.lanes "
@@ -585,7 +631,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         choices = typing.get_args(hint)
         if value is None and type(None) in choices:
             return None
-        return _convert(next(c for c in choices if c is not type(None)), value, name)
+        kinds = [choice for choice in choices if choice is not type(None)]
+        if value is not None and type(value) in kinds:
+            return value
+        return _convert(kinds[0], value, name)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{name} is {value!r}; expected a list, such as [a, b].")

@@ -2,8 +2,9 @@
 
 All prompts are dealt, once and for good, into a fixed number of lanes of equal length (give or
 take one row). A worker holds some consecutive lanes; every step takes the same number of rows
-from each lane. So the global batch of a step is the same whatever the number of workers, the
-workers' shares are equal and disjoint, and the position in the data is one integer: the step.
+from each lane. So the global batch of a step is the same whatever the number of workers, their
+shares are disjoint and differ by one lane at most, and the position in the data is one integer:
+the step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,8 @@ def make_batch(rows: Sequence[Row], pad_id: int) -> PromptBatch:
 
 
 def lanes_of_worker(lanes: int, rank: int, workers: int) -> range:
-    """The consecutive lanes that worker `rank` of `workers` holds; `workers` divides `lanes`."""
-    share = lanes // workers
-    return range(rank * share, (rank + 1) * share)
+    """The consecutive lanes that worker `rank` of `workers` holds; at most `lanes` workers."""
+    return range(rank * lanes // workers, (rank + 1) * lanes // workers)
 
 
 class Lanes:

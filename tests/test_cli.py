@@ -128,7 +128,7 @@ def with_pickled_weights(model: Path, folder: Path) -> Path:
         (["data.template=Summarise"], "expected text that contains {dialogue}"),
         # Sizes that contradict each other
         (["ppo.minibatches=3"], "does not divide into ppo.minibatches (3). Use a multiple, such as 63"),
-        (["train.workers=3"], "train.workers (3) does not divide data.lanes (16)"),
+        (["train.workers=17"], "train.workers (17) are more than data.lanes (16)"),
         (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is no multiple of data.lanes (16)"),
         (["sampling.budget_min=64"], "sampling.budget_max (48) is less than sampling.budget_min (64)"),
         (["data.min_chars=1000"], "data.max_chars (1000) leaves no length above data.min_chars (1000)"),

@@ -259,7 +259,11 @@ BAD_VALUES = [
     ("ppo.gae_lambda", -0.1),
     ("train.steps", 0),
     ("train.workers", 0),
-    ("train.workers", 3),
+    ("train.workers", 17),
+    ("train.workers", "4..2"),
+    ("train.workers", "0..2"),
+    ("reward.actors", "many"),
+    ("reward.silence_s", 0),
     ("train.cpus_per_worker", 0),
     ("train.gpus_per_worker", -1),
     ("train.checkpoint_every", 0),
@@ -304,9 +308,9 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
             "Use a multiple, such as 64.",
         ),
         (
-            ["train.workers=3"],
-            "train.workers (3) does not divide data.lanes (16). Use one of 1, 2, 4, 8, 16 "
-            "workers, or set data.lanes to a multiple of 3.",
+            ["train.workers=2..17"],
+            "train.workers (2..17) are more than data.lanes (16), and each holds at least one "
+            "lane. Ask for fewer workers, or raise data.lanes.",
         ),
         (
             ["ppo.prompts_per_step=24"],

@@ -53,14 +53,14 @@ def test_a_batch_of_no_rows_is_empty():
     assert len(make_batch([], pad_id=0)) == 0
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 8])
 def test_workers_hold_all_lanes_in_order_and_none_twice(workers):
     held = [lane for rank in range(workers) for lane in lanes_of_worker(LANES, rank, workers)]
 
     assert held == list(range(LANES))
 
 
-@pytest.mark.parametrize("workers", [2, 4, 8])
+@pytest.mark.parametrize("workers", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("step", [0, 3, 17])
 def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers, step):
     alone = lanes_of(0, 1).batch(step)
@@ -69,8 +69,9 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers, step
     batches = [part.batch(step) for part in parts]
 
     assert [name for batch in batches for name in batch.ids] == alone.ids
-    assert {len(batch) for batch in batches} == {16 // workers}
-    assert [part.first_row for part in parts] == list(range(0, 16, 16 // workers))
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) - min(sizes) <= 16 // LANES
+    assert [part.first_row for part in parts] == [sum(sizes[:i]) for i in range(workers)]
     for part, batch in zip(parts, batches, strict=True):
         mine = slice(part.first_row, part.first_row + len(batch))
         assert batch.texts == alone.texts[mine]
