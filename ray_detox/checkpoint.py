@@ -3,16 +3,19 @@
     adapter/                  LoRA weights and settings; plain peft loads this folder
     value_head.safetensors
     optimiser.safetensors     Adam's moments by parameter name
+    metrics.jsonl             the figures of every step so far
     state.json                step, price of KL, seed, the run's settings
 
 Nothing in it depends on the number of workers. There is no state of a random generator: all that
 is drawn depends on (seed, step, prompt), so seed and step are that state, and the position in the
-data as well.
+data as well. Where checkpoints are kept is `checkpoint_store.py`.
 """
 
 import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
@@ -21,14 +24,25 @@ from ray_detox.config import RunConfig
 from ray_detox.learner import Learner
 from ray_detox.policy import Policy
 
+T = TypeVar("T")
+
 FORMAT = 1
 
 
-def write(folder: Path, policy: Policy, learner: Learner, config: RunConfig, step: int) -> None:
-    """Write the state after `step` steps into an empty folder."""
+def write(
+    folder: Path,
+    policy: Policy,
+    learner: Learner,
+    config: RunConfig,
+    step: int,
+    curves: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the state after `step` steps into an empty folder; `curves` are their figures."""
     policy.save_adapter(folder / "adapter")
     policy.save_value_head(folder / "value_head.safetensors")
     save_file(learner.optimiser_state(), folder / "optimiser.safetensors")
+    lines = "".join(json.dumps(row) + "\n" for row in curves)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     state = {
         "format": FORMAT,
         "version": __version__,
@@ -40,8 +54,8 @@ def write(folder: Path, policy: Policy, learner: Learner, config: RunConfig, ste
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, policy: Policy, learner: Learner) -> int:
-    """Take up the state that `write` left, and return its step.
+def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[dict[str, Any]]]:
+    """Take up the state that `write` left; its step, and the figures of the steps so far.
 
     Raises:
         ValueError: the folder is of another format.
@@ -51,7 +65,8 @@ def read(folder: Path, policy: Policy, learner: Learner) -> int:
     policy.load_value_head(folder / "value_head.safetensors")
     learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
     learner.kl_coef = float(state["kl_coef"])
-    return int(state["step"])
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(state["step"]), [json.loads(line) for line in lines]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -67,3 +82,30 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{FORMAT}. Go on with ray-detox {state.get('version')}."
         )
     return state
+
+
+def pack(write: Callable[[Path], None]) -> dict[str, bytes]:
+    """The files that `write` puts into an empty folder, by name; the folder is gone again."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder)
+        return {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+
+def unpack(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
+    """What `read` makes of a folder with these files."""
+    with tempfile.TemporaryDirectory() as name:
+        write_files(files, Path(name))
+        return read(Path(name))
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write packed files into a folder."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)

@@ -83,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("run", _run, "Train, measure and store; the main job.")
     sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
     sub.add_argument("--run-id", metavar="ID", help="name of the run; made up if not given")
-    sub.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    sub.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run from its last checkpoint; on another machine, with its train.storage=",
+    )
     add_output(sub)
     sub = add(
         "evaluate", _evaluate, "Measure a run's adapter again, with changed settings if wished."
@@ -145,6 +149,9 @@ def _run(args: argparse.Namespace) -> int:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = RunFolder(args.output, args.resume)
+        storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
+        if storage and not folder.path.exists():
+            pipeline.adopt(folder, storage[-1])
         config = _changed(folder.read_config(), args.words)
     else:
         config = _load(args.words)

@@ -371,6 +371,8 @@ class TrainConfig:
     workers: int | str = 2
     """Ray Train workers, each with its share of every step's prompts: a number, or `2..4` to go on
     with fewer where nodes are lost, and with more where they come back."""
+    grow_after_s: float = 30.0
+    """Where workers may move: one more is taken in once there has been room for it for this long."""
     cpus_per_worker: float = 1.0
     """CPUs held by one worker, and its torch threads."""
     gpus_per_worker: float | None = None
@@ -387,6 +389,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_at_least("train.steps", self.steps, 1)
         _span("train.workers", self.workers)
+        _require_at_least("train.grow_after_s", self.grow_after_s, 0)
         _require(
             self.cpus_per_worker > 0,
             f"train.cpus_per_worker is {self.cpus_per_worker}; expected a value above 0.",
@@ -416,8 +419,8 @@ class EvaluateConfig:
     """Held-out prompts answered before and after; fewer if fewer are held out."""
     batch_size: int = 64
     """Prompts answered at a time."""
-    shards: int = 2
-    """Ray tasks that share the prompts."""
+    shards: int = 8
+    """Ray tasks that share the prompts; each is kept once it is done."""
     toxic_above: float = 0.5
     """Probability of hate above which a response counts as toxic."""
     judge: str = "none"

@@ -2,17 +2,16 @@ r"""The training loop of one worker: collect, learn, count, keep; again.
 
     lanes.batch(step) -> collect(...) -> learner.targets -> learner.update
                                                     \-> UpdateStats -> runtime.log
-                               every k steps: checkpoint -> runtime.save
+                               every k steps: checkpoint -> runtime.save (rank 0)
 
 What the loop asks of its surroundings is the small `Runtime` protocol. `stages/train.py` has the
 one for a Ray Train worker; `LocalRuntime` here is a process by itself.
 """
 
-import shutil
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ray_detox import checkpoint, ppo
+from ray_detox.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.config import RunConfig
 from ray_detox.lanes import Lanes
 from ray_detox.learner import Learner, Update
@@ -28,12 +28,17 @@ from ray_detox.policy import Policy
 from ray_detox.records import Rollout, Targets, UpdateStats
 from ray_detox.reward import Scorer
 from ray_detox.rollout import Collected, collect
+from ray_detox.storage import Storage
 
 T = TypeVar("T")
 
 START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Nats by which a token's log-probability may differ from the reference's before any training:
 one pass decodes token by token, the other all at once, and they round differently."""
+
+
+class StartError(RuntimeError):
+    """The policy does not start where its reference is."""
 
 
 class Runtime(Protocol):
@@ -48,11 +53,20 @@ class Runtime(Protocol):
     def log(self, stats: UpdateStats) -> None:
         """Publish the figures of a step; called on rank 0."""
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Keep a checkpoint; every worker calls this, and rank 0's `write` fills an empty folder."""
+    def save(
+        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+    ) -> None:
+        """Keep a checkpoint; called on rank 0.
+
+        Args:
+            step: steps done.
+            write: fills an empty folder.
+            objective: what PPO maximises, of the step just done; None before the first.
+            last: no step follows, so return once the checkpoint is safe.
+        """
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
-        """Apply `read` to the newest checkpoint's folder; None if there is none."""
+        """Apply `read` to the newest checkpoint's folder, the same on every worker; None if none."""
 
     def should_stop(self) -> bool:
         """True once somebody wants the run to end early; asked on rank 0 only."""
@@ -65,8 +79,7 @@ class LocalRuntime:
     world_size = 1
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder = folder
-        self.keep = keep
+        self.store = CheckpointStore(Storage(str(folder)), keep)
         self.logged: list[UpdateStats] = []
 
     def sum_over_workers(self, x: Tensor) -> Tensor:
@@ -77,26 +90,16 @@ class LocalRuntime:
         """Remember the figures."""
         self.logged.append(stats)
 
-    def checkpoints(self) -> list[Path]:
-        """Checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-????????"))
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Keep a checkpoint, written beside and renamed so that half a one is never seen."""
-        part = self.folder / f".step-{step:08d}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write(part)
-        final = self.folder / f"step-{step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
+    def save(
+        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+    ) -> None:
+        """Keep a checkpoint at once."""
+        self.store.save(Checkpoint(step, checkpoint.pack(write), objective))
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
-        """Read the newest checkpoint, if there is one."""
-        found = self.checkpoints()
-        return read(found[-1]) if found else None
+        """Read the newest checkpoint that is whole, if there is one."""
+        found = self.store.newest()
+        return checkpoint.unpack(found.files, read) if found else None
 
     def should_stop(self) -> bool:
         """Nobody asks a process by itself to stop."""
@@ -125,17 +128,20 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is kept.
-        RuntimeError: the untrained policy differs from its reference.
+        StartError: the untrained policy differs from its reference.
     """
     learner = Learner(policy, config.ppo, config.seed, runtime.sum_over_workers)
-    step = runtime.restore(lambda folder: checkpoint.read(folder, policy, learner)) or 0
+    found = runtime.restore(lambda folder: checkpoint.read(folder, policy, learner))
+    step, curves = found or (0, [])
     stop = False
 
-    def write(at: int, folder: Path) -> None:
-        checkpoint.write(folder, policy, learner, config, at)
+    def save(objective: float | None, last: bool) -> None:
+        if runtime.rank == 0:
+            write = lambda folder: checkpoint.write(folder, policy, learner, config, step, curves)
+            runtime.save(step, write, objective, last)
 
     if step == 0:
-        runtime.save(0, partial(write, 0))
+        save(None, last=False)
 
     while step < config.train.steps and not stop:
         began = time.perf_counter()
@@ -163,10 +169,12 @@ def train(
         stop_here = runtime.rank == 0 and runtime.should_stop()
         stats, stop = _count(runtime, collected, targets, update, step, kl_coef, seconds, stop_here)
         learner.adapt_kl_coef(stats.kl)
+        curves.append(dataclasses.asdict(stats))
         if runtime.rank == 0:
             runtime.log(stats)
-        if step % config.train.checkpoint_every == 0 or step == config.train.steps or stop:
-            runtime.save(step, partial(write, step))
+        last = stop or step == config.train.steps
+        if last or step % config.train.checkpoint_every == 0:
+            save(stats.score - kl_coef * stats.kl, last)
 
     return Outcome(step=step, stopped=stop and step < config.train.steps)
 
@@ -180,7 +188,7 @@ def check_start(rollout: Rollout, dtype: torch.dtype) -> None:
     """
     gap = float((rollout.logprobs - rollout.ref_logprobs)[rollout.response_mask].abs().max())
     if gap > START_TOLERANCE[dtype]:
-        raise RuntimeError(
+        raise StartError(
             f"Before any training the policy differs from its reference by {gap:.3g} nats on a "
             f"token (at most {START_TOLERANCE[dtype]} is rounding). The base model or the adapter "
             "is not the one that sampled."

@@ -15,22 +15,25 @@ import secrets
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_detox import preflight
-from ray_detox.config import ConfigError, RunConfig
+from ray_detox.checkpoint_store import CheckpointStore, CheckpointWriter
+from ray_detox.config import ConfigError, RunConfig, config_from_dict
 from ray_detox.data import Source
 from ray_detox.progress import Console, MetricsLog, step_line
 from ray_detox.publish import check_store
 from ray_detox.run_folder import RunFolder
 from ray_detox.sources import fingerprint, folder_fingerprint
+from ray_detox.storage import Storage, write_whole
 from ray_detox.store import check_run_id
 
 
@@ -69,10 +72,37 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
     source = preflight.check(config)
     check_store(config.results, folder, new_run=not resume)
     folder.path.mkdir(parents=True, exist_ok=resume)
-    (folder.path / "config.json").write_text(
-        json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8"
-    )
+    settings = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_whole(folder.path / "config.json", settings)
+    if config.train.storage is not None:
+        run_storage(config, folder).write("config.json", settings.encode())
     return source
+
+
+def adopt(folder: RunFolder, storage: str) -> None:
+    """Make the folder of a run that was begun on another machine, from what its storage holds.
+
+    Args:
+        folder: of the run, on this machine.
+        storage: the `train.storage` that the run was begun with.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    check_run_id(folder.run_id)
+    preflight.check_storage(storage)
+    kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
+    settings = kept.read("config.json")
+    if settings is None:
+        raise ConfigError(
+            f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
+        )
+    config_from_dict(json.loads(settings))
+    newest = CheckpointStore(kept).newest()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if newest is not None:
+        write_whole(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
+    write_whole(folder.path / "config.json", settings.decode())
 
 
 def run(
@@ -102,26 +132,26 @@ def run(
 def _run_stages(
     config: RunConfig, folder: RunFolder, console: Console, source: Source, resume: bool
 ) -> dict[str, Any]:
-    with cluster(config, console) as need:
-        data, actors = _ingest(config, source, console, need)
-        with console.stage("train", _describe_training(config, need)) as made:
-            outcome = _train(config, folder, console, data.lanes, actors, need.gpus_per_worker)
-            made.append(f"adapter saved to {folder.adapter}, {_megabytes(folder.adapter)}")
-        samples = _measure(config, folder, console, data.held_out, actors, need)
+    with (
+        cluster(config, console) as need,
+        _reward_pool(config, need) as pool,
+    ):
+        data = _ingest(config, source, console, pool)
+        outcome = _train(config, folder, console, data.lanes, pool, need)
+        samples = _measure(config, folder, console, data.held_out, pool, need)
         facts = {
             "run_id": folder.run_id,
             "steps": outcome["step"],
             "rows": asdict(data.counts),
             "seconds": dict(console.seconds),
             "fingerprints": _fingerprints(config, folder, data),
-            "training": {
-                "workers": config.train.workers,
-                "worker_peak_mb": outcome["peak_mb"],
-                "loop_seconds": outcome["loop_seconds"],
-                "actors": _describe_actors(actors),
-            },
+            "training": {name: value for name, value in outcome.items() if name not in _NO_FACTS}
+            | {"actors": pool.describe()},
         }
         return _finish(config, folder, samples, facts, resume)
+
+
+_NO_FACTS = ("step", "stopped")
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -134,9 +164,13 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     source = preflight.check(config)
     from ray_detox.evaluation import summarise
 
-    with causes_in_one_sentence(), cluster(config, console) as need:
-        data, actors = _ingest(config, source, console, need)
-        samples = _measure(config, folder, console, data.held_out, actors, need)
+    with (
+        causes_in_one_sentence(),
+        cluster(config, console) as need,
+        _reward_pool(config, need) as pool,
+    ):
+        data = _ingest(config, source, console, pool)
+        samples = _measure(config, folder, console, data.held_out, pool, need, keep=False)
     return summarise(
         samples,
         config,
@@ -152,20 +186,29 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
 # ---- parts of a run --------------------------------------------------------------------------
 
 
-def _ingest(
-    config: RunConfig, source: Source, console: Console, need: preflight.Needs
-) -> tuple[Any, list[Any]]:
-    """Prepare the prompts, while the reward actors load their model; wait for both."""
-    from ray_detox.stages import ingest, score
+@contextmanager
+def _reward_pool(config: RunConfig, need: preflight.Needs) -> Iterator[Any]:
+    """The reward actors, loading their model while the caller goes on."""
+    from ray_detox.stages.score import RewardPool
 
-    actors = score.start_actors(config.reward, need.gpus_per_actor)
+    pool = RewardPool(config.reward, need.gpus_per_actor)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _ingest(config: RunConfig, source: Source, console: Console, pool: Any) -> Any:
+    """Prepare the prompts, while the reward actors load their model; wait for both."""
+    from ray_detox.stages import ingest
+
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
         data = ingest.ingest(config, source)
         made += _describe_rows(data.counts)
-    with console.stage("reward", f"{len(actors)} actor(s) of {config.reward.model}") as made:
-        about = score.wait_for_actors(actors, timeout_s=max(300.0, config.cluster.patience_s))
+    with console.stage("reward", f"{config.reward.actors} actor(s) of {config.reward.model}") as made:
+        about = pool.wait(timeout_s=max(300.0, config.cluster.patience_s))
         made += [f"actor {i} on node {a['node']}, {a['device']}" for i, a in enumerate(about)]
-    return data, actors
+    return data
 
 
 def _measure(
@@ -173,8 +216,9 @@ def _measure(
     folder: RunFolder,
     console: Console,
     rows: list[dict[str, Any]],
-    actors: list[Any],
+    pool: Any,
     need: preflight.Needs,
+    keep: bool = True,
 ) -> list[dict[str, Any]]:
     """Answer and score the held-out prompts before and after."""
     from ray_detox.stages import evaluate
@@ -187,9 +231,10 @@ def _measure(
             config,
             evaluate.pack_adapter(folder.adapter),
             rows,
-            actors,
-            need.gpus_per_worker,
+            pool.directory,
+            need,
             on_event=lambda event: bar.add(event["prompts"]),
+            storage=run_storage(config, folder) if keep else None,
         )
 
 
@@ -204,58 +249,60 @@ def _fingerprints(config: RunConfig, folder: RunFolder, data: Any) -> dict[str, 
     }
 
 
-def _describe_actors(actors: list[Any]) -> list[dict[str, Any]]:
-    from ray_detox.stages import score
-
-    about = score.wait_for_actors(actors, timeout_s=60)
-    return [{key: one[key] for key in ("texts", "peak_mb", "device")} for one in about]
-
-
 def _train(
     config: RunConfig,
     folder: RunFolder,
     console: Console,
     lanes: list[Any],
-    actors: list[Any],
-    gpus_per_worker: float,
+    pool: Any,
+    need: preflight.Needs,
 ) -> dict[str, Any]:
-    """Train, showing every step; copy the trained adapter into the run's folder."""
+    """Train, showing every step; leave the trained adapter and all figures in the run's folder."""
     from ray_detox.stages.train import run_training
 
+    said = lambda text: console.line(f"{'':<9} {text}")
+    store = CheckpointStore(run_storage(config, folder), config.train.checkpoints_kept)
+    writer = CheckpointWriter(store, store.newest(on_damage=said), on_event=said)
     metrics = MetricsLog(folder.path)
 
     def on_event(event: Mapping[str, Any]) -> None:
         if event["kind"] == "step":
-            metrics.add(event["stats"])
+            metrics.add(dict(event["stats"]) | {"pool": pool.figures()})
             console.line(step_line(event["stats"], config.train.steps))
         elif event["kind"] == "worker":
-            console.line(
-                f"{'':<9} worker {event['rank']} on node {event['node']}, {event['device']}, "
+            said(
+                f"worker {event['rank']} on node {event['node'][:8]}, {event['device']}, "
                 f"{event['prompts']:,} prompts"
             )
+        elif event["kind"] == "group" and event["number"]:
+            said(f"going on from step {event['step']} with {event['workers']} worker(s)")
+        elif event["kind"] == "lost":
+            said(f"{event['cause']}; the newest checkpoint is that of step {event['step']}")
 
-    with stop_on_signal(console) as stop:
-        outcome = run_training(
-            config,
-            lanes,
-            actors,
-            gpus_per_worker,
-            storage=_storage(config, folder),
-            on_event=on_event,
-            stop_requested=stop.event,
-        )
-    metrics.close()
-    if outcome["stopped"]:
-        raise Stopped(outcome["step"], stop.signal_number)
-    _copy(outcome["filesystem"], f"{outcome['checkpoint']}/adapter", folder.adapter)
-    return outcome
+    with (
+        console.stage("train", _describe_training(config, need)) as made,
+        closing(writer),
+        closing(metrics),
+        stop_on_signal(console) as stop,
+    ):
+        if writer.newest is not None and writer.newest.step >= config.train.steps:
+            outcome = {"step": writer.newest.step, "stopped": False}
+        else:
+            outcome = run_training(config, lanes, pool, need, writer, on_event, stop.event)
+        assert writer.newest is not None
+        metrics.complete(writer.newest.files["metrics.jsonl"].decode())
+        if outcome["stopped"]:
+            raise Stopped(outcome["step"], stop.signal_number)
+        _write_adapter(writer.newest.files, folder.adapter)
+        made.append(f"adapter saved to {folder.adapter}, {_megabytes(folder.adapter)}")
+    return outcome | {"best_step": store.best(), "checkpoint_seconds": _median(writer.seconds)}
 
 
-def _storage(config: RunConfig, folder: RunFolder) -> str:
-    """Where checkpoints are kept; a place of its own for every run, or runs would take up others'."""
+def run_storage(config: RunConfig, folder: RunFolder) -> Storage:
+    """What is kept of a run for its next process: a place of its own, or runs would mix."""
     if config.train.storage is None:
-        return str(folder.path.resolve())
-    return f"{config.train.storage.rstrip('/')}/{folder.run_id}"
+        return Storage(str(folder.path.resolve()))
+    return Storage(f"{config.train.storage.rstrip('/')}/{folder.run_id}")
 
 
 def _finish(
@@ -292,17 +339,20 @@ def _finish(
     return report
 
 
-def _copy(filesystem: Any, source: str, target: Path) -> None:
-    from pyarrow import fs
+def _write_adapter(files: Mapping[str, bytes], target: Path) -> None:
+    """Write the adapter of a checkpoint, whole or not at all."""
+    from ray_detox.checkpoint import write_files
 
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    fs.copy_files(
-        source, str(part), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
-    )
+    of_adapter = {name: content for name, content in files.items() if name.startswith("adapter/")}
+    write_files({name.partition("/")[2]: content for name, content in of_adapter.items()}, part)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
+
+
+def _median(seconds: Sequence[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
 
 
 @dataclass(slots=True)

@@ -1,14 +1,13 @@
 """The files of a run: where they are, and the result read and written as files.
 
     OUTPUT/results.sqlite        the embedded store, shared by all runs
-    OUTPUT/RUN_ID/config.json    metrics.jsonl  tensorboard/  train/ (checkpoints)  adapter/
+    OUTPUT/RUN_ID/config.json    metrics.jsonl  tensorboard/  checkpoints/  evaluation/  adapter/
                   report.json    report.txt     samples.jsonl
 
 The result is written here before any store sees it, so that no store can lose a run.
 """
 
 import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
 from ray_detox.progress import read_metrics
 from ray_detox.report import describe_run
+from ray_detox.storage import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ class RunFolder:
         """Write report.json, report.txt and samples.jsonl, each whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        _write(self.path / "samples.jsonl", lines)
-        _write(self.path / "report.txt", describe_run(report, samples) + "\n")
+        write_whole(self.path / "samples.jsonl", lines)
+        write_whole(self.path / "report.txt", describe_run(report, samples) + "\n")
         # Last: where it is, the others are too.
-        _write(self.path / "report.json", json.dumps(report, indent=2) + "\n")
+        write_whole(self.path / "report.json", json.dumps(report, indent=2) + "\n")
 
     def read_result(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The report and the samples of a finished run.
@@ -110,8 +110,3 @@ def new_run_id(recipe: str) -> str:
     """A run id that sorts by time and does not collide."""
     return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)

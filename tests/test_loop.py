@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch.testing import assert_close
 
 from ray_detox import checkpoint
@@ -20,7 +21,7 @@ from ray_detox.config import (
     SamplingConfig,
     TrainConfig,
 )
-from ray_detox.lanes import Lanes, lanes_of_worker
+from ray_detox.lanes import Lanes
 from ray_detox.learner import Learner, NonFiniteError
 from ray_detox.loop import LocalRuntime, Outcome, check_start, train
 from ray_detox.policy import load_policy
@@ -129,14 +130,27 @@ def figures(runtime):
     }
 
 
-def assert_same_checkpoint(folder, other):
-    """To the last bit: weights, optimiser, price of KL, settings."""
-    files = ("adapter/adapter_model.safetensors", "value_head.safetensors", "optimiser.safetensors")
-    for file in files:
-        one, two = load_file(folder / file), load_file(other / file)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one), file
-    assert (folder / "state.json").read_text() == (other / "state.json").read_text()
+def kept(runtime):
+    """Steps of the checkpoints that are kept."""
+    return runtime.store.steps()
+
+
+def assert_same_end(runtime, other):
+    """To the last bit: weights, optimiser, price of KL, settings; figures but for the clock's."""
+    one, two = (r.store.newest() for r in (runtime, other))
+    assert (one.step, one.objective) == (two.step, two.objective)
+    assert one.files.keys() == two.files.keys()
+    for name in one.files.keys() - {"metrics.jsonl"}:
+        assert one.files[name] == two.files[name], name
+    rows = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in CLOCK}
+            for line in found.files["metrics.jsonl"].splitlines()
+        ]
+        for found in (one, two)
+    ]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == list(range(1, one.step + 1))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +232,7 @@ def test_a_run_that_died_goes_on_bit_for_bit_as_if_it_had_not(go, uninterrupted,
     for runtime in (died, resumed):
         for step, found in figures(runtime).items():
             assert found == expected[step]
-    assert_same_checkpoint(resumed.checkpoints()[-1], uninterrupted.checkpoints()[-1])
+    assert_same_end(resumed, uninterrupted)
 
 
 def test_a_run_that_was_asked_to_stop_keeps_its_step_and_goes_on(go, uninterrupted, tmp_path):
@@ -227,11 +241,11 @@ def test_a_run_that_was_asked_to_stop_keeps_its_step_and_goes_on(go, uninterrupt
     outcome = go(stops)
 
     assert outcome == Outcome(step=3, stopped=True)
-    assert [folder.name for folder in stops.checkpoints()] == ["step-00000002", "step-00000003"]
+    assert {2, 3} <= set(kept(stops))
     resumed = LocalRuntime(tmp_path)
     assert go(resumed) == Outcome(step=5, stopped=False)
     assert figures(resumed) == {s: figures(uninterrupted)[s] for s in (4, 5)}
-    assert_same_checkpoint(resumed.checkpoints()[-1], uninterrupted.checkpoints()[-1])
+    assert_same_end(resumed, uninterrupted)
 
 
 def test_a_run_asked_to_stop_at_its_last_step_was_not_stopped(go, tmp_path):
@@ -239,7 +253,7 @@ def test_a_run_asked_to_stop_at_its_last_step_was_not_stopped(go, tmp_path):
 
 
 def test_a_run_that_is_complete_does_nothing_more(go, uninterrupted):
-    again = LocalRuntime(uninterrupted.folder)
+    again = LocalRuntime(Path(uninterrupted.store.storage.address))
 
     assert go(again) == Outcome(step=5, stopped=False)
     assert again.logged == []
@@ -248,34 +262,20 @@ def test_a_run_that_is_complete_does_nothing_more(go, uninterrupted):
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
-def test_only_the_newest_checkpoints_are_kept(go, uninterrupted, tmp_path):
+def test_the_newest_checkpoints_and_the_best_are_kept(go, uninterrupted, tmp_path):
     more = LocalRuntime(tmp_path, keep=10)
 
     go(more)
 
-    assert [f.name for f in uninterrupted.checkpoints()] == ["step-00000004", "step-00000005"]
-    assert [int(f.name[5:]) for f in more.checkpoints()] == [0, 2, 4, 5]
-    assert sorted(uninterrupted.folder.iterdir()) == uninterrupted.checkpoints(), "nothing else"
-
-
-def test_a_checkpoint_that_failed_half_way_is_never_seen(tmp_path):
-    runtime = LocalRuntime(tmp_path)
-
-    def half(folder):
-        (folder / "state.json").write_text("{}")
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        runtime.save(1, half)
-
-    assert runtime.checkpoints() == []
-    assert runtime.restore(lambda folder: folder) is None
-    runtime.save(1, lambda folder: (folder / "state.json").write_text("whole") and None)
-    assert runtime.restore(lambda folder: (folder / "state.json").read_text()) == "whole"
+    assert kept(more) == [0, 2, 4, 5]
+    prices = {s.step: s.score - s.kl_coef * s.kl for s in more.logged if s.step in (2, 4, 5)}
+    best = max(prices, key=prices.get)
+    assert more.store.best() == best
+    assert kept(uninterrupted) == sorted({4, 5, best})
 
 
 def test_a_checkpoint_says_what_it_is_and_holds_no_number_of_workers(uninterrupted, config):
-    state = checkpoint.read_state(uninterrupted.checkpoints()[-1])
+    state = checkpoint.unpack(uninterrupted.store.newest().files, checkpoint.read_state)
 
     assert state.keys() == {"format", "version", "step", "seed", "kl_coef", "config"}
     assert state["step"] == 5
@@ -289,10 +289,11 @@ def test_a_checkpoint_survives_the_disk(config, make_policy, make_rollout, tmp_p
     learner.update(rollout, learner.targets(rollout), step=0)
     learner.kl_coef = 0.123
 
-    checkpoint.write(tmp_path, policy, learner, config, step=7)
-    step = checkpoint.read(tmp_path, other, taken_up)
+    checkpoint.write(tmp_path, policy, learner, config, 7, curves=[{"step": 7, "score": 0.5}])
+    step, curves = checkpoint.read(tmp_path, other, taken_up)
 
     assert (step, taken_up.kl_coef) == (7, 0.123)
+    assert curves == [{"step": 7, "score": 0.5}]
     for one, two in ((policy.trainable(), other.trainable()), states(learner, taken_up)):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -372,15 +373,16 @@ def test_a_score_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
     with pytest.raises(NonFiniteError, match="in step 4"):
         train(config, runtime, policy, tokenizer, Breaks(), Lanes(config, rows, pad_id=0))
 
-    assert runtime.checkpoints()[-1].name == "step-00000002"
+    assert runtime.store.newest().step == 2
     assert [stats.step for stats in runtime.logged] == [1, 2, 3]
 
 
 # ---- many workers ------------------------------------------------------------------------------
 
 
-def test_two_workers_make_the_run_of_one(
-    config, rows, tokenizer, uninterrupted, two_workers, tmp_path
+@pytest.mark.parametrize("first", [2, 1])
+def test_two_workers_make_the_run_of_one_also_with_unequal_shares(
+    config, rows, tokenizer, uninterrupted, two_workers, tmp_path, first
 ):
     # Loaded one after the other: what two threads share must not be loaded by both.
     policies = [load_policy(config.policy, config.sampling, config.seed) for _ in range(2)]
@@ -390,8 +392,8 @@ def test_two_workers_make_the_run_of_one(
     def work(rank, total):
         runtimes[rank].rank = 0  # so that each logs; a worker of many would leave it to the first
         runtimes[rank].sum_over_workers = total
-        mine = {lane: rows[lane] for lane in lanes_of_worker(LANES, rank, 2)}
-        lanes = Lanes(config, mine, pad_id=0)
+        mine = range(first) if rank == 0 else range(first, LANES)
+        lanes = Lanes(config, {lane: rows[lane] for lane in mine}, pad_id=0)
         return train(config, runtimes[rank], policies[rank], tokenizer, rewards[rank], lanes)
 
     assert two_workers(work) == [Outcome(step=5, stopped=False)] * 2
@@ -403,8 +405,8 @@ def test_two_workers_make_the_run_of_one(
             rest = {k: v for k, v in alone[step].items() if k != "terms"}
             assert found == pytest.approx(rest, rel=1e-2, abs=1e-3)
     ended = [
-        load_file(folder / "adapter/adapter_model.safetensors")
-        for folder in (runtimes[0].checkpoints()[-1], uninterrupted.checkpoints()[-1])
+        load(runtime.store.newest().files["adapter/adapter_model.safetensors"])
+        for runtime in (runtimes[0], uninterrupted)
     ]
     for name in ended[0]:
         assert_close(ended[0][name], ended[1][name], atol=1e-4, rtol=1e-3)

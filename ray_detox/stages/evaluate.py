@@ -1,24 +1,38 @@
 r"""Ray tasks that measure before and after, and the final one that stores the result.
 
     held-out rows --shard--> measure_shard (policy + adapter, scores from the reward actors)
-                  --shard--> measure_shard                  \
-                                                             store_result: deltas, report, store
+                  --shard--> measure_shard         |         \
+                                        a file in storage     store_result: deltas, report, store
 
-The adapter travels as bytes, so that no file system has to be shared.
+The adapter travels as bytes, so that no file system has to be shared. A shard that was measured
+is kept, and a run that goes on measures the others only.
 """
 
+import contextlib
+import functools
+import hashlib
+import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
-from ray_detox.config import RunConfig
+from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
+from ray_detox.preflight import Needs, shortage
+from ray_detox.room import Bundle, workers_that_fit
 from ray_detox.run_folder import RunFolder
-from ray_detox.stages.train import POLL_S, Progress
+from ray_detox.stages.live import free_nodes
+from ray_detox.stages.train import ANSWER_S, POLL_S, start_progress
+from ray_detox.storage import Storage, StorageError
 
 AdapterFiles = dict[str, bytes]
+Samples = list[dict[str, Any]]
+
+_DECIDES_SCORES = ("model", "revision", "label", "reads", "terms", "batch_size", "max_tokens")
 
 
 def pack_adapter(folder: Path) -> AdapterFiles:
@@ -26,74 +40,172 @@ def pack_adapter(folder: Path) -> AdapterFiles:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
-@ray.remote
+@ray.remote(max_retries=5)
 def measure_shard(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[Mapping[str, Any]],
-    actors: Sequence[Any],
+    directory: Any,
     progress: Any,
-) -> list[dict[str, Any]]:
+) -> Samples:
     """`evaluation.measure` of some rows, with the trained adapter."""
     import torch
     from transformers import AutoTokenizer
 
     from ray_detox.evaluation import measure
-    from ray_detox.policy import load_policy
     from ray_detox.sources import local_folder
     from ray_detox.stages.score import RewardClient
 
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     device = "cuda" if ray.get_gpu_ids() else "cpu"
-    policy = load_policy(config.policy, config.sampling, config.seed, device)
+    policy = _load_policy(config.policy, config.sampling, config.seed, device)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in adapter.items():
             (Path(folder) / name).write_bytes(content)
         policy.load_adapter(Path(folder))
     folder_of_model = local_folder(config.policy.model, config.policy.revision, "policy.model")
     tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
-    return measure(
-        policy,
-        tokenizer,
-        RewardClient(actors, config.reward),
-        rows,
-        config,
-        on_done=lambda count: progress.put.remote({"kind": "measured", "prompts": count}),
-    )
+    scorer = RewardClient(directory, config.reward)
+    try:
+        return measure(
+            policy,
+            tokenizer,
+            scorer,
+            rows,
+            config,
+            on_done=lambda count: progress.put.remote({"kind": "measured", "prompts": count}),
+        )
+    finally:
+        scorer.close()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_policy(policy: PolicyConfig, sampling: SamplingConfig, seed: int, device: str) -> Any:
+    """The policy; a process that measures several shards loads it once."""
+    from ray_detox.policy import load_policy
+
+    return load_policy(policy, sampling, seed, device)
 
 
 def run_evaluation(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[Mapping[str, Any]],
-    actors: Sequence[Any],
-    gpus_per_worker: float,
+    directory: Any,
+    need: Needs,
     on_event: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Measure all rows on `evaluate.shards` tasks; samples come back in the rows' order."""
-    shards = min(config.evaluate.shards, len(rows))
-    progress = Progress.remote()  # type: ignore[attr-defined]
+    storage: Storage | None = None,
+) -> Samples:
+    """Measure all rows on `evaluate.shards` tasks; samples come back in the rows' order.
+
+    Args:
+        config: of the run.
+        adapter: from `pack_adapter`.
+        rows: held-out rows from `ingest`.
+        directory: of the reward pool.
+        need: resolved for this cluster.
+        on_event: told of prompts that are measured.
+        storage: where measured shards are kept, and found again; None keeps none.
+
+    Raises:
+        ConfigError: no task has had room for `cluster.patience_s`.
+    """
+    # Prompts of like length share a shard, and the longest are begun first.
+    order = np.argsort([-len(row["query_ids"]) for row in rows], kind="stable")
+    count = min(config.evaluate.shards, len(rows))
+    shards = [part.tolist() for part in np.array_split(order, count)]
+    kept = _KeptShards(storage, config, adapter, rows)
+    found: dict[int, Samples] = {}
+    for number in range(count):
+        if (earlier := kept.read(number)) is not None:
+            found[number] = earlier
+            on_event({"kind": "measured", "prompts": len(earlier)})
+
     task = measure_shard.options(
-        num_cpus=config.train.cpus_per_worker, num_gpus=gpus_per_worker, max_retries=2
+        num_cpus=config.train.cpus_per_worker, num_gpus=need.gpus_per_worker
     )
+    progress = start_progress()
     adapter_ref = ray.put(adapter)
-    # Dealt out in turn: the shards then have prompts of all lengths alike.
-    waiting = [
-        task.remote(config, adapter_ref, list(rows[shard::shards]), list(actors), progress)
-        for shard in range(shards)
-    ]
-    refs = list(waiting)
+    waiting = {
+        task.remote(config, adapter_ref, [rows[i] for i in shard], directory, progress): number
+        for number, shard in enumerate(shards)
+        if number not in found
+    }
+    patience = _Patience(config, need)
     while waiting:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        for event in ray.get(progress.take.remote()):
+        done, _ = ray.wait(list(waiting), timeout=POLL_S)
+        for ref in done:
+            number = waiting.pop(ref)
+            found[number] = ray.get(ref)
+            kept.write(number, found[number])
+        events = ray.get(progress.take.remote(), timeout=ANSWER_S)
+        for event in events:
             on_event(event)
+        patience.check(something_happened=bool(done or events))
     ray.kill(progress)
-    samples: list[dict[str, Any]] = [{} for _ in rows]
-    for shard, found in enumerate(ray.get(refs)):
-        for i, sample in enumerate(found):
-            index = i * shards + shard
-            samples[index] = sample | {"index": index}
+    samples: Samples = [{} for _ in rows]
+    for number, shard in enumerate(shards):
+        for i, sample in zip(shard, found[number], strict=True):
+            samples[i] = sample | {"index": i}
     return samples
+
+
+class _Patience:
+    """Notices that tasks wait for room that the cluster no longer has."""
+
+    def __init__(self, config: RunConfig, need: Needs) -> None:
+        self._config = config
+        self._need = need
+        self._bundle = Bundle(cpus=config.train.cpus_per_worker, gpus=need.gpus_per_worker)
+        self._since = time.monotonic()
+
+    def check(self, something_happened: bool) -> None:
+        """Raise ConfigError once nothing happened, nor could, for `cluster.patience_s`."""
+        now = time.monotonic()
+        if something_happened:
+            self._since = now
+        if now - self._since > max(self._config.cluster.patience_s, 10.0):
+            nodes = free_nodes(total=True)
+            if not workers_that_fit(self._bundle, nodes, most=1):
+                raise ConfigError(shortage(self._config, self._need, nodes))
+
+
+class _KeptShards:
+    """Measured shards in the run's storage, under a name that only the same measurement has."""
+
+    def __init__(
+        self,
+        storage: Storage | None,
+        config: RunConfig,
+        adapter: AdapterFiles,
+        rows: Sequence[Mapping[str, Any]],
+    ) -> None:
+        tree = config.to_dict()
+        same = [tree[section] for section in ("seed", "data", "policy", "sampling")]
+        same += [tree["evaluate"][name] for name in ("shards", "batch_size")]
+        same += [tree["reward"][name] for name in _DECIDES_SCORES]
+        same += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
+        same += [row["prompt_id"] for row in rows]
+        self._storage = storage
+        self._folder = f"evaluation/{hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]}"
+
+    def read(self, number: int) -> Samples | None:
+        """The samples of a shard; None where it is not kept, or not whole."""
+        if self._storage is None:
+            return None
+        try:
+            return list(json.loads(self._storage.read(self._name(number)) or b""))
+        except (StorageError, ValueError):
+            return None
+
+    def write(self, number: int, samples: Samples) -> None:
+        """Keep a shard. Where that fails, measuring it again is all that it costs."""
+        if self._storage is not None:
+            with contextlib.suppress(StorageError):
+                self._storage.write(self._name(number), json.dumps(samples).encode())
+
+    def _name(self, number: int) -> str:
+        return f"{self._folder}/shard-{number:05d}.json"
 
 
 @ray.remote(num_cpus=0, max_retries=3)

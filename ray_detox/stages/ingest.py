@@ -58,8 +58,8 @@ class RowCounts:
 class Ingested:
     """Prompts, ready for training and for the evaluation."""
 
-    lanes: list[ray.data.Dataset]
-    """`data.lanes` datasets of equal length, give or take one row."""
+    lanes: list[Any]
+    """References to `data.lanes` Arrow tables of equal length, give or take one row."""
     held_out: list[dict[str, Any]]
     """Rows for the evaluation, at most `evaluate.prompts`."""
     counts: RowCounts
@@ -117,11 +117,16 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         train, held_out = train.sort(order).materialize(), held_out.sort(order)
     bounds = [round((count - held) * lane / data.lanes) for lane in range(1, data.lanes)]
     return Ingested(
-        lanes=train.split_at_indices(bounds) if bounds else [train],
+        lanes=[_hold(lane) for lane in (train.split_at_indices(bounds) if bounds else [train])],
         held_out=unpack(held_out.take(config.evaluate.prompts)),
         counts=RowCounts(read_count, left_out, examples, count - held, held),
         fingerprint=_fingerprint(kept),
     )
+
+
+def _hold(lane: ray.data.Dataset) -> Any:
+    """A lane as one table in the store of the driver's node: no other node's loss takes it away."""
+    return ray.put(pa.concat_tables(ray.get(lane.to_arrow_refs())))
 
 
 def read(source: Source, config: DataConfig) -> ray.data.Dataset:
@@ -211,7 +216,3 @@ def _check_enough(
         "Give more data, widen data.min_chars and data.max_chars, or lower data.lanes."
     )
 
-
-def lane_name(lane: int) -> str:
-    """What a lane is called among the datasets of a training worker."""
-    return f"prompts-{lane}"

@@ -1,16 +1,21 @@
-"""Ray Train: a group of workers that run `loop.train` together.
+"""Ray Train: a group of workers that run `loop.train` together, and what keeps one going.
 
-    driver                                     worker 0 .. N-1
-      run_training                               train_worker
-        TorchTrainer.fit  (its own thread) ---->   RayRuntime + Lanes + Policy + RewardClient
-        main thread: poll Progress  <------------  log (rank 0), should_stop
-        checkpoints in train.storage  <----------  save (rank 0), on all ranks a barrier
+    driver                                            worker 0 .. N-1
+      run_training                                      train_worker
+        _Group: TorchTrainer.fit (a thread)  -------->    RayRuntime + Lanes + Policy + RewardClient
+        main thread: polls Progress  <----------------    log, save (rank 0)
+          figures -> on_event, checkpoints -> CheckpointWriter -> storage
+        a worker, a node is lost; a node is to go; room for one more worker:
+          the next _Group, of as many workers as fit, from the newest checkpoint
 
-`ray.train.report` waits for a controller that looks up every so often, so it is called only with
-a checkpoint. Figures go through `Progress`, an actor without a CPU, and the driver prints them.
+A checkpoint is a few MB, so rank 0 hands it to the driver and the driver keeps it: no node but
+the driver's needs the storage, and a step waits for nothing but the copy. `ray.train.report`
+would have every worker wait for a controller that looks up every so often. For the same reason
+figures go through `Progress`, an actor without a CPU.
 """
 
 import dataclasses
+import shutil
 import tempfile
 import threading
 import time
@@ -21,24 +26,35 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_detox import checkpoint
+from ray_detox.checkpoint_store import Checkpoint, CheckpointWriter
 from ray_detox.config import RunConfig, config_from_dict
+from ray_detox.preflight import Needs
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.ingest import lane_name
+from ray_detox.stages.live import draining_nodes
+from ray_detox.stages.workers import RoomForOneMore, workers_with_room
 
 T = TypeVar("T")
 
 POLL_S = 0.2
+ANSWER_S = 60.0
+"""Longest wait for an actor on this very node."""
 
 
 class TrainingError(RuntimeError):
     """Training ended with an error; the newest checkpoint is kept."""
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Progress:
-    """What workers tell the driver, and what the driver tells them."""
+    """What workers tell the driver, and what the driver tells them.
+
+    Begins anew if it is killed: figures come with the next checkpoint again, and the driver
+    repeats its wish to stop for as long as it has it.
+    """
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -48,29 +64,32 @@ class Progress:
         """Add an event for the driver."""
         self._events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
-        """Hand over all events since the last call."""
+    def take(self, stop: bool = False) -> list[dict[str, Any]]:
+        """Hand over all events since the last call; `stop` asks workers to end after their step."""
+        self._stop = stop
         events, self._events = self._events, []
         return events
 
-    def stop(self) -> None:
-        """Ask the workers to end after the step they are in."""
-        self._stop = True
-
     def should_stop(self) -> bool:
-        """True once `stop` was called."""
+        """Whether the driver wants the workers to end."""
         return self._stop
+
+
+def start_progress() -> Any:
+    """A `Progress` on the driver's node: it is lost with the driver only."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class RayRuntime:
     """`loop.Runtime` in a Ray Train worker."""
 
-    def __init__(self, progress: Any, device: Any) -> None:
+    def __init__(self, progress: Any, start: dict[str, bytes] | None) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self._progress = progress
-        self._device = device
+        self._start = start
 
     def sum_over_workers(self, x: Any) -> Any:
         """All-reduce; a copy, so that the argument stays as it was."""
@@ -88,31 +107,28 @@ class RayRuntime:
         """Send a step's figures to the driver, without waiting."""
         self._progress.put.remote({"kind": "step", "stats": dataclasses.asdict(stats)})
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Report a checkpoint; Ray Train moves it to storage whole, or not at all."""
-        if self.rank != 0:
-            ray.train.report({"step": step})
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        self._progress.put.remote({"kind": "checkpoint", "step": step})
+    def save(
+        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+    ) -> None:
+        """Send a checkpoint to the driver, waiting only for that of the last step."""
+        files = checkpoint.pack(write)
+        event = {"kind": "checkpoint", "checkpoint": Checkpoint(step, files, objective)}
+        sent = self._progress.put.remote(event)
+        if last:
+            ray.get(sent, timeout=ANSWER_S)
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
-        """Read the newest checkpoint in storage, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return read(Path(folder))
+        """Read the checkpoint that this group began with, if there was one."""
+        return checkpoint.unpack(self._start, read) if self._start else None
 
     def should_stop(self) -> bool:
         """Ask the driver's side."""
-        return bool(ray.get(self._progress.should_stop.remote()))
+        return bool(ray.get(self._progress.should_stop.remote(), timeout=ANSWER_S))
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs; returns how it ended, with rank 0's measurements."""
+    import os
     import resource
 
     import torch
@@ -120,7 +136,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     from ray_detox.lanes import Lanes, lanes_of_worker
     from ray_detox.learner import NonFiniteError
-    from ray_detox.loop import train
+    from ray_detox.loop import StartError, train
     from ray_detox.policy import load_policy
     from ray_detox.sources import local_folder
     from ray_detox.stages.score import RewardClient
@@ -128,33 +144,32 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     config = config_from_dict(job["config"])
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
-    runtime = RayRuntime(job["progress"], device)
+    runtime = RayRuntime(job["progress"], ray.get(job["start"]) if job["start"] else None)
     policy = load_policy(config.policy, config.sampling, config.seed, device)
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     mine = lanes_of_worker(config.data.lanes, runtime.rank, runtime.world_size)
-    lanes = Lanes(config, {lane: _read_lane(lane) for lane in mine}, policy.pad_id)
-    runtime._progress.put.remote(
+    rows = {lane: unpack(ray.get(job["lanes"][lane]).to_pylist()) for lane in mine}
+    lanes = Lanes(config, rows, policy.pad_id)
+    job["progress"].put.remote(
         {
             "kind": "worker",
             "rank": runtime.rank,
-            "node": ray.get_runtime_context().get_node_id()[:8],
+            "node": ray.get_runtime_context().get_node_id(),
+            "pid": os.getpid(),
             "device": str(device),
-            "prompts": sum(len(rows) for rows in lanes.rows.values()),
+            "prompts": sum(map(len, rows.values())),
         }
     )
+    scorer = RewardClient(job["directory"], config.reward)
     began = time.perf_counter()
     try:
-        outcome = train(
-            config,
-            runtime,
-            policy,
-            AutoTokenizer.from_pretrained(folder),
-            RewardClient(job["actors"], config.reward),
-            lanes,
-        )
-    except NonFiniteError as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        outcome = train(config, runtime, policy, tokenizer, scorer, lanes)
+    except (NonFiniteError, StartError) as error:
         # Trying again from the checkpoint would fail again: this is an answer, not a fault.
         return {"error": str(error)}
+    finally:
+        scorer.close()
     return {
         "step": outcome.step,
         "stopped": outcome.stopped,
@@ -163,110 +178,174 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_lane(lane: int) -> list[dict[str, Any]]:
-    shard = ray.train.get_dataset_shard(lane_name(lane))
-    blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow")
-    return unpack([row for block in blocks for row in block.to_pylist()])
-
-
 def run_training(
     config: RunConfig,
-    lanes: Sequence[ray.data.Dataset],
-    actors: Sequence[Any],
-    gpus_per_worker: float,
-    storage: str,
+    lanes: Sequence[Any],
+    pool: Any,
+    need: Needs,
+    writer: CheckpointWriter,
     on_event: Callable[[dict[str, Any]], None],
     stop_requested: threading.Event,
 ) -> dict[str, Any]:
-    """Train on the cluster until done, stopped or failed.
+    """Train on the cluster until done, stopped or failed, whatever workers and nodes are lost.
 
     Args:
         config: of the run.
         lanes: from `ingest`.
-        actors: reward actors, loaded.
-        gpus_per_worker: resolved for this cluster.
-        storage: folder or `s3://...` for checkpoints; an earlier run's newest one is taken up.
-        on_event: called in this thread for each step, worker and checkpoint.
+        pool: the `RewardPool`, loaded.
+        need: resolved for this cluster.
+        writer: keeps checkpoints; training goes on from its `newest`.
+        on_event: called in this thread for each step, worker, loss and change of workers.
         stop_requested: once set, the workers checkpoint and end after the step they are in.
 
     Returns:
-        What rank 0 returned, and `checkpoint`: path and filesystem of the newest checkpoint.
+        What rank 0 returned, and how often the group was `lost`, moved and resized.
 
     Raises:
         TrainingError: in one sentence, with the newest checkpoint kept.
+        ConfigError: there is no room for `train.workers`, and has not been for `cluster.patience_s`.
+        StorageError: the last checkpoint could not be kept.
     """
-    progress = Progress.remote()  # type: ignore[attr-defined]
-    job = {"config": config.to_dict(), "progress": progress, "actors": list(actors)}
-    trainer = _make_trainer(config, job, lanes, gpus_per_worker, storage)
-
-    # fit() in a thread of its own: this one prints, and hears Ctrl-C.
-    ended: dict[str, Any] = {}
-    fit = threading.Thread(target=_fit, args=(trainer, ended), daemon=True)
-    fit.start()
-    told = False
-    while fit.is_alive():
-        fit.join(POLL_S)
-        if stop_requested.is_set() and not told:
-            ray.get(progress.stop.remote())
-            told = True
-        for event in ray.get(progress.take.remote()):
-            on_event(event)
-    for event in ray.get(progress.take.remote()):
-        on_event(event)
-    ray.kill(progress)
-    if "error" in ended:
-        raise TrainingError(explain(ended["error"])) from ended["error"]
-    outcome = ended["result"].return_value
-    if "error" in outcome:
-        raise TrainingError(outcome["error"])
-    checkpoint = ended["result"].checkpoint
-    return outcome | {"checkpoint": checkpoint.path, "filesystem": checkpoint.filesystem}
-
-
-def _make_trainer(
-    config: RunConfig,
-    job: dict[str, Any],
-    lanes: Sequence[ray.data.Dataset],
-    gpus_per_worker: float,
-    storage: str,
-) -> TorchTrainer:
-    whole_gpus = gpus_per_worker >= 1
-    return TorchTrainer(
-        train_worker,
-        train_loop_config=job,
-        # NCCL refuses two workers on one GPU.
-        torch_config=TorchConfig(backend="nccl" if whole_gpus else "gloo", timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.train.cpus_per_worker}
-            | ({"GPU": gpus_per_worker} if gpus_per_worker else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="train",
-            storage_path=storage,
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.train.max_failures, controller_failure_limit=3
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.checkpoints_kept),
-        ),
-        datasets={lane_name(i): lane for i, lane in enumerate(lanes)},
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
-    )
-
-
-def _fit(trainer: TorchTrainer, ended: dict[str, Any]) -> None:
+    progress = start_progress()
+    scratch = tempfile.mkdtemp(prefix="ray-detox-train-")
+    job = {
+        "config": config.to_dict(),
+        "progress": progress,
+        "directory": pool.directory,
+        "lanes": list(lanes),
+    }
+    ends = {"lost": 0, "moved": 0, "resized": 0}
+    failures, failed_at = 0, -1
     try:
-        ended["result"] = trainer.fit()
-    except BaseException as error:  # handed to the thread that waits, which raises it
-        ended["error"] = error
+        while True:
+            workers = workers_with_room(config, need, pool, stop_requested)
+            step = writer.newest.step if writer.newest else 0
+            on_event({"kind": "group", "workers": workers, "step": step, "number": sum(ends.values())})
+            group = _Group(config, need, job, workers, writer, scratch, on_event)
+            outcome = group.run(stop_requested)
+            if group.error is not None:
+                ends["lost"] += 1
+                step = writer.newest.step if writer.newest else 0
+                failures, failed_at = (failures + 1 if step == failed_at else 1), step
+                if failures > config.train.max_failures:
+                    raise TrainingError(
+                        f"Training failed {failures} times at step {step + 1}: "
+                        f"{describe(group.error)}. The newest checkpoint is that of step {step}."
+                    ) from group.error
+                on_event({"kind": "lost", "cause": describe(group.error), "step": step})
+            elif "error" in outcome:
+                raise TrainingError(outcome["error"])
+            elif group.why_stopped in ("moved", "resized") and outcome["stopped"]:
+                ends[group.why_stopped] += 1
+            else:
+                writer.flush(ANSWER_S)
+                return outcome | ends
+    finally:
+        ray.kill(progress)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def explain(error: BaseException) -> str:
-    """The innermost cause of a failed worker group, in one line."""
+class _Group:
+    """One life of the worker group, from its start to its end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        need: Needs,
+        job: dict[str, Any],
+        workers: int,
+        writer: CheckpointWriter,
+        scratch: str,
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.error: BaseException | None = None
+        self.why_stopped: str | None = None
+        """`asked` by a person, `moved` off a node that is to go, or `resized` to more workers."""
+        self._config = config
+        self._workers = workers
+        self._writer = writer
+        self._on_event = on_event
+        self._progress = job["progress"]
+        self._nodes: set[str] = set()
+        self._room = RoomForOneMore(config, need, workers)
+        self._outcome: dict[str, Any] = {}
+        start = ray.put(dict(writer.newest.files)) if writer.newest else None
+        self._trainer = self._make_trainer(job | {"start": start}, need, scratch)
+
+    def run(self, stop_requested: threading.Event) -> dict[str, Any]:
+        """What rank 0 returned; empty where the group failed, with `error`."""
+        # fit() in a thread of its own: this one prints, and hears Ctrl-C.
+        fit = threading.Thread(target=self._fit, daemon=True)
+        fit.start()
+        while fit.is_alive():
+            fit.join(POLL_S)
+            if self.why_stopped is None:
+                self.why_stopped = self._why_stop(stop_requested)
+            self._take_events()
+        self._take_events()
+        return self._outcome
+
+    def _why_stop(self, stop_requested: threading.Event) -> str | None:
+        if stop_requested.is_set():
+            return "asked"
+        if self._nodes & draining_nodes():
+            return "moved"
+        return "resized" if self._room.is_there() else None
+
+    def _take_events(self) -> None:
+        stop = self.why_stopped is not None
+        for event in ray.get(self._progress.take.remote(stop), timeout=ANSWER_S):
+            if event["kind"] == "checkpoint":
+                self._writer.put(event["checkpoint"])
+                continue
+            if event["kind"] == "worker":
+                self._nodes.add(event["node"])
+            elif event["kind"] == "step":
+                self._room.step_took(event["stats"])
+            self._on_event(event)
+
+    def _fit(self) -> None:
+        try:
+            self._outcome = self._trainer.fit().return_value
+        except BaseException as error:  # handed to the thread that waits, which judges it
+            self.error = error
+
+    def _make_trainer(self, job: dict[str, Any], need: Needs, scratch: str) -> TorchTrainer:
+        gpus = need.gpus_per_worker
+        return TorchTrainer(
+            train_worker,
+            train_loop_config=job,
+            # NCCL refuses two workers on one GPU.
+            torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=300),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self._workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": self._config.train.cpus_per_worker}
+                | ({"GPU": gpus} if gpus else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"group-{time.time_ns()}",
+                storage_path=scratch,
+                # A group that fails comes back to `run_training`, which knows how many workers
+                # fit by now; Ray would wait for as many as before.
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
+
+
+def describe(error: BaseException) -> str:
+    """What ended a worker group, in one line."""
     failures = getattr(error, "worker_failures", None) or {}
-    cause = innermost(next(iter(failures.values()), error))
-    return f"Training failed: {type(cause).__name__}: {last_line(cause)}"
+    for rank, failure in sorted(failures.items()):
+        # Those that went on without it fail as well, and say less.
+        died = getattr(failure, "health_check_failure", None)
+        if died is not None:
+            return f"worker {rank} died ({type(died).__name__})"
+    for rank, failure in sorted(failures.items()):
+        cause = innermost(failure)
+        return f"worker {rank} failed with {type(cause).__name__}: {last_line(cause)}"
+    cause = innermost(error)
+    return f"{type(cause).__name__}: {last_line(cause)}"
 
 
 def innermost(error: BaseException) -> BaseException:

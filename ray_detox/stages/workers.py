@@ -1,0 +1,92 @@
+"""How many training workers the cluster has room for, now that it may have lost or found nodes.
+
+`train.workers` is a number or a range. A group is started with as many workers as fit; what a
+step computes does not depend on how many they are.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.preflight import Needs, shortage
+from ray_detox.room import Bundle, workers_that_fit
+from ray_detox.stages.live import free_nodes
+
+LOOK_S = 0.5
+SETTLE_S = 4.0
+"""What a group that has ended held is not free at once: wait this long for the full number."""
+WORTH_S = 60.0
+"""A group is not started anew for less training than this."""
+
+
+def workers_with_room(
+    config: RunConfig, need: Needs, pool: Any, stop_requested: threading.Event
+) -> int:
+    """Wait until at least `train.least_workers` fit, and return how many do.
+
+    Reward actors above their least number are let go where workers lack room.
+
+    Raises:
+        ConfigError: too few fit, and have not for `cluster.patience_s`.
+    """
+    least, most = config.train.least_workers, config.train.most_workers
+    began = time.monotonic()
+    while True:
+        nodes = free_nodes()
+        fit = workers_that_fit(_bundle(config, need), nodes, most)
+        waited_s = time.monotonic() - began
+        if fit == most or (fit >= least and waited_s > SETTLE_S):
+            return fit
+        if stop_requested.is_set() and fit >= least:
+            return fit
+        if waited_s > max(config.cluster.patience_s, SETTLE_S) or stop_requested.is_set():
+            raise ConfigError(shortage(config, need, nodes))
+        pool.shrink()
+        time.sleep(LOOK_S)
+
+
+class RoomForOneMore:
+    """Notices that another worker has had room for `train.grow_after_s`.
+
+    Args:
+        config: of the run.
+        need: what a worker takes.
+        workers: of the group that runs now.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        need: Needs,
+        workers: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._need = need
+        self._workers = workers
+        self._clock = clock
+        self._looked = self._since = clock()
+        self._left_s = float("inf")
+
+    def step_took(self, stats: Mapping[str, Any]) -> None:
+        """Learn from a step how long the rest of the training will take."""
+        self._left_s = (self._config.train.steps - stats["step"]) * stats["seconds"]
+
+    def is_there(self) -> bool:
+        """Whether a group with more workers should take over."""
+        if self._workers == self._config.train.most_workers or self._left_s < WORTH_S:
+            return False
+        now = self._clock()
+        if now - self._looked < LOOK_S:
+            return False
+        self._looked = now
+        if not workers_that_fit(_bundle(self._config, self._need), free_nodes(), most=1):
+            self._since = now
+        return now - self._since >= self._config.train.grow_after_s
+
+
+def _bundle(config: RunConfig, need: Needs) -> Bundle:
+    return Bundle(cpus=config.train.cpus_per_worker, gpus=need.gpus_per_worker)
