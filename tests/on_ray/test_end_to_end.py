@@ -18,11 +18,13 @@ from pyarrow import fs, parquet
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox import cli, lab, pipeline, progress
+from ray_detox.checkpoint_store import CheckpointStore
 from ray_detox.config import load_config
 from ray_detox.lab import corpus
 from ray_detox.progress import Console, read_metrics
 from ray_detox.records import UpdateStats
 from ray_detox.run_folder import RunFolder
+from ray_detox.storage import Storage
 from ray_detox.store.dynamodb import DynamoDBStore
 
 pytestmark = pytest.mark.ray
@@ -54,7 +56,7 @@ def finished(output):
 
 def metrics_without_times(folder):
     return [
-        {name: value for name, value in row.items() if not name.startswith("seconds")}
+        {n: value for n, value in row.items() if not n.startswith("seconds") and n != "pool"}
         for row in read_metrics(folder.path / "metrics.jsonl")
     ]
 
@@ -112,8 +114,9 @@ def test_every_step_has_a_line_and_a_row_of_finite_figures(finished):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert re.findall(r"^step (\d)/4 \| score", printed, re.MULTILINE) == list("1234")
     for row in rows:
-        assert set(row) == set(UpdateStats.__dataclass_fields__)
-        assert all(math.isfinite(value) for name, value in row.items() if name != "terms")
+        assert set(row) == {*UpdateStats.__dataclass_fields__, "pool"}
+        plain = {name: value for name, value in row.items() if name != "terms"}
+        assert all(math.isfinite(value) for value in (plain | plain.pop("pool")).values())
         assert row["ratio"] == pytest.approx(1, abs=1e-4)
         assert row["minibatches"] == 4
         assert row["grad_norm"] > 0
@@ -131,8 +134,12 @@ def test_the_files_of_a_run_agree_with_its_report(finished):
         np.mean([sample["toxicity_after"] for sample in samples])
     )
     assert list((folder.path / "tensorboard").iterdir())
-    states = sorted((folder.path / "train").glob("*/state.json"))
-    assert [json.loads(state.read_text())["step"] for state in states] == [2, 4]
+    store = CheckpointStore(pipeline.run_storage(load_config("lab", SHORT), folder))
+    assert store.steps() == [2, 4]
+    assert store.newest().step == STEPS
+    assert store.newest().files["adapter/adapter_model.safetensors"] == (
+        folder.adapter / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_results_prints_the_stored_report(finished, output, capsys):
@@ -261,12 +268,28 @@ def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dy
     assert store.get_run("remote") == report
     assert len(list(store.get_samples("remote"))) == report["n"] == 8
     store.close()
-    kept = s3.get_file_info(fs.FileSelector(root, recursive=True))
-    states = [info.path for info in kept if info.base_name == "state.json"]
-    assert [json.loads(s3.open_input_file(path).read())["step"] for path in states] == [0, 1]
+    assert CheckpointStore(Storage(f"s3://{root}/remote")).steps() == [0, 1]
     assert (folder.adapter / "adapter_model.safetensors").is_file()
-    assert not (folder.path / "train").exists()
+    assert not (folder.path / "checkpoints").exists()
     assert sum(actor["texts"] for actor in report["training"]["actors"]) == PROMPTS + 2 * 8
+
+    # On another machine: from the storage alone, with nothing to do but to publish again.
+    elsewhere = output / "elsewhere"
+    again = ["--resume", "remote", f"train.storage=s3://{root}", "--output", str(elsewhere)]
+    assert cli.main(["run", *again]) == 0, capsys.readouterr()
+
+    taken_up = RunFolder(elsewhere, "remote")
+    for name in ("samples.jsonl", "adapter/adapter_model.safetensors"):
+        assert (taken_up.path / name).read_bytes() == (folder.path / name).read_bytes()
+    assert metrics_without_times(taken_up) == metrics_without_times(folder)
+
+
+def test_a_run_that_is_nowhere_cannot_be_taken_up(aws, output, capsys):
+    code = cli.main(["run", "--resume", "nobody", f"train.storage={output}", "--output", str(output)])
+
+    assert code == cli.MISTAKE
+    assert f"and none in train.storage={output}." in capsys.readouterr().err
+    assert not RunFolder(output, "nobody").path.exists()
 
 
 @pytest.mark.parametrize("setting", ["data.path", "policy.model", "reward.model", "train.storage"])

@@ -7,6 +7,7 @@ import json
 import datasets
 import pyarrow as pa
 import pytest
+import ray
 from pyarrow import parquet
 
 from ray_detox.config import ConfigError, load_config
@@ -58,16 +59,7 @@ class Prepared:
         self.counts = data.counts
         self.fingerprint = data.fingerprint
         self.held_out = data.held_out
-        self.lanes = [
-            unpack(
-                [
-                    row
-                    for block in lane.iter_batches(batch_size=None, batch_format="pyarrow")
-                    for row in block.to_pylist()
-                ]
-            )
-            for lane in data.lanes
-        ]
+        self.lanes = [unpack(table.to_pylist()) for table in ray.get(data.lanes)]
 
     @property
     def train(self):

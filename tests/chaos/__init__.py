@@ -1,0 +1,1 @@
+"""Runs that lose processes, nodes and storage on a schedule."""
