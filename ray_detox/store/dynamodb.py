@@ -54,7 +54,7 @@ _ROUNDS = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 _QUERIES_PER_PAGE = 4  # of 1 MB each: what one page of samples may cost
 
-_PATIENT = Config(
+PATIENT = Config(
     connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 4}
 )
 # A page would rather say "busy, try again" than hang.
@@ -95,7 +95,7 @@ class DynamoDBStore:
                 # boto3 reads AWS_DEFAULT_REGION only; most other tools set and read AWS_REGION.
                 region_name=self._region or os.environ.get("AWS_REGION") or None,
                 endpoint_url=self._endpoint_url,
-                config=_HURRIED if self._hurried else _PATIENT,
+                config=_HURRIED if self._hurried else PATIENT,
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise in_words(
@@ -282,7 +282,8 @@ class DynamoDBStore:
         meta = self._meta(check_run_id(run_id))
         if meta is None:
             return None
-        answer = self._call("get_item", TableName=self.table, Key=key(run_id, sample_sk(index)))
+        sample = key(run_id, sample_sk(index))
+        answer = self._call("get_item", TableName=self.table, Key=sample, ConsistentRead=True)
         item = answer.get("Item")
         return self._whole(run_id, item, meta) if item and _is_of(item, meta) else None
 
@@ -348,7 +349,7 @@ class DynamoDBStore:
                 rows.append(row)
                 if len(rows) == limit:
                     at_end = item is answer["Items"][-1] and "LastEvaluatedKey" not in answer
-                    position = 0 if query.key == "index" else row[query.key]
+                    position = 0 if query.key == "index" else float(row[query.key])
                     place = [position, row["index"]]
                     return Page(rows, None if at_end else encode_cursor(place, run_id, query))
             if "LastEvaluatedKey" not in answer:
