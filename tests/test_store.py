@@ -654,6 +654,11 @@ def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
 
     with pytest.raises(StoreError, match="has 30 samples, but 20 could be read"):
         list(rival.get_samples("first"))
+    again = make_report(kl=2.0), make_samples(30, query="rival")
+    assert not rival.put_run(*again)
+    assert rival.put_run(*again, overwrite=True)
+    assert list(rival.get_samples("first")) == again[1]
+    assert not rival.put_run(*again, overwrite=True)
 
 
 class Client:

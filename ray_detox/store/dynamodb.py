@@ -125,7 +125,12 @@ class DynamoDBStore:
         writing, complete = meta_of(run, writer, attempt, len(items))
 
         stored = self._meta(run.run_id)
-        if stored is not None and stored.get("digest", {}).get("S") == run.digest:
+        if (
+            stored is not None
+            and stored.get("digest", {}).get("S") == run.digest
+            # Overwriting also mends what a rival's late batch has damaged.
+            and not (overwrite and self._is_damaged(stored))
+        ):
             return False
         self._claim(run.run_id, writing, overwrite)
         for batch in _batches(items):
@@ -175,6 +180,23 @@ class DynamoDBStore:
 
     def _settle(self, run_id: str, writer: str, expected: int) -> None:
         """Delete what other attempts left, and see that all of ours is there."""
+        ours, others = self._by_writer(run_id, writer)
+        self._check_writer(run_id, writer)
+        for keys in _batches(others):
+            self._write_batch([{"DeleteRequest": {"Key": key}} for key in keys])
+        if ours != expected:
+            raise StoreError(
+                f"Of {expected} items of run {run_id!r}, {ours} are in table {self.table!r}: "
+                "another process writes there. Publish again."
+            )
+
+    def _is_damaged(self, meta: Item) -> bool:
+        run_id = meta["pk"]["S"].partition("#")[2]
+        found, _ = self._by_writer(run_id, meta["writer"]["S"])
+        return found != int(meta["items"]["N"])
+
+    def _by_writer(self, run_id: str, writer: str) -> tuple[int, list[Item]]:
+        """How many items of a run are a writer's, and the keys of the others; META aside."""
         ours, others = 0, []
         for item in self._query(
             ConsistentRead=True,
@@ -189,14 +211,7 @@ class DynamoDBStore:
                 ours += 1
             else:
                 others.append({"pk": item["pk"], "sk": item["sk"]})
-        self._check_writer(run_id, writer)
-        for keys in _batches(others):
-            self._write_batch([{"DeleteRequest": {"Key": key}} for key in keys])
-        if ours != expected:
-            raise StoreError(
-                f"Of {expected} items of run {run_id!r}, {ours} are in table {self.table!r}: "
-                "another process writes there. Publish again."
-            )
+        return ours, others
 
     def _complete(self, run_id: str, complete: Item, writer: str) -> None:
         try:

@@ -57,6 +57,9 @@ def test_the_overview_has_the_reports_figures(open_page, address, store):
     for side in ("before", "after"):
         expect(figures).to_contain_text(f"{report['toxicity'][side]['mean']:.3f}")
     expect(figures).to_contain_text(f"{100 * report['toxicity']['improvement']:.1f}%")
+    low, high = (report["toxicity"]["delta"][side] for side in ("low", "high"))
+    interval = f"95% interval {low:+.3f} to {high:+.3f}".replace("-", "\u2212")
+    expect(figures).to_contain_text(interval)
     for name in ("better", "worse", "same", "unscored"):
         expect(figures).to_contain_text(f"{report['toxicity'][name]} {name}")
     rows = page.get_by_text("Counts as a table").locator("..").locator("tbody tr")
