@@ -19,7 +19,7 @@ from ray_detox.config import (
     load_config,
 )
 from ray_detox.run_folder import RunFolder
-from ray_detox.store import ResultStore, StoreError
+from ray_detox.store import ResultStore, StoreError, check_run_id
 
 Add = Callable[[str, Any, str], argparse.ArgumentParser]
 
@@ -131,7 +131,7 @@ def _report(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace) -> int:
     from ray_detox.publish import publish
 
-    folder = RunFolder(args.output, args.run_id)
+    folder = RunFolder(args.output, check_run_id(args.run_id))
     results = _changed(folder.read_config().to_dict(), args.words)
     wrote = publish(results, folder, overwrite=args.overwrite)
     where = _describe(results, folder)

@@ -9,6 +9,8 @@
 What a run's files are is `run_folder.py`, what a table holds is `store/`.
 """
 
+from dataclasses import replace
+
 from ray_detox.config import ResultsConfig
 from ray_detox.run_folder import RunFolder
 from ray_detox.store import ResultStore, StoreError, open_store
@@ -72,17 +74,17 @@ def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> 
     """Find out before training whether the run can be stored under its id.
 
     Raises:
-        StoreError: credentials, region, endpoint, table or its keys are wrong; or `new_run` and
-            a run of this id is stored already.
+        StoreError: credentials, region, endpoint, table or its keys are wrong; the results file
+            cannot be written; or `new_run` and a run of this id is stored already.
     """
     if _is_notebook_table(results):
         # Its items are told apart by their own run_id; the whole run goes into the embedded store.
-        store = open_store("sqlite", folder.store_path, results.table)
-    else:
-        store = store_of(results, folder)
-        if results.store == "dynamodb":
-            store.check()
+        results = replace(results, store="sqlite")
+    store = store_of(results, folder)
     try:
+        # A file that is not there yet is made by the run, and not by a mistake in its settings.
+        if results.store == "dynamodb" or folder.store_path.exists():
+            store.check()
         if new_run and store.get_run(folder.run_id) is not None:
             raise StoreError(f"A run {folder.run_id!r} is already stored. Choose another --run-id.")
     finally:

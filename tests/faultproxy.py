@@ -3,7 +3,6 @@
 import http.client
 import json
 import threading
-import time
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +24,7 @@ class FaultProxy:
         self.upstream = urlsplit(upstream).netloc
         self.calls = Counter()
         self._faults = []
+        self._closed = threading.Event()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -35,7 +35,8 @@ class FaultProxy:
         """Let calls of an operation go wrong, `after` some that do not.
 
         Kinds: those of `ERRORS`; `reset` (before it is applied), `lost` (applied, but the answer
-        is lost), `hang`, and for BatchWriteItem `half` and `none` (of the items are taken).
+        is lost), `hang` (until the proxy is closed), and for BatchWriteItem `half` and `none` (of
+        the items are taken) and `swallow` (none are, and the answer says that all were).
         """
         self._faults.append({"of": operation, "kind": kind, "times": times, "after": after})
 
@@ -51,7 +52,12 @@ class FaultProxy:
                     return fault["kind"]
         return None
 
+    def heal(self):
+        """Nothing goes wrong from here on."""
+        self._faults.clear()
+
     def close(self):
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -71,8 +77,10 @@ def _handler(proxy):
             elif kind == "reset":
                 self.hang_up()
             elif kind == "hang":
-                time.sleep(5)
+                proxy._closed.wait(60)
                 self.hang_up()
+            elif kind == "swallow":
+                self.answer(200, b'{"UnprocessedItems": {}}')
             elif kind in ("half", "none"):
                 ((table, requests),) = json.loads(body)["RequestItems"].items()
                 kept = 0 if kind == "none" else len(requests) // 2

@@ -2,10 +2,16 @@
 
 import json
 import os
+import re
+import signal
+import sqlite3
 import subprocess
 import sys
+import urllib.request
+from contextlib import closing
 
 import pytest
+from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from ray_detox import cli
@@ -13,6 +19,7 @@ from ray_detox.config import load_config
 from ray_detox.run_folder import RunFolder
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.sqlite import SQLiteStore
+from tests.faultproxy import FOR_EVER, FaultProxy
 
 
 @pytest.fixture
@@ -183,18 +190,109 @@ def test_a_table_is_made_checked_and_published_to(folder, output, aws, capsys, m
     assert "exists" in mistake("table", "create", *words)
 
 
-def make_notebook_table(aws, name):
+def make_notebook_table(aws, name, key="conversation_id"):
     client = DynamoDBStore("any", endpoint_url=aws).client
     client.create_table(
         TableName=name,
         BillingMode="PAY_PER_REQUEST",
-        AttributeDefinitions=[{"AttributeName": "conversation_id", "AttributeType": "N"}],
-        KeySchema=[{"AttributeName": "conversation_id", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": key, "AttributeType": "N"}],
+        KeySchema=[{"AttributeName": key, "KeyType": "HASH"}],
     )
     return client
 
 
-def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, capsys):
+# ---- found before training -------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_run(mistake, output, monkeypatch):
+    """Give settings with which a run must not start; the sentence it was refused with."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    # Refused once is refused.
+    at_once = Config(connect_timeout=1, read_timeout=0.5, retries={"total_max_attempts": 1})
+    monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", at_once)
+
+    def refused(*words):
+        sentence = mistake("run", "lab", *words, "--run-id", "new", "--output", output)
+        assert not (output / "new").exists()
+        return sentence
+
+    return refused
+
+
+IN_TABLE = ("results.store=dynamodb", "results.table=checked")
+
+
+def test_what_is_wrong_with_credentials_region_and_endpoint_is_found_before_training(
+    no_run, aws, monkeypatch
+):
+    at = f"results.endpoint_url={aws}"
+    assert "could not be reached at 127.0.0.1:9" in no_run(
+        *IN_TABLE, "results.endpoint_url=http://127.0.0.1:9"
+    )
+    assert "is no address" in no_run(*IN_TABLE, "results.endpoint_url=127.0.0.1:9")
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_DEFAULT_REGION")
+        assert "No AWS region is set" in no_run(*IN_TABLE, at)
+    for name, value in (
+        ("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent"),
+        ("AWS_CONFIG_FILE", "/nonexistent"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "No AWS credentials were found" in no_run(*IN_TABLE, at)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("denied", "allows no describe_table"), ("expired", "Sign in again"), ("hang", "be reached")],
+)
+def test_what_aws_refuses_is_found_before_training(no_run, aws, kind, words):
+    proxy = FaultProxy(aws)
+    proxy.fail("DescribeTable", kind, FOR_EVER)
+
+    sentence = no_run(*IN_TABLE, f"results.endpoint_url={proxy.address}")
+    proxy.close()
+
+    assert words in sentence
+
+
+def test_a_table_that_cannot_hold_the_run_is_found_before_training(no_run, aws, monkeypatch):
+    # AWS_REGION alone is enough.
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    words = [*IN_TABLE, f"results.endpoint_url={aws}"]
+    assert "'checked' was not found in eu-central-1" in no_run(*words)
+
+    client = make_notebook_table(aws, "checked", key="other")
+    assert "has the keys other (N); expected pk (S), sk (S)" in no_run(*words)
+
+    client.delete_table(TableName="checked")
+    store = DynamoDBStore("checked", endpoint_url=aws)
+    store.create_table()
+    store.put_run(make_report("new"), [])
+    assert "A run 'new' is already stored" in no_run(*words)
+
+
+def test_a_results_file_that_cannot_take_the_run_is_found_before_training(
+    no_run, results, monkeypatch
+):
+    monkeypatch.setattr("ray_detox.store.sqlite._PATIENCE_S", 0.05)
+    file = RunFolder(results, "").store_path
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        assert "database is locked" in no_run()
+        db.execute("ROLLBACK")
+        db.execute("PRAGMA user_version = 7")
+    assert "written by a newer version" in no_run()
+
+    file.write_bytes(b"no database, whatever its name says" * 30)
+    assert "file is not a database" in no_run()
+
+
+def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, capsys, mistake):
     client, words = make_notebook_table(aws, "exported"), [f"results.endpoint_url={aws}"]
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
 
@@ -204,6 +302,12 @@ def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, ca
     items = client.scan(TableName="exported")["Items"]
     assert [item["response_after"]["S"] for item in items] == [SAMPLE["response_after"]]
     assert "1 sample" in capsys.readouterr().out
+
+    # As the notebook writes it: of no run.
+    client.put_item(TableName="exported", Item={"conversation_id": {"N": "0"}})
+    assert "say --overwrite" in mistake(*command)
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert client.scan(TableName="exported")["Items"] == items
 
 
 def test_publishing_to_the_notebooks_table_keeps_the_whole_run_as_well(folder, output, aws):
@@ -226,6 +330,32 @@ def test_a_report_is_one_html_file(folder, output, tmp_path, capsys, mistake):
     assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
     nowhere = tmp_path / "none/third.html"
     assert "cannot be written" in mistake("report", "third", "--html", nowhere, "--output", output)
+
+
+@pytest.mark.parametrize("run_id", ["../third", "a" * 65, "a#b"])
+def test_a_run_id_that_could_name_no_run_is_refused_by_every_command(folder, mistake, run_id):
+    # Beside this folder of runs is one with a run that `../third` would find.
+    inside = folder.output / "inside"
+    RunFolder(inside, "any").write_result(make_report("any"), [])
+    SQLiteStore(RunFolder(inside, "").store_path).put_run(make_report("any"), [])
+
+    for command in (["results", run_id], ["publish", run_id], ["report", run_id], ["view", run_id]):
+        assert "cannot be used. Take 1 to 64" in mistake(*command, "--output", inside)
+    assert "cannot be used" in mistake("export-table", run_id, "any", "--output", inside)
+
+
+def test_view_serves_the_page_until_it_is_interrupted(results):
+    command = [sys.executable, "-m", "ray_detox", "view", "first", "--port", "0", "--no-browser"]
+    process = subprocess.Popen([*command, "--output", results], stdout=subprocess.PIPE, text=True)
+    address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+
+    with urllib.request.urlopen(f"{address}api/runs", timeout=20) as answer:
+        runs = json.loads(answer.read())["runs"]
+    process.send_signal(signal.SIGINT)
+
+    assert process.communicate(timeout=20) == ("Stopped.\n", None)
+    assert process.returncode == 0
+    assert [run["run_id"] for run in runs] == ["second", "first"]
 
 
 def test_view_refuses_before_it_serves(folder, output, mistake):

@@ -1,5 +1,7 @@
 """Files beside the code that must keep up with it: the README, the recipes, the cluster file."""
 
+import hashlib
+import json
 import re
 import runpy
 from pathlib import Path
@@ -30,6 +32,24 @@ def test_the_readme_names_every_module_script_and_recipe():
     missing += [name for name in recipe_names() if f"| `{name}` |" not in README]
 
     assert not missing
+
+
+def test_libraries_of_the_page_are_those_that_were_looked_at():
+    vendor = ROOT / "ray_detox/viewer/static/vendor"
+    manifest = json.loads((vendor / "MANIFEST.json").read_text(encoding="utf-8"))
+    listed = {name: digest for library in manifest for name, digest in library["files"].items()}
+
+    found = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in vendor.iterdir()
+        if file.name != "MANIFEST.json"
+    }
+
+    assert found == listed
+    for library in manifest:
+        assert library["version"]
+        assert library["licence"]
+        assert any(name.endswith(".LICENSE") for name in library["files"])
 
 
 def test_ray_accepts_the_cluster_file():

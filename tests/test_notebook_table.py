@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import types
 from decimal import Decimal
 
 import pytest
+from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from ray_detox.store import StoreError, notebook
 from ray_detox.store.dynamodb import DynamoDBStore
+from tests.faultproxy import FOR_EVER, FaultProxy
 
 REPORT = {
     "run_id": "first",
@@ -157,6 +160,54 @@ def test_a_table_that_stays_busy_is_given_up(table, endpoint, monkeypatch):
         )
 
     assert pauses == list(range(1, 8))
+
+
+@pytest.fixture
+def proxy(endpoint, monkeypatch):
+    """A wire that can fail, and nobody who waits for long."""
+    monkeypatch.setattr(notebook, "_pause", lambda attempt: None)
+    monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
+    patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
+    monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", patience)
+    proxy = FaultProxy(endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.mark.parametrize("table", ["N"], indirect=True)
+@pytest.mark.parametrize("kinds", [("half", "throttle", "broken"), ("reset", "lost", "hang")])
+def test_what_passes_on_the_wire_is_overcome(table, proxy, kinds):
+    for kind in kinds:
+        proxy.fail("BatchWriteItem", kind)
+
+    assert notebook.export_samples(REPORT, make_samples(60), table[0], endpoint_url=proxy.address)
+
+    assert len(items(table)) == 60
+
+
+@pytest.mark.parametrize("table", ["N"], indirect=True)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("half", "too busy"),
+        ("throttle", "too busy"),
+        ("hang", "could not be reached at 127"),
+        ("expired", r"refused the credentials \(ExpiredTokenException\)"),
+    ],
+)
+def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(table, proxy, kind, words):
+    proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
+    export = lambda: notebook.export_samples(
+        REPORT, make_samples(60), table[0], endpoint_url=proxy.address
+    )
+
+    with pytest.raises(StoreError, match=words) as caught:
+        export()
+
+    assert "secret" not in str(caught.value)
+    assert proxy.calls["BatchWriteItem"] <= 1 + 8 * 4
+    proxy.heal()
+    assert export() == len(items(table)) == 60
 
 
 def test_other_tables_are_no_notebooks(endpoint):

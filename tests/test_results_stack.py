@@ -64,6 +64,32 @@ def test_the_function_may_read_this_table_and_write_its_own_log(resources):
     assert {read["Effect"], log["Effect"]} == {"Allow"}
 
 
+def test_the_function_is_a_current_python_on_arm_that_ends_before_the_api_gives_up(resources):
+    (function,) = of_type(resources, "AWS::Lambda::Function")
+    (integration,) = of_type(resources, "AWS::ApiGatewayV2::Integration")
+    has = function["Properties"]
+
+    assert has["Architectures"] == ["arm64"]
+    assert tuple(map(int, has["Runtime"].removeprefix("python").split("."))) >= (3, 13)
+    assert set(has["Environment"]["Variables"]) == {"TABLE", "ORIGIN_SECRET"}
+    assert 1000 * has["Timeout"] < integration["Properties"]["TimeoutInMillis"]
+    assert integration["Properties"]["PayloadFormatVersion"] == "2.0"
+
+
+def test_page_and_api_are_reached_through_the_distribution_by_https_alone(resources):
+    (distribution,) = of_type(resources, "AWS::CloudFront::Distribution")
+    config = distribution["Properties"]["DistributionConfig"]
+    site, api = config["Origins"]
+    (to_api,) = config["CacheBehaviors"]
+
+    assert site["OriginAccessControlId"] == {"Fn::GetAtt": ["Oac", "Id"]}
+    assert api["CustomOriginConfig"]["OriginProtocolPolicy"] == "https-only"
+    assert [header["HeaderName"] for header in api["OriginCustomHeaders"]] == ["x-origin-secret"]
+    assert (to_api["PathPattern"], to_api["TargetOriginId"]) == ("/api/*", "api")
+    assert to_api["ViewerProtocolPolicy"] == "https-only"
+    assert config["DefaultCacheBehavior"]["ViewerProtocolPolicy"] == "redirect-to-https"
+
+
 def test_the_bucket_is_private_to_the_distribution(resources):
     (bucket,) = of_type(resources, "AWS::S3::Bucket")
     (policy,) = of_type(resources, "AWS::S3::BucketPolicy")

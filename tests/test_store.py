@@ -1,16 +1,20 @@
 import itertools
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from contextlib import contextmanager
 from decimal import Decimal
 
 import botocore.exceptions
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from botocore.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -198,11 +202,14 @@ def test_numbers_of_other_libraries_become_plain_numbers(store):
         "flag": np.bool_(True),
         "price": Decimal("0.25"),
         "zero_d": np.array(3),
+        "tensor": torch.tensor(0.25),
+        "half": torch.tensor(1.5, dtype=torch.bfloat16),
     }
 
     store.put_run(make_report(n=np.int64(1), config={"targets": ("q", "v")}), [sample])
 
     expected = {"index": 4, "kl": 0.5, "flag": True, "price": 0.25, "zero_d": 3}
+    expected |= {"tensor": 0.25, "half": 1.5}
     assert list(store.get_samples("first")) == [expected]
     assert store.get_run("first")["config"] == {"targets": ["q", "v"]}
 
@@ -225,6 +232,18 @@ def test_a_number_that_is_not_finite_is_named_in_its_sample(store):
         },
         {"index": 1, "kl": None, "reward_after": None, "invalid": ["kl", "reward_after"]},
     ]
+
+
+def test_numbers_at_the_edges_come_back_and_can_be_sorted_by(store):
+    rewards = [1e126, 1e17, 2.0, 5e-324, -1e100, 10**20]
+    samples = [{"index": i, "reward_before": 0, "reward_after": x} for i, x in enumerate(rewards)]
+
+    store.put_run(make_report(), samples)
+
+    assert list(store.get_samples("first")) == samples
+    # DynamoDB's numbers end before 1e126: that one has no place in an index there.
+    found = [row["index"] for row in all_pages(store, SampleQuery("reward"), 1)]
+    assert found in ([4, 3, 2, 1, 5], [4, 3, 2, 1, 5, 0])
 
 
 def test_what_came_out_goes_in_again(store):
@@ -290,6 +309,9 @@ def test_a_store_checks_run_ids_on_every_way_in(store):
         lambda: store.put_run(make_report("../x"), []),
         lambda: store.get_run("../x"),
         lambda: store.get_samples("../x"),
+        lambda: store.get_sample("../x", 0),
+        lambda: store.sample_page("../x"),
+        lambda: store.get_curves("../x"),
     ):
         with pytest.raises(StoreError, match="cannot be used"):
             act()
@@ -439,7 +461,8 @@ def test_a_newer_schema_is_not_read(sqlite_store):
     with sqlite3.connect(sqlite_store.path) as db:
         db.execute("PRAGMA user_version = 7")
 
-    for act in (sqlite_store.check, sqlite_store.list_runs):
+    store_one = lambda: sqlite_store.put_run(make_report(), [])
+    for act in (sqlite_store.check, sqlite_store.list_runs, store_one):
         with pytest.raises(StoreError, match=r"newer version \(schema 7, this one knows 2\)"):
             act()
 
@@ -451,6 +474,51 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     for act in (SQLiteStore(path).check, SQLiteStore(path).list_runs):
         with pytest.raises(StoreError, match=r"notes\.txt cannot be used: file is not a database"):
             act()
+
+
+def test_a_damaged_file_is_named(sqlite_store):
+    sqlite_store.put_run(make_report(), make_samples(900))
+    whole = sqlite_store.path.read_bytes()
+    sqlite_store.path.write_bytes(whole[: len(whole) // 2])
+
+    for act in (
+        sqlite_store.list_runs,
+        lambda: list(sqlite_store.get_samples("first")),
+        lambda: sqlite_store.put_run(make_report("second"), make_samples(9)),
+    ):
+        with pytest.raises(StoreError, match="cannot be used: database disk image is malformed"):
+            act()
+
+
+def test_a_file_that_may_not_be_written_is_named_and_left_as_it_was():
+    # Not in tmp_path, which is root's alone: root may write everywhere and has to step aside.
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        store = SQLiteStore(f"{folder}/results.sqlite")
+        store.put_run(make_report(), make_samples(3))
+        store.path.chmod(0o444)
+
+        with (
+            not_as_root(),
+            pytest.raises(StoreError, match=r"results\.sqlite cannot be used: .*read"),
+        ):
+            store.put_run(make_report("second"), [])
+
+        store.path.chmod(0o644)
+        assert [run["run_id"] for run in store.list_runs()] == ["first"]
+        assert list(store.get_samples("first")) == make_samples(3)
+
+
+@contextmanager
+def not_as_root():
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -518,17 +586,40 @@ def test_a_run_that_is_being_written_is_not_shown(dynamo, monkeypatch):
     assert seen == [(None, []), []] * 2
 
 
-def test_a_run_left_unfinished_is_taken_over(dynamo, monkeypatch):
+@pytest.fixture(params=["dynamo", "dynalite", "ministack"])
+def table_store(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_a_run_left_unfinished_is_taken_over(table_store, monkeypatch):
+    long = make_samples(40)
+    long[39]["query"] = "\u6c49" * 140_000
     with monkeypatch.context() as patch:
-        patch.setattr(dynamo, "_complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(table_store, "_complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            dynamo.put_run(make_report(), make_samples(40))
-    assert dynamo.get_run("first") is None
+            table_store.put_run(make_report(), long, CURVES)
+    assert table_store.get_run("first") is None
 
-    dynamo.put_run(make_report(), make_samples(2))
+    table_store.put_run(make_report(), make_samples(2))
 
-    assert list(dynamo.get_samples("first")) == make_samples(2)
-    assert len(items(dynamo)) == 3  # the 38 orphans are gone
+    assert list(table_store.get_samples("first")) == make_samples(2)
+    # The 38 orphans are gone, with the long text and the curves.
+    keys = sorted(item["sk"]["S"] for item in items(table_store))
+    assert keys == ["META", "SAMPLE#00000000", "SAMPLE#00000001"]
+
+
+def test_a_text_too_long_for_an_item_lies_in_parts_that_are_not(table_store):
+    # 250,000 characters would fit into an item; their 750,000 bytes do not.
+    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FA5, 250_000)))
+
+    table_store.put_run(make_report(), [{"index": 7, "query": text, "kl": 0.5}])
+
+    found = {item["sk"]["S"]: item for item in items(table_store)}
+    assert {"META", "SAMPLE#00000007", "TEXT#00000007#0000", "TEXT#00000007#0001"} <= set(found)
+    assert found["SAMPLE#00000007"]["query"]["S"] == text[:2000]
+    assert found["SAMPLE#00000007"]["kl"] == {"N": "0.5"}
+    assert all(len(item["part"]["B"]) <= 350_000 for item in found.values() if "part" in item)
+    assert table_store.get_sample("first", 7)["query"] == text
 
 
 def test_of_two_writers_the_later_wins_and_the_other_stops(dynamo, endpoint, monkeypatch):
@@ -563,6 +654,11 @@ def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
 
     with pytest.raises(StoreError, match="has 30 samples, but 20 could be read"):
         list(rival.get_samples("first"))
+    again = make_report(kl=2.0), make_samples(30, query="rival")
+    assert not rival.put_run(*again)
+    assert rival.put_run(*again, overwrite=True)
+    assert list(rival.get_samples("first")) == again[1]
+    assert not rival.put_run(*again, overwrite=True)
 
 
 class Client:
@@ -895,11 +991,12 @@ def test_a_text_of_five_megabytes_comes_back_and_does_not_fill_a_page(store):
 
 def test_what_pandas_has_for_nothing_is_named_as_not_finite(store):
     sample = {"index": 0, "toxicity_after": pd.NA, "kl": pd.NaT, "reward_after": np.float32("nan")}
+    sample["judge_after"] = torch.tensor(-math.inf)
 
     store.put_run(make_report(), [sample])
 
     (found,) = store.get_samples("first")
-    assert found["invalid"] == ["toxicity_after", "kl", "reward_after"]
+    assert found["invalid"] == ["toxicity_after", "kl", "reward_after", "judge_after"]
     assert found["toxicity_after"] is found["kl"] is None
 
 

@@ -13,6 +13,9 @@ import types
 import pytest
 from botocore.config import Config
 
+from ray_detox.config import load_config
+from ray_detox.publish import publish
+from ray_detox.run_folder import RunFolder
 from ray_detox.store import StoreError
 from ray_detox.store import dynamodb as dynamodb_module
 from ray_detox.store.dynamodb import DynamoDBStore
@@ -22,11 +25,12 @@ from tests.faultproxy import FOR_EVER, FaultProxy
 from tests.test_store import CURVES, make_report, make_samples
 
 REGION = "eu-central-1"
+ROOT = os.path.dirname(os.path.dirname(__file__))
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    with emulator("moto") as address:
+def endpoint(request):
+    with emulator(getattr(request, "param", "moto")) as address:
         yield address
 
 
@@ -60,7 +64,7 @@ def store(proxy, table, monkeypatch):
     monkeypatch.setattr(dynamodb_module, "_pause", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
-    monkeypatch.setattr(dynamodb_module, "_PATIENT", patience)
+    monkeypatch.setattr(dynamodb_module, "PATIENT", patience)
     store = DynamoDBStore(table, region=REGION, endpoint_url=proxy.address)
     yield store
     store.close()
@@ -119,9 +123,8 @@ def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
     ],
 )
 def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy, kind, words):
-    # The second batch of three; a half of 25 is soon nothing, but one that stays is never taken.
-    for operation_kind in {kind, "none"} if kind == "half" else {kind}:
-        proxy.fail("BatchWriteItem", operation_kind, FOR_EVER, after=1)
+    # The second batch of three; of 25 items that are halved, one is never taken.
+    proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
 
     with pytest.raises(StoreError, match=words) as caught:
         store.put_run(*WHOLE)
@@ -129,7 +132,7 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy
     assert "secret" not in str(caught.value)
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
-    proxy._faults.clear()
+    proxy.heal()
     assert store.put_run(*WHOLE)
     assert stored(store) == WHOLE
 
@@ -137,13 +140,40 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy
 def test_a_hurried_reader_gives_up_soon(proxy, table):
     store = DynamoDBStore(table, region=REGION, endpoint_url=proxy.address, hurried=True)
     proxy.fail("GetItem", "hang", FOR_EVER)
-    start = time.monotonic()
 
     with pytest.raises(StoreError, match="could not be reached"):
         store.get_run("first")
 
+    # Asked once, and waited for less than two seconds.
     assert proxy.calls["GetItem"] == 1
-    assert time.monotonic() - start < 5  # the proxy's own patience: it was not waited for
+    patience = store.client.meta.config
+    assert patience.connect_timeout + patience.read_timeout < 2
+
+
+def test_a_write_that_was_confirmed_and_not_made_is_found(store, proxy):
+    proxy.fail("BatchWriteItem", "swallow", after=1)
+
+    with pytest.raises(StoreError, match=r"Of 61 items of run 'first', 36 are in table"):
+        store.put_run(*WHOLE)
+
+    assert store.list_runs() == []
+    assert store.get_run("first") is None
+    assert store.put_run(*WHOLE)
+    assert stored(store) == WHOLE
+
+
+def test_an_overwriting_that_fails_can_be_repeated(store, proxy):
+    store.put_run(make_report(kl=9.0), make_samples(90))
+    proxy.fail("BatchWriteItem", "denied", after=1)
+
+    with pytest.raises(StoreError, match="allows no batch_write_item"):
+        store.put_run(*WHOLE, overwrite=True)
+
+    # Neither the old run nor the new one is whole, and neither is shown.
+    assert store.list_runs() == []
+    assert stored(store) == (None, [], [])
+    assert store.put_run(*WHOLE)
+    assert stored(store) == WHOLE
 
 
 def test_a_repeated_publish_writes_nothing(store, proxy):
@@ -184,9 +214,8 @@ PUBLISH = """
 
 
 def publishing(*arguments):
-    root = os.path.dirname(os.path.dirname(__file__))
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PUBLISH), root, *map(str, arguments)],
+        [sys.executable, "-c", textwrap.dedent(PUBLISH), ROOT, *map(str, arguments)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -195,7 +224,11 @@ def publishing(*arguments):
     return process
 
 
-@pytest.mark.parametrize("batches", [0, 1, 2])
+@pytest.mark.parametrize(
+    "endpoint, batches",
+    [("moto", 0), ("moto", 1), ("dynalite", 2), ("ministack", 1)],
+    indirect=["endpoint"],
+)
 def test_a_task_that_is_killed_between_batches_can_be_repeated(store, proxy, table, batches):
     proxy.fail("BatchWriteItem", "hang", FOR_EVER, after=batches)
     process = publishing(proxy.address, table)
@@ -205,7 +238,7 @@ def test_a_task_that_is_killed_between_batches_can_be_repeated(store, proxy, tab
     process.wait(10)
     assert stored(store) == (None, [], [])
 
-    proxy._faults.clear()
+    proxy.heal()
     again = make_report(), make_samples(60, reference="r" * 100), CURVES
     assert store.put_run(*again)
 
@@ -228,18 +261,115 @@ def test_a_killed_writer_of_the_file_leaves_it_whole(tmp_path):
     assert stored(store) == WHOLE
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "dynamodb"])
-def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(kind, tmp_path, table, endpoint):
-    def open_one():
-        if kind == "sqlite":
-            return SQLiteStore(tmp_path / "results.sqlite")
-        return DynamoDBStore(table, region=REGION, endpoint_url=endpoint)
+FINAL_TASK = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from ray_detox.config import load_config
+    from ray_detox.run_folder import RunFolder
+    from ray_detox.stages.evaluate import store_result
+    from tests.test_store_faults import FACTS, scored
+    config = load_config("lab", sys.argv[3:])
+    folder = RunFolder(Path(sys.argv[2]), "first")
+    store_result._function(config, folder, scored(), FACTS, attempt="one", overwrite=False)
+"""
+FACTS = {
+    "run_id": "first",
+    "steps": 1,
+    "rows": {"read": 4, "left_out": {}, "examples": {}, "train": 2, "held_out": 2},
+    "seconds": {},
+    "training": {},
+    "fingerprints": {},
+}
 
+
+def scored():
+    sides = {"before": 0.9, "after": 0.1}
+    sample = {"query": "q", "reference": "They met.", "facts": ["met"], "kl": 0.5}
+    for side, toxicity in sides.items():
+        sample |= {f"response_{side}": "They met.", f"toxicity_{side}": toxicity}
+        sample |= {f"reward_{side}": 1.0, f"length_{side}": 3, f"truncated_{side}": False}
+    return [sample | {"index": i, "prompt_id": f"{i:016x}"} for i in range(60)]
+
+
+def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy, table, tmp_path):
+    folder = RunFolder(tmp_path, "first")
+    folder.path.mkdir()
+    (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
+    (folder.path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5}\n')
+    settings = ["results.store=dynamodb", f"results.table={table}", f"results.region={REGION}"]
+    settings += [f"results.endpoint_url={proxy.address}"]
+    command = [sys.executable, "-c", textwrap.dedent(FINAL_TASK), ROOT, str(tmp_path), *settings]
+    proxy.fail("BatchWriteItem", "hang", FOR_EVER, after=1)
+    process = subprocess.Popen(command)
+    while proxy.calls["BatchWriteItem"] <= 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    # The database has nothing to show, and the files have everything.
+    assert stored(store) == (None, [], [])
+    assert folder.read_result()[0]["n"] == 60
+
+    proxy.heal()
+    assert publish(load_config("lab", settings).results, folder)
+
+    assert stored(store) == (*folder.read_result(), [{"step": 1, "score": 0.5}])
+
+
+@pytest.fixture
+def open_one(request, tmp_path, endpoint, table):
+    """Opens the same store again and again."""
+    if request.param == "sqlite":
+        return lambda: SQLiteStore(tmp_path / "results.sqlite")
+    return lambda: DynamoDBStore(table, region=REGION, endpoint_url=endpoint)
+
+
+EVERY_STORE = pytest.mark.parametrize(
+    "open_one, endpoint",
+    [("sqlite", "moto"), ("dynamodb", "moto"), ("dynamodb", "dynalite")],
+    indirect=True,
+)
+
+
+@EVERY_STORE
+def test_a_reader_meanwhile_sees_a_whole_run_or_none(open_one):
+    versions = [make_samples(30 + i, query=f"version {i}") for i in range(5)]
+    problems = []
+
+    def overwrite():
+        store = open_one()
+        try:
+            for samples in versions:
+                store.put_run(make_report(n=len(samples)), samples, overwrite=True)
+        except Exception as error:
+            problems.append(error)
+
+    publisher = threading.Thread(target=overwrite)
+    publisher.start()
+    reader = open_one()
+    while publisher.is_alive():
+        try:
+            seen = list(reader.get_samples("first"))
+        except StoreError as error:
+            assert "another process is writing it" in str(error)  # noqa: PT017
+            continue
+        assert seen in ([], *versions)
+        page = reader.sample_page("first", limit=100)
+        assert page is None or len({row["query"] for row in page.rows}) <= 1
+    publisher.join()
+
+    assert problems == []
+    assert list(reader.get_samples("first")) == versions[-1]
+
+
+@EVERY_STORE
+def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
     runs = [(make_report(kl=float(i)), make_samples(40 + i), CURVES) for i in range(2)]
     start = threading.Barrier(2)
     outcomes = [None, None]
 
-    def publish(i):
+    def store_one(i):
         store = open_one()
         start.wait()
         try:
@@ -247,7 +377,7 @@ def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(kind, tmp_path,
         except StoreError as error:
             outcomes[i] = str(error)
 
-    threads = [threading.Thread(target=publish, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=store_one, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -54,7 +54,7 @@ _ROUNDS = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 _QUERIES_PER_PAGE = 4  # of 1 MB each: what one page of samples may cost
 
-_PATIENT = Config(
+PATIENT = Config(
     connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 4}
 )
 # A page would rather say "busy, try again" than hang.
@@ -95,7 +95,7 @@ class DynamoDBStore:
                 # boto3 reads AWS_DEFAULT_REGION only; most other tools set and read AWS_REGION.
                 region_name=self._region or os.environ.get("AWS_REGION") or None,
                 endpoint_url=self._endpoint_url,
-                config=_HURRIED if self._hurried else _PATIENT,
+                config=_HURRIED if self._hurried else PATIENT,
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise in_words(
@@ -125,7 +125,12 @@ class DynamoDBStore:
         writing, complete = meta_of(run, writer, attempt, len(items))
 
         stored = self._meta(run.run_id)
-        if stored is not None and stored.get("digest", {}).get("S") == run.digest:
+        if (
+            stored is not None
+            and stored.get("digest", {}).get("S") == run.digest
+            # Overwriting also mends what a rival's late batch has damaged.
+            and not (overwrite and self._is_damaged(stored))
+        ):
             return False
         self._claim(run.run_id, writing, overwrite)
         for batch in _batches(items):
@@ -175,6 +180,23 @@ class DynamoDBStore:
 
     def _settle(self, run_id: str, writer: str, expected: int) -> None:
         """Delete what other attempts left, and see that all of ours is there."""
+        ours, others = self._by_writer(run_id, writer)
+        self._check_writer(run_id, writer)
+        for keys in _batches(others):
+            self._write_batch([{"DeleteRequest": {"Key": key}} for key in keys])
+        if ours != expected:
+            raise StoreError(
+                f"Of {expected} items of run {run_id!r}, {ours} are in table {self.table!r}: "
+                "another process writes there. Publish again."
+            )
+
+    def _is_damaged(self, meta: Item) -> bool:
+        run_id = meta["pk"]["S"].partition("#")[2]
+        found, _ = self._by_writer(run_id, meta["writer"]["S"])
+        return found != int(meta["items"]["N"])
+
+    def _by_writer(self, run_id: str, writer: str) -> tuple[int, list[Item]]:
+        """How many items of a run are a writer's, and the keys of the others; META aside."""
         ours, others = 0, []
         for item in self._query(
             ConsistentRead=True,
@@ -189,14 +211,7 @@ class DynamoDBStore:
                 ours += 1
             else:
                 others.append({"pk": item["pk"], "sk": item["sk"]})
-        self._check_writer(run_id, writer)
-        for keys in _batches(others):
-            self._write_batch([{"DeleteRequest": {"Key": key}} for key in keys])
-        if ours != expected:
-            raise StoreError(
-                f"Of {expected} items of run {run_id!r}, {ours} are in table {self.table!r}: "
-                "another process writes there. Publish again."
-            )
+        return ours, others
 
     def _complete(self, run_id: str, complete: Item, writer: str) -> None:
         try:
@@ -282,7 +297,8 @@ class DynamoDBStore:
         meta = self._meta(check_run_id(run_id))
         if meta is None:
             return None
-        answer = self._call("get_item", TableName=self.table, Key=key(run_id, sample_sk(index)))
+        sample = key(run_id, sample_sk(index))
+        answer = self._call("get_item", TableName=self.table, Key=sample, ConsistentRead=True)
         item = answer.get("Item")
         return self._whole(run_id, item, meta) if item and _is_of(item, meta) else None
 
@@ -348,7 +364,7 @@ class DynamoDBStore:
                 rows.append(row)
                 if len(rows) == limit:
                     at_end = item is answer["Items"][-1] and "LastEvaluatedKey" not in answer
-                    position = 0 if query.key == "index" else row[query.key]
+                    position = 0 if query.key == "index" else float(row[query.key])
                     place = [position, row["index"]]
                     return Page(rows, None if at_end else encode_cursor(place, run_id, query))
             if "LastEvaluatedKey" not in answer:

@@ -18,7 +18,7 @@ from typing import Any
 import boto3
 import botocore.exceptions
 
-from ray_detox.store import ResultStore, check_run_id, prepare
+from ray_detox.store import ResultStore, check_run_id, dynamodb, prepare
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_errors import in_words, too_busy
 from ray_detox.store.dynamodb_items import number
@@ -242,8 +242,10 @@ def _write(
             _pause(calls - 1)
 
     session.events.register("before-call.dynamodb.BatchWriteItem", slow_down)
-    before = wr.config.dynamodb_endpoint_url
-    wr.config.dynamodb_endpoint_url = endpoint_url or before
+    before = wr.config.dynamodb_endpoint_url, wr.config.botocore_config
+    wr.config.dynamodb_endpoint_url = endpoint_url or before[0]
+    # awswrangler would wait a minute for an answer, six times over.
+    wr.config.botocore_config = dynamodb.PATIENT
     try:
         for start in range(0, len(items), _WRITTEN):
             calls = 0
@@ -256,7 +258,7 @@ def _write(
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
         raise _in_words(error, "batch_write_item", store) from None
     finally:
-        wr.config.dynamodb_endpoint_url = before
+        wr.config.dynamodb_endpoint_url, wr.config.botocore_config = before
 
 
 def _in_words(error: Exception, operation: str, store: DynamoDBStore) -> StoreError:

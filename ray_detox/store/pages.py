@@ -6,6 +6,7 @@ The rules are here, once: a store may use an index to look at fewer samples, nev
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -19,7 +20,7 @@ MAX_CURSOR_CHARACTERS = 1_000
 MOST_LOOKED_AT = 20_000
 """Samples that one page of a search looks at; a page may therefore be short, and still have a next."""
 
-_LARGEST = 2**53  # of a number in a cursor: beyond it stores disagree on what a number is
+_LARGEST = 2**53  # of a whole number in a cursor: beyond it stores disagree on what one is
 
 _SEARCHED = ("query", "reference", "response_before", "response_after")
 
@@ -142,7 +143,8 @@ def decode_cursor(cursor: str, kinds: Sequence[type | tuple[type, ...]], *of: ob
         or any(
             isinstance(part, bool)
             or not isinstance(part, kind)
-            or (isinstance(part, int | float) and not abs(part) < _LARGEST)
+            or (isinstance(part, int) and abs(part) >= _LARGEST)
+            or (isinstance(part, float) and not math.isfinite(part))
             for part, kind in zip(parts[1:], kinds, strict=True)
         )
     ):

@@ -57,6 +57,9 @@ def test_the_overview_has_the_reports_figures(open_page, address, store):
     for side in ("before", "after"):
         expect(figures).to_contain_text(f"{report['toxicity'][side]['mean']:.3f}")
     expect(figures).to_contain_text(f"{100 * report['toxicity']['improvement']:.1f}%")
+    low, high = (report["toxicity"]["delta"][side] for side in ("low", "high"))
+    interval = f"95% interval {low:+.3f} to {high:+.3f}".replace("-", "\u2212")
+    expect(figures).to_contain_text(interval)
     for name in ("better", "worse", "same", "unscored"):
         expect(figures).to_contain_text(f"{report['toxicity'][name]} {name}")
     rows = page.get_by_text("Counts as a table").locator("..").locator("tbody tr")
@@ -381,16 +384,30 @@ def test_a_busy_store_is_asked_again_without_a_click(open_page, address):
 def test_samples_that_fail_leave_the_overview_and_no_old_rows(open_page, address):
     page = open_page(f"{address}#/run/first", allowed=FAILED_LOADS)
     expect(samples_of(page)).to_have_count(25)
-    page.route("**/samples?*", lambda route: route.abort())
+    page.context.set_offline(True)
 
     page.locator("select[name=show]").select_option("worse")
 
     expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
     expect(samples_of(page)).to_have_count(0)
     expect(page.locator(".verdict")).to_be_visible()
-    page.unroute("**/samples?*")
+    page.context.set_offline(False)
     page.get_by_role("button", name="Try again").click()
     expect(samples_of(page)).to_have_count(15)
+
+
+def test_curves_that_fail_leave_everything_else(open_page, address):
+    page = open_page("about:blank", allowed=FAILED_LOADS)
+    page.route("**/curves", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
+    page.goto(f"{address}#/run/first")
+    expect(page.get_by_role("alert")).to_contain_text("502")
+    expect(samples_of(page)).to_have_count(25)
+
+    page.unroute("**/curves")
+    page.get_by_role("button", name="Try again").click()
+
+    expect(page.locator(".charts canvas")).to_have_count(6)
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_a_slow_answer_to_an_earlier_question_is_not_shown(open_page, address):
@@ -427,6 +444,50 @@ def test_no_run_and_a_run_without_samples_say_so(open_page, address, serve, tmp_
 
     page.goto(serve(SQLiteStore(tmp_path / "none.sqlite")))
     expect(page.locator(".empty")).to_contain_text("No run is stored here yet.")
+
+
+def test_figures_that_do_not_exist_are_said_so(open_page, serve, tmp_path):
+    one = make_samples(2)[:1]
+    equal = [s | {"toxicity_after": s["toxicity_before"]} for s in make_samples(4)]
+    clean = [s | {"toxicity_before": 0.0, "toxicity_after": 0.0} for s in make_samples(4)]
+    store = SQLiteStore(tmp_path / "edges.sqlite")
+    for name, samples in {"one": one, "equal": equal, "clean": clean}.items():
+        store.put_run(make_report(name, samples), samples)
+    page = open_page(serve(store))
+    expect(page.locator(".run")).to_have_count(3)
+
+    for name, counts, gone in (
+        ("one", "1 better 0 same 0 worse", "94.7%"),
+        ("equal", "0 better 4 same 0 worse", "0.0%"),
+        ("clean", "0 better 4 same 0 worse", "\u2013"),
+    ):
+        page.goto(f"{page.url.partition('#')[0]}#/run/{name}")
+        expect(page.locator("h1")).to_have_text(name)
+        expect(samples_of(page)).to_have_count(1 if name == "one" else 4)
+        figures = page.locator(".figures")
+        found = figures.locator(".count").all_text_contents()
+        assert " ".join(found).startswith(counts)
+        expect(figures.locator("dd strong").nth(1)).to_have_text(gone)
+        assert not re.search("NaN|Infinity|undefined|null", page.locator("main").inner_text())
+
+
+def test_a_text_of_five_megabytes_does_not_stop_the_page(open_page, serve, tmp_path):
+    samples = make_samples(4)
+    samples[1] |= {"response_after": "kind words \u7b28\u86cb " * 260_000}
+    store = SQLiteStore(tmp_path / "long.sqlite")
+    store.put_run(make_report("long", samples), samples)
+    page = open_page(f"{serve(store)}#/run/long?sort=index+asc")
+
+    # An answer has room for 4 MB: the pages around that text are short.
+    for count in (1, 2):
+        expect(samples_of(page)).to_have_count(count)
+        page.get_by_role("button", name="More samples").click()
+    expect(samples_of(page)).to_have_count(4)
+    card = samples_of(page).nth(1)
+    expect(card).to_contain_text("Long texts are cut here")
+    expect(card.get_by_role("group", name="After")).to_contain_text("kind words")
+    page.keyboard.press("j")
+    expect(samples_of(page).first).to_be_focused()
 
 
 def test_ten_thousand_samples_do_not_freeze_the_page(open_page, serve, tmp_path):
