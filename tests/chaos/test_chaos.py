@@ -1,0 +1,77 @@
+"""A run ends as if nothing had happened, whatever dies while it goes on."""
+
+import re
+
+import pytest
+
+from chaos.harness import STEPS, chaos
+from chaos.judge import FEWER, SAME, faults
+from chaos.schedule import KINDS, Blow, schedule
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+CALM = "calm"
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """Two nodes, and a run on them that nothing disturbed."""
+    with chaos(tmp_path_factory.mktemp("chaos")) as found:
+        ended = found.go(CALM, SAME)
+        assert ended.codes == [0], ended.text
+        yield found
+
+
+def test_workers_and_reward_actors_that_are_killed_change_nothing(house):
+    blows = [Blow("actor", 0, 0.5), Blow("worker", 2, 0.2), Blow("actor", 3, 0.0)]
+    blows += [Blow("worker", 4, 0.3), Blow("worker", 6, 0.1), Blow("actor", 6, 0.2)]
+
+    ended = house.go("processes", SAME, blows)
+
+    assert len(ended.happened) == len(blows)
+    assert len(re.findall(r"worker \d died|worker \d failed", ended.text)) >= 3
+    assert faults(house, "processes", CALM, ended, exact=True) == [], ended.text
+
+
+def test_a_node_a_driver_and_a_damaged_checkpoint_change_nothing(house):
+    blows = [Blow("node", 2, 0.3), Blow("damage", 5, 0.4), Blow("driver", STEPS + 1, 1.0)]
+
+    ended = house.go("nodes", SAME, blows)
+
+    assert ended.codes == [-9, -9, 0]
+    assert "It is passed over." in ended.text or "no checkpoint to spare" in str(ended.happened)
+    assert faults(house, "nodes", CALM, ended, exact=True) == [], ended.text
+
+
+def test_a_full_disk_a_stop_and_the_loss_of_all_of_ray_change_nothing(house):
+    blows = [Blow("full", 1, 0.0), Blow("stop", 3, 0.2), Blow("cluster", 5, 0.3)]
+
+    ended = house.go("drivers", SAME, blows)
+
+    assert ended.codes == [143, -9, 0]
+    assert "No space left on device" in ended.text
+    assert faults(house, "drivers", CALM, ended, exact=True) == [], ended.text
+
+
+def test_a_run_goes_on_with_fewer_workers_and_grows_back(house):
+    blows = [Blow("node", 2, 0.3)]
+
+    ended = house.go("fewer", [*FEWER, "train.steps=40"], blows, limit_s=400)
+
+    assert ended.codes == [0], ended.text
+    counts = [int(n) for n in re.findall(r"going on from step \d+ with (\d) worker", ended.text)]
+    assert counts[0] == 1
+    assert counts[-1] == 2
+    steps = [row["step"] for row in house.rows("fewer")]
+    assert steps == list(range(1, 41))
+
+
+# ---- the schedule ------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_schedule_again_and_all_kinds_come_up():
+    drawn = [schedule(seed, STEPS) for seed in range(60)]
+
+    assert drawn == [schedule(seed, STEPS) for seed in range(60)]
+    assert {blow.kind for blows in drawn for blow in blows} == set(KINDS)
+    assert all(blows == sorted(blows, key=lambda blow: blow.after_step) for blows in drawn)
