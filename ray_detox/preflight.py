@@ -46,7 +46,7 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
     GPUs left open in the config are settled by what the cluster has: a whole one for every worker
     and a quarter for every reward actor; else workers and actors share GPUs; else none.
     """
-    workers, actors = config.train.least_workers, config.reward.least_actors
+    workers, actors = config.train.workers, config.reward.actors
     per_worker, per_actor = config.train.gpus_per_worker, config.reward.gpus_per_actor
     if per_worker is None:
         if cluster_gpus >= workers + actors * (0.25 if per_actor is None else per_actor):
@@ -292,9 +292,7 @@ def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
             raise ConfigError(shortage("GPU", asked, have, config))
 
 
-def shortage(*a) -> str:
-    return 'short'
-def _shortage(kind: str, need: float, have: float, config: RunConfig) -> str:
+def shortage(kind: str, need: float, have: float, config: RunConfig) -> str:
     """The sentence for a cluster that is too small."""
     unit = kind.lower() + "s"
     per_worker = getattr(config.train, f"{unit}_per_worker")
@@ -331,31 +329,24 @@ def check_storage(storage: str) -> None:
     Raises:
         ConfigError: they cannot.
     """
-    if "://" not in storage:
-        reason = _why_not_writable(Path(storage))
+    if storage.startswith("s3://"):
+        from pyarrow import fs
+
+        filesystem, root = s3_filesystem(storage, "train.storage")
+        bucket = root.partition("/")[0]
+        try:
+            known = filesystem.get_file_info(bucket).type != fs.FileType.NotFound
+        except OSError as error:
+            known, bucket = False, f"{bucket} ({str(error).splitlines()[0]})"
+        reason = None if known else f"there is no bucket {bucket} for you"
+    elif not Path(storage).is_absolute():
+        reason = "every node must find it, so it begins with / or s3://"
     else:
-        reason = _why_not_reachable(storage)
+        reason = _why_not_writable(Path(storage))
     if reason:
         raise ConfigError(
             f"train.storage is {storage!r}, and no checkpoint can be kept there: {reason}."
         )
-
-
-def _why_not_reachable(address: str) -> str | None:
-    from pyarrow import fs
-
-    from ray_detox.storage import open_address
-
-    try:
-        filesystem, root = open_address(address)
-        bucket = root.partition("/")[0]
-        if not address.startswith("s3://") or (
-            filesystem.get_file_info(bucket).type != fs.FileType.NotFound
-        ):
-            return None
-        return f"there is no bucket {bucket} for you"
-    except (OSError, ValueError, ImportError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _why_not_writable(folder: Path) -> str | None:

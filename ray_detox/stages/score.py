@@ -179,18 +179,3 @@ class _PendingScores:
             parts.append(self._client._receive(chunk, deadline))
             self._client._forget(chunk)
         return Scores.concatenate(parts)
-
-class RewardPool:
-    def __init__(self, config, gpus):
-        class C: pass
-        self.config=config
-        import copy
-        self.actors=[RewardActor.options(num_cpus=config.cpus_per_actor,num_gpus=gpus,max_restarts=-1,max_task_retries=0).remote(config,1) for _ in range(config.least_actors)]
-        self.directory=self.actors
-    def wait(self, timeout_s): return wait_for_actors(self.actors, timeout_s)
-    def shrink(self): pass
-    def describe(self): return wait_for_actors(self.actors, 60)
-    def figures(self): return {"actors": 1.0}
-    def close(self):
-        for a in self.actors: ray.kill(a)
-RewardClient.close=lambda self: None
