@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,12 @@ def run(
 def _run_stages(
     config: RunConfig, folder: RunFolder, console: Console, source: Source, resume: bool
 ) -> dict[str, Any]:
-    with cluster(config, console) as need:
-        data, actors = _ingest(config, source, console, need)
+    with cluster(config, console) as need, closing(_start_pool(config, need)) as pool:
+        data = _ingest(config, source, console, pool)
         with console.stage("train", _describe_training(config, need)) as made:
-            outcome = _train(config, folder, console, data.lanes, actors, need.gpus_per_worker)
+            outcome = _train(config, folder, console, data.lanes, pool, need.gpus_per_worker)
             made.append(f"adapter saved to {folder.adapter}, {_megabytes(folder.adapter)}")
-        samples = _measure(config, folder, console, data.held_out, actors, need)
+        samples = _measure(config, folder, console, data.held_out, pool, need)
         facts = {
             "run_id": folder.run_id,
             "steps": outcome["step"],
@@ -118,7 +118,7 @@ def _run_stages(
                 "workers": config.train.workers,
                 "worker_peak_mb": outcome["peak_mb"],
                 "loop_seconds": outcome["loop_seconds"],
-                "actors": _describe_actors(actors),
+                "actors": _describe_actors(pool),
             },
         }
         return _finish(config, folder, samples, facts, resume)
@@ -134,9 +134,13 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     source = preflight.check(config)
     from ray_detox.evaluation import summarise
 
-    with causes_in_one_sentence(), cluster(config, console) as need:
-        data, actors = _ingest(config, source, console, need)
-        samples = _measure(config, folder, console, data.held_out, actors, need)
+    with (
+        causes_in_one_sentence(),
+        cluster(config, console) as need,
+        closing(_start_pool(config, need)) as pool,
+    ):
+        data = _ingest(config, source, console, pool)
+        samples = _measure(config, folder, console, data.held_out, pool, need)
     return summarise(
         samples,
         config,
@@ -152,20 +156,26 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
 # ---- parts of a run --------------------------------------------------------------------------
 
 
-def _ingest(
-    config: RunConfig, source: Source, console: Console, need: preflight.Needs
-) -> tuple[Any, list[Any]]:
-    """Prepare the prompts, while the reward actors load their model; wait for both."""
-    from ray_detox.stages import ingest, score
+def _start_pool(config: RunConfig, need: preflight.Needs) -> Any:
+    """Ask for the reward actors; they load their model while the prompts are prepared."""
+    from ray_detox.stages.pool import RewardPool
 
-    actors = score.start_actors(config.reward, need.gpus_per_actor)
+    return RewardPool(config.reward, need.gpus_per_actor)
+
+
+def _ingest(config: RunConfig, source: Source, console: Console, pool: Any) -> Any:
+    """Prepare the prompts, while the reward actors load their model; wait for both."""
+    from ray_detox.stages import ingest
+
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
         data = ingest.ingest(config, source)
         made += _describe_rows(data.counts)
-    with console.stage("reward", f"{len(actors)} actor(s) of {config.reward.model}") as made:
-        about = score.wait_for_actors(actors, timeout_s=max(300.0, config.cluster.patience_s))
+    with console.stage(
+        "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
+    ) as made:
+        about = pool.wait(timeout_s=max(300.0, config.cluster.patience_s))
         made += [f"actor {i} on node {a['node']}, {a['device']}" for i, a in enumerate(about)]
-    return data, actors
+    return data
 
 
 def _measure(
@@ -173,7 +183,7 @@ def _measure(
     folder: RunFolder,
     console: Console,
     rows: list[dict[str, Any]],
-    actors: list[Any],
+    pool: Any,
     need: preflight.Needs,
 ) -> list[dict[str, Any]]:
     """Answer and score the held-out prompts before and after."""
@@ -187,7 +197,7 @@ def _measure(
             config,
             evaluate.pack_adapter(folder.adapter),
             rows,
-            actors,
+            pool.directory,
             need.gpus_per_worker,
             on_event=lambda event: bar.add(event["prompts"]),
         )
@@ -204,11 +214,8 @@ def _fingerprints(config: RunConfig, folder: RunFolder, data: Any) -> dict[str, 
     }
 
 
-def _describe_actors(actors: list[Any]) -> list[dict[str, Any]]:
-    from ray_detox.stages import score
-
-    about = score.wait_for_actors(actors, timeout_s=60)
-    return [{key: one[key] for key in ("texts", "peak_mb", "device")} for one in about]
+def _describe_actors(pool: Any) -> list[dict[str, Any]]:
+    return [{key: one[key] for key in ("texts", "peak_mb", "device")} for one in pool.describe()]
 
 
 def _train(
@@ -216,7 +223,7 @@ def _train(
     folder: RunFolder,
     console: Console,
     lanes: list[Any],
-    actors: list[Any],
+    pool: Any,
     gpus_per_worker: float,
 ) -> dict[str, Any]:
     """Train, showing every step; copy the trained adapter into the run's folder."""
@@ -238,7 +245,7 @@ def _train(
         outcome = run_training(
             config,
             lanes,
-            actors,
+            pool.directory,
             gpus_per_worker,
             storage=_storage(config, folder),
             on_event=on_event,

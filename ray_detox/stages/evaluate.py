@@ -7,6 +7,7 @@ r"""Ray tasks that measure before and after, and the final one that stores the r
 The adapter travels as bytes, so that no file system has to be shared.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def measure_shard(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[Mapping[str, Any]],
-    actors: Sequence[Any],
+    directory: Any,
     progress: Any,
 ) -> list[dict[str, Any]]:
     """`evaluation.measure` of some rows, with the trained adapter."""
@@ -52,21 +53,22 @@ def measure_shard(
         policy.load_adapter(Path(folder))
     folder_of_model = local_folder(config.policy.model, config.policy.revision, "policy.model")
     tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
-    return measure(
-        policy,
-        tokenizer,
-        RewardClient(actors, config.reward),
-        rows,
-        config,
-        on_done=lambda count: progress.put.remote({"kind": "measured", "prompts": count}),
-    )
+    with contextlib.closing(RewardClient(directory, config.reward)) as scorer:
+        return measure(
+            policy,
+            tokenizer,
+            scorer,
+            rows,
+            config,
+            on_done=lambda count: progress.put.remote({"kind": "measured", "prompts": count}),
+        )
 
 
 def run_evaluation(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[Mapping[str, Any]],
-    actors: Sequence[Any],
+    directory: Any,
     gpus_per_worker: float,
     on_event: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
@@ -79,7 +81,7 @@ def run_evaluation(
     adapter_ref = ray.put(adapter)
     # Dealt out in turn: the shards then have prompts of all lengths alike.
     waiting = [
-        task.remote(config, adapter_ref, list(rows[shard::shards]), list(actors), progress)
+        task.remote(config, adapter_ref, list(rows[shard::shards]), directory, progress)
         for shard in range(shards)
     ]
     refs = list(waiting)

@@ -10,6 +10,7 @@
 a checkpoint. Figures go through `Progress`, an actor without a CPU, and the driver prints them.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 import threading
@@ -144,14 +145,10 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     )
     began = time.perf_counter()
     try:
-        outcome = train(
-            config,
-            runtime,
-            policy,
-            AutoTokenizer.from_pretrained(folder),
-            RewardClient(job["actors"], config.reward),
-            lanes,
-        )
+        with contextlib.closing(RewardClient(job["reward"], config.reward)) as scorer:
+            outcome = train(
+                config, runtime, policy, AutoTokenizer.from_pretrained(folder), scorer, lanes
+            )
     except NonFiniteError as error:
         # Trying again from the checkpoint would fail again: this is an answer, not a fault.
         return {"error": str(error)}
@@ -172,7 +169,7 @@ def _read_lane(lane: int) -> list[dict[str, Any]]:
 def run_training(
     config: RunConfig,
     lanes: Sequence[ray.data.Dataset],
-    actors: Sequence[Any],
+    directory: Any,
     gpus_per_worker: float,
     storage: str,
     on_event: Callable[[dict[str, Any]], None],
@@ -183,7 +180,7 @@ def run_training(
     Args:
         config: of the run.
         lanes: from `ingest`.
-        actors: reward actors, loaded.
+        directory: of the reward actors, which are up.
         gpus_per_worker: resolved for this cluster.
         storage: folder or `s3://...` for checkpoints; an earlier run's newest one is taken up.
         on_event: called in this thread for each step, worker and checkpoint.
@@ -196,7 +193,7 @@ def run_training(
         TrainingError: in one sentence, with the newest checkpoint kept.
     """
     progress = Progress.remote()  # type: ignore[attr-defined]
-    job = {"config": config.to_dict(), "progress": progress, "actors": list(actors)}
+    job = {"config": config.to_dict(), "progress": progress, "reward": directory}
     trainer = _make_trainer(config, job, lanes, gpus_per_worker, storage)
 
     # fit() in a thread of its own: this one prints, and hears Ctrl-C.
