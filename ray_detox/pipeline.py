@@ -146,12 +146,16 @@ def _run_stages(
             "seconds": dict(console.seconds),
             "fingerprints": _fingerprints(config, folder, data),
             "training": {name: value for name, value in outcome.items() if name not in _NO_FACTS}
-            | {"actors": pool.describe()},
+            | {"actors": [_brief(actor) for actor in pool.describe()]},
         }
         return _finish(config, folder, samples, facts, resume)
 
 
 _NO_FACTS = ("step", "stopped")
+
+
+def _brief(actor: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: actor[name] for name in ("texts", "peak_mb", "device")}
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
 @contextmanager
 def _reward_pool(config: RunConfig, need: preflight.Needs) -> Iterator[Any]:
     """The reward actors, loading their model while the caller goes on."""
-    from ray_detox.stages.score import RewardPool
+    from ray_detox.stages.pool import RewardPool
 
     pool = RewardPool(config.reward, need.gpus_per_actor)
     try:

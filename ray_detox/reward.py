@@ -102,26 +102,51 @@ class Classifier:
         self.batch_size = config.batch_size
         self.max_tokens = min(longest_input(self.tokenizer, settings), config.max_tokens or 1 << 30)
 
-    @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits of the label, 1 - its probability, and where the text was cut; each [B]."""
+        rows, truncated = self.tokenize(texts)
+        return *self.forward(rows), truncated
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], np.ndarray]:
+        """Token ids of each text, no longer than the classifier reads, and where it was cut."""
         rows = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        for i in np.flatnonzero(lengths > self.max_tokens).tolist():
+        truncated = np.array([len(row) > self.max_tokens for row in rows], dtype=bool)
+        for i in np.flatnonzero(truncated).tolist():
             cut = self.tokenizer(texts[i], truncation=True, max_length=self.max_tokens)
             rows[i] = cut["input_ids"]
-        logits = np.empty(len(texts), dtype=np.float32)
-        toxicity = np.empty(len(texts), dtype=np.float32)
+        return rows, truncated
+
+    @torch.inference_mode()
+    def forward(
+        self, rows: Sequence[list[int]], batch_tokens: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of the label and 1 - its probability, each [B], of texts given as token ids.
+
+        Args:
+            rows: from `tokenize`.
+            batch_tokens: most tokens in a forward pass, padding included; None takes
+                `batch_size` texts instead.
+        """
+        logits = np.empty(len(rows), dtype=np.float32)
+        toxicity = np.empty(len(rows), dtype=np.float32)
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
         order = np.argsort(lengths, kind="stable")
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        start = 0
+        while start < len(order):
+            stop = start + self.batch_size
+            if batch_tokens is not None:
+                # What n texts take: n times the longest, which is the last of them.
+                sizes = np.arange(1, len(order) - start + 1) * lengths[order[start:]]
+                stop = start + max(1, int(np.searchsorted(sizes, batch_tokens, side="right")))
+            batch = order[start:stop]
             inputs = self.tokenizer.pad(
                 {"input_ids": [rows[i] for i in batch]}, return_tensors="pt"
             ).to(self.device)
             output = self.model(**inputs).logits.float()
             logits[batch] = output[:, self.label].cpu().numpy()
             toxicity[batch] = 1 - output.softmax(dim=-1)[:, self.label].cpu().numpy()
-        return logits, toxicity, lengths > self.max_tokens
+            start = stop
+        return logits, toxicity
 
 
 def longest_input(tokenizer: Any, settings: dict[str, Any]) -> int:
@@ -159,6 +184,15 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
     return found
 
 
+def read_by(
+    config: RewardConfig, prompts: Sequence[str], responses: Sequence[str]
+) -> Sequence[str]:
+    """The texts that the classifier reads, by `reward.reads`."""
+    if config.reads == "response":
+        return responses
+    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
 class Reward:
     """The classifier and the extra terms together; itself a `Scorer` for one process."""
 
@@ -179,10 +213,20 @@ class Reward:
         Raises:
             ValueError: an extra term returned something else than one number per response.
         """
-        texts = list(responses)
-        if self.config.reads == "prompt+response":
-            texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        logits, toxicity, truncated = self.classifier(texts)
+        verdict = self.classifier(read_by(self.config, prompts, responses))
+        return self.add_terms(*verdict, prompts, responses, response_ids, columns)
+
+    def add_terms(
+        self,
+        logits: np.ndarray,
+        toxicity: np.ndarray,
+        truncated: np.ndarray,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        response_ids: Sequence[Sequence[int]],
+        columns: Columns,
+    ) -> Scores:
+        """What the classifier said about a batch, with the extra terms; raises as a call does."""
         rewards = logits.copy()
         values: dict[str, np.ndarray] = {}
         for term, function in self.terms:

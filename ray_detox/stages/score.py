@@ -1,115 +1,151 @@
-"""The reward model in Ray actors, shared by every training worker.
+r"""The reward in Ray actors, and a worker's way to them.
 
-    worker 0  RewardClient --chunk--> actor 0  Reward (classifier + terms)
-    worker 1  RewardClient --chunk--> actor 1  Reward
+    worker 0  RewardClient --chunk--> actor 0  ModelThread (classifier + terms)
+    worker 1  RewardClient --chunk--> actor 1  ModelThread
+                       \--which actors are there, and so much waits here--> RewardDirectory
 
-The driver owns the actors and creates them before training: they outlive a restart of the worker
-group and go with the run. A worker holds handles, sends a chunk as soon as it is sampled, and
-goes on sampling. How a batch is cut into chunks depends on the batch alone, so the number of
-actors never changes a score. A chunk on an actor that died is scored again by another: scoring
-has no side effects.
+The driver owns the actors (`stages/pool.py`) and the directory that lists them. A worker hands
+over a chunk as soon as it is sampled and goes on sampling, while a thread of its client follows
+the rules of `router.py`: where an actor dies or hangs, another scores its chunks, for scoring has
+no side effects.
 """
 
+import queue
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from ray_detox.config import RewardConfig
 from ray_detox.records import Columns, Scores
-from ray_detox.reward import Pending, Reward
+from ray_detox.reward import Pending
+from ray_detox.router import Batch, Call, Listing, Member, RewardError, Router
+
+__all__ = ["RewardActor", "RewardClient", "RewardDirectory", "RewardError"]
+
+REFRESH_S = 1.0
+"""Between two readings of the list of actors."""
+TICK_S = 0.1
+"""Between two looks at the clock while scores are awaited."""
+REPORT_S = 5.0
+"""A worker's word about what waits there is forgotten after this."""
 
 
-class RewardError(RuntimeError):
-    """No actor gave scores in time."""
-
-
-@ray.remote
+@ray.remote(concurrency_groups={"health": 2, "life": 1})
 class RewardActor:
-    """One copy of the reward, in a process of its own."""
+    """One copy of the reward, in a process of its own.
+
+    Signs of life have threads of their own: neither a batch nor a hundred callers that wait keep
+    it from answering.
+    """
 
     def __init__(self, config: RewardConfig, threads: int) -> None:
         import torch
 
+        from ray_detox.batching import ModelThread
+        from ray_detox.reward import Reward
+
         torch.set_num_threads(threads)
-        self.reward = Reward(config, "cuda" if ray.get_gpu_ids() else "cpu")
-        self.texts = 0
+        reward = Reward(config, "cuda" if ray.get_gpu_ids() else "cpu")
+        self._device = str(reward.classifier.device)
+        self._max_tokens = reward.classifier.max_tokens
+        self._model = ModelThread(reward)
 
-    def score(self, *batch: Any) -> Scores:
-        """Score one chunk; arguments as in `Scorer.submit`."""
-        self.texts += len(batch[0])
-        return self.reward(*batch)
+    def score(self, *batch: Any) -> tuple[Scores, int]:
+        """Scores of one chunk, and the texts still held; arguments as in `Scorer.submit`."""
+        scores = self._model.score(*batch)
+        return scores, self._model.state()["held"]
 
-    def describe(self) -> dict[str, Any]:
-        """Where this actor lives and what it has done; answers once the model is loaded."""
+    @ray.method(concurrency_group="health")
+    def ping(self) -> dict[str, Any]:
+        """Where this actor lives and how it gets on; answers once the model is loaded."""
         import resource
 
-        context = ray.get_runtime_context()
-        return {
-            "node": context.get_node_id()[:8],
-            "device": str(self.reward.classifier.device),
-            "max_tokens": self.reward.classifier.max_tokens,
-            "texts": self.texts,
+        return self._model.state() | {
+            "node": ray.get_runtime_context().get_node_id()[:8],
+            "device": self._device,
+            "max_tokens": self._max_tokens,
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
 
-
-def start_actors(config: RewardConfig, gpus: float) -> list[Any]:
-    """Ask Ray for the reward actors; they come up while the caller goes on."""
-    actor = RewardActor.options(  # type: ignore[attr-defined]
-        num_cpus=config.cpus_per_actor, num_gpus=gpus, max_restarts=-1, max_task_retries=0
-    )
-    return [actor.remote(config, max(1, int(config.cpus_per_actor))) for _ in range(config.actors)]
+    @ray.method(concurrency_group="life")
+    def live(self) -> None:
+        """A call that never returns: it fails at the moment at which this process dies."""
+        threading.Event().wait()
 
 
-def wait_for_actors(actors: Sequence[Any], timeout_s: float) -> list[dict[str, Any]]:
-    """Wait until every actor has loaded its model.
+@ray.remote(num_cpus=0)
+class RewardDirectory:
+    """Which actors there are, for the workers; how much waits with the workers, for the pool.
 
-    Raises:
-        RewardError: some had not after `timeout_s`, or could not.
+    The pool tells all it knows again and again, so that a directory that Ray had to restart
+    is soon what it was.
     """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        asked = [actor.describe.remote() for actor in actors]
-        left_s = max(0.0, deadline - time.monotonic())
-        _, waiting = ray.wait(asked, num_returns=len(asked), timeout=left_s)
-        if waiting:
-            raise RewardError(
-                f"{len(waiting)} of {len(asked)} reward actors did not come up within "
-                f"{timeout_s:g} s. The cluster may lack the CPUs or GPUs they ask for "
-                "(reward.cpus_per_actor, reward.gpus_per_actor); free now: "
-                f"{ray.available_resources()}."
-            )
-        try:
-            return ray.get(asked)
-        except ActorUnavailableError:
-            time.sleep(0.2)  # one of them restarts, and refuses meanwhile
-        except RayActorError as error:
-            # The last line is the cause; those before say where in Ray it came up.
-            cause = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-            raise RewardError(f"A reward actor could not start: {cause}") from error
 
+    def __init__(self) -> None:
+        self._version = 0
+        self._listings: list[Listing] = []
+        self._waiting: dict[str, tuple[float, int]] = {}
+        self._resent = 0
 
-@dataclass(slots=True)
-class _Chunk:
-    batch: tuple[Any, ...]
-    actor: int = -1
-    ref: Any = None
+    def publish(self, version: int, listings: list[Listing]) -> dict[str, int]:
+        """Take the list of actors.
+
+        Returns:
+            waiting: texts that wait with workers now; resent: chunks that workers have sent again
+            since the last call.
+        """
+        self._version, self._listings = version, listings
+        now = time.monotonic()
+        self._waiting = {
+            client: (at, waiting)
+            for client, (at, waiting) in self._waiting.items()
+            if now - at < REPORT_S
+        }
+        resent, self._resent = self._resent, 0
+        return {
+            "waiting": sum(waiting for _, waiting in self._waiting.values()),
+            "resent": resent,
+        }
+
+    def sync(
+        self, client: str, version: int, waiting: int, resent: int
+    ) -> tuple[int, list[Listing] | None]:
+        """Take a worker's word and give it the list, unless it has that version already.
+
+        Args:
+            client: a name of its own for every worker.
+            version: of the list that it has.
+            waiting: texts that no actor had room for.
+            resent: chunks sent again since its last word.
+        """
+        self._waiting[client] = (time.monotonic(), waiting)
+        self._resent += resent
+        return self._version, self._listings if version != self._version else None
 
 
 class RewardClient:
-    """A worker's way to the actors; itself a `Scorer`. Cheap to pickle: it holds handles."""
+    """A worker's way to the actors; itself a `Scorer`. Its thread ends with `close`."""
 
-    def __init__(self, actors: Sequence[Any], config: RewardConfig) -> None:
-        self._actors = list(actors)
-        self._chunk_size = config.batch_size
-        self._deadline_s = config.deadline_s
-        self._in_flight = [0] * len(self._actors)
-        # Workers begin at different actors, so that the first chunks do not all meet at one.
-        self._next = hash(ray.get_runtime_context().get_worker_id()) % len(self._actors)
+    def __init__(self, directory: Any, config: RewardConfig) -> None:
+        self._directory = directory
+        self._config = config
+        self._router = Router(config, self._send, self._ping)
+        self._name = uuid.uuid4().hex
+        self._version = -1
+        self._synced_s = 0.0
+        self._syncing = False
+        self._told_resent = 0
+        # Everything that happens goes through here, and only the thread touches the router.
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="reward-client", daemon=True)
+        self._thread.start()
 
     def submit(
         self,
@@ -119,63 +155,92 @@ class RewardClient:
         columns: Columns,
     ) -> Pending:
         """Send a batch to the actors, in chunks; arguments as in `Scorer.submit`."""
-        chunks = []
-        for start in range(0, len(responses), self._chunk_size):
-            part = slice(start, start + self._chunk_size)
-            own_columns = {name: list(column[part]) for name, column in columns.items()}
-            chunk = _Chunk((prompts[part], responses[part], response_ids[part], own_columns))
-            self._send(chunk)
-            chunks.append(chunk)
-        return _PendingScores(self, chunks)
+        if not self._thread.is_alive():
+            raise RewardError("This way to the reward actors was closed. Make another client.")
+        batch = Batch(self._config, prompts, responses, response_ids, columns)
+        self._events.put(lambda: self._router.submit(batch))
+        return batch
 
-    def _send(self, chunk: _Chunk) -> None:
-        """Give a chunk to the actor with least to do, another one than before if there is one."""
-        count = len(self._actors)
-        candidates = [(self._next + i) % count for i in range(count)]
-        others = [i for i in candidates if i != chunk.actor] or candidates
-        chunk.actor = min(others, key=lambda i: self._in_flight[i])
-        self._next = (chunk.actor + 1) % count
-        self._in_flight[chunk.actor] += 1
-        chunk.ref = self._actors[chunk.actor].score.remote(*chunk.batch)
+    def close(self) -> None:
+        """End the thread; whoever still waits for scores gets an error."""
+        self._closing = True
+        self._events.put(lambda: None)
+        self._thread.join(timeout=5)
 
-    def _receive(self, chunk: _Chunk, deadline: float) -> Scores:
-        """Wait for a chunk's scores, sending it elsewhere when its actor dies."""
-        while True:
-            try:
-                return ray.get(chunk.ref, timeout=max(0.0, deadline - time.monotonic()))
-            except RayActorError as error:
-                if time.monotonic() > deadline:
-                    raise self._too_late(chunk, error) from error
-                time.sleep(0.2)  # an actor that restarts refuses at once
-                self._in_flight[chunk.actor] -= 1
-                self._send(chunk)
-            except GetTimeoutError as error:
-                raise self._too_late(chunk, error) from error
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._sync()
+                try:
+                    event = self._events.get(timeout=TICK_S if self._router.busy else REFRESH_S)
+                except queue.Empty:
+                    pass
+                else:
+                    event()
+                self._router.tick()
+            self._router.abandon(RewardError("The way to the reward actors was closed."))
+        except Exception as error:  # such as a Ray that has ended: nobody is to wait for that
+            self._router.abandon(error)
 
-    def _too_late(self, chunk: _Chunk, error: Exception) -> RewardError:
-        return RewardError(
-            f"Reward actor {chunk.actor} of {len(self._actors)} gave no scores for "
-            f"{len(chunk.batch[0])} texts within {self._deadline_s:g} s (reward.deadline_s): "
-            f"{type(error).__name__}. Add actors, or raise the deadline."
-        )
+    # ---- calls, whose ends come back as events -------------------------------------------------
 
-    def _forget(self, chunk: _Chunk) -> None:
-        self._in_flight[chunk.actor] -= 1
-        chunk.ref = None
+    def _sync(self) -> None:
+        """Read the list of actors every so often, or at once where one failed."""
+        now = time.monotonic()
+        pause_s = TICK_S if self._router.doubts else REFRESH_S
+        if self._syncing or now - self._synced_s < pause_s:
+            return
+        self._syncing, self._synced_s = True, now
+        resent, self._told_resent = self._router.resent - self._told_resent, self._router.resent
+        ref = self._directory.sync.remote(self._name, self._version, self._router.waiting, resent)
+        self._when_done(ref, self._take_list)
+
+    def _take_list(self, answer: Future[Any]) -> None:
+        self._syncing = False
+        if answer.exception() is None:  # else the directory restarts, and this list must do
+            self._version, listings = answer.result()
+            self._router.refresh(listings)
+
+    def _send(self, call: Call) -> None:
+        try:
+            ref = call.member.handle.score.remote(*call.chunk.arguments)
+        except Exception as error:  # such as a column that cannot be pickled: the caller's to see
+            reason = error
+            self._events.put(lambda: self._router.failed(call, reason))
+        else:
+            self._when_done(ref, lambda answer: self._take_answer(call, answer))
+
+    def _take_answer(self, call: Call, answer: Future[Any]) -> None:
+        error = answer.exception()
+        if error is None:
+            self._router.scored(call, *answer.result())
+        elif is_lost(error):
+            self._router.lost(call, one_line(error))
+        else:
+            self._router.failed(call, error)
+
+    def _ping(self, member: Member) -> None:
+        self._when_done(member.handle.ping.remote(), lambda answer: self._take_pong(member, answer))
+
+    def _take_pong(self, member: Member, answer: Future[Any]) -> None:
+        error = answer.exception()
+        if error is None:
+            pong = answer.result()
+            self._router.ponged(member, pong["held"], pong["standstill_s"])
+        else:
+            self._router.ping_failed(member, one_line(error))
+
+    def _when_done(self, ref: Any, then: Callable[[Future[Any]], None]) -> None:
+        """Have the thread hear of the end of a call; nothing waits for it."""
+        ref.future().add_done_callback(lambda answer: self._events.put(lambda: then(answer)))
 
 
-class _PendingScores:
-    """Scores of the chunks of one batch, in order."""
+def is_lost(error: BaseException) -> bool:
+    """Whether a call failed with its actor or its node, and not in what it called."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
-    def __init__(self, client: RewardClient, chunks: list[_Chunk]) -> None:
-        self._client = client
-        self._chunks = chunks
 
-    def result(self) -> Scores:
-        """Wait for all of them, at most `reward.deadline_s`."""
-        deadline = time.monotonic() + self._client._deadline_s
-        parts = []
-        for chunk in self._chunks:
-            parts.append(self._client._receive(chunk, deadline))
-            self._client._forget(chunk)
-        return Scores.concatenate(parts)
+def one_line(error: BaseException) -> str:
+    """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

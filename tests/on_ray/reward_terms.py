@@ -1,6 +1,7 @@
 """Reward functions that misbehave, for actors to import."""
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,4 +25,16 @@ def die_once(completions: Sequence[str], marker: Sequence[str], **_: Any) -> lis
 def pause(completions: Sequence[str], seconds: Sequence[float], **_: Any) -> list[float]:
     """Take a while."""
     time.sleep(max(seconds))
+    return [float(len(c)) for c in completions]
+
+
+def hang_once(completions: Sequence[str], hang: Sequence[str], **_: Any) -> list[float]:
+    """Stop the process, the first time that a file of the column `hang` is not there.
+
+    The file holds the process's id, for the one who wakes it.
+    """
+    for name in set(hang) - {""}:
+        if not Path(name).exists():
+            Path(name).write_text(str(os.getpid()), encoding="utf-8")
+            os.kill(os.getpid(), signal.SIGSTOP)
     return [float(len(c)) for c in completions]

@@ -1,6 +1,10 @@
 """The reward in actors: the same scores as in this process, whatever happens to the actors."""
 
+import contextlib
 import dataclasses
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +13,8 @@ import ray
 from ray_detox.config import RewardConfig, RewardTerm
 from ray_detox.records import Scores
 from ray_detox.reward import Reward
-from ray_detox.stages.score import RewardClient, RewardError, start_actors, wait_for_actors
+from ray_detox.stages.pool import RewardPool
+from ray_detox.stages.score import RewardClient, RewardDirectory, RewardError
 
 pytestmark = pytest.mark.ray
 
@@ -18,6 +23,7 @@ CHUNK = 8
 TERMS = (
     RewardTerm(function="on_ray.reward_terms.echo", weight=0.5),
     RewardTerm(function="on_ray.reward_terms.die_once"),
+    RewardTerm(function="on_ray.reward_terms.hang_once"),
     RewardTerm(function="on_ray.reward_terms.pause"),
     RewardTerm(function="trl.rewards.get_repetition_penalty_reward", arguments={"ngram_size": 2}),
 )
@@ -25,23 +31,21 @@ TERMS = (
 
 def settings(model, terms=TERMS, **more):
     """Small batches, little of the cluster for an actor, and these terms."""
-    more = {"batch_size": CHUNK, "cpus_per_actor": 0.1} | more
+    more = {"batch_size": CHUNK, "cpus_per_actor": 0.1, "reads": "prompt+response"} | more
     return RewardConfig(model=str(model), terms=terms, **more)
 
 
 @pytest.fixture(scope="module")
 def config(tiny_roberta):
-    return settings(tiny_roberta, actors=3, reads="prompt+response")
+    return settings(tiny_roberta, actors=3, silence_s=4.0)
 
 
 @pytest.fixture(scope="module")
-def actors(config):
+def pool(config):
     """Three actors, of which any test may kill some, to see them come back."""
-    started = start_actors(config, gpus=0)
-    wait_for_actors(started, timeout_s=240)
-    yield started
-    for actor in started:
-        ray.kill(actor)
+    with contextlib.closing(RewardPool(config, 0.0)) as started:
+        started.wait(timeout_s=240)
+        yield started
 
 
 def batch(**columns):
@@ -49,21 +53,26 @@ def batch(**columns):
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 700, TEXTS)
     responses = ["".join(chr(97 + c) for c in rng.integers(0, 26, n)) for n in lengths]
-    prompts = [f"prompt {i}" for i in range(TEXTS)]
+    prompts = [f"prompt {i:02}" for i in range(TEXTS)]
     ids = [[i] * (i % 5) for i in range(TEXTS)]
-    usual = {"facts": ["f" * i for i in range(TEXTS)], "marker": [""] * TEXTS}
-    return prompts, responses, ids, usual | {"seconds": [0.0] * TEXTS} | columns
+    usual = {"facts": ["f" * i for i in range(TEXTS)], "seconds": [0.0] * TEXTS}
+    return prompts, responses, ids, usual | {"marker": [""] * TEXTS, "hang": [""] * TEXTS} | columns
 
 
-def in_this_process(config, prompts, responses, ids, columns):
-    """Scores of the same chunks, one after another."""
+def rows_of(whole, rows):
+    prompts, responses, ids, columns = whole
+    pick = lambda values: [values[i] for i in rows]
+    return pick(prompts), pick(responses), pick(ids), {n: pick(c) for n, c in columns.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(config):
+    """Scores of the usual batch: its chunks by length, one after another in this process."""
     reward = Reward(config)
-    return Scores.concatenate(
-        [
-            reward(prompts[at], responses[at], ids[at], {n: c[at] for n, c in columns.items()})
-            for at in (slice(i, i + CHUNK) for i in range(0, TEXTS, CHUNK))
-        ]
-    )
+    order = sorted(range(TEXTS), key=lambda i: len(batch()[1][i]))
+    chunks = [order[i : i + CHUNK] for i in range(0, TEXTS, CHUNK)]
+    scores = Scores.concatenate([reward(*rows_of(batch(), rows)) for rows in chunks])
+    return scores.select(np.argsort(order))
 
 
 def assert_equal(found, expected):
@@ -74,15 +83,41 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(found.terms[name], values, err_msg=name)
 
 
-def texts_scored(actors):
-    return [about["texts"] for about in wait_for_actors(actors, timeout_s=60)]
+@contextlib.contextmanager
+def directory_of(pool, numbers):
+    """A list of some of the pool's actors: what a smaller pool would publish."""
+    pool.wait(timeout_s=240)
+    directory = RewardDirectory.remote()
+    listings = [one for one in pool._listed if int(one.name.split()[-1]) in numbers]
+    ray.get(directory.publish.remote(1, listings))
+    yield directory
+    ray.kill(directory)
+
+
+def score(directory, config, *arguments):
+    with contextlib.closing(RewardClient(directory, config)) as client:
+        return client.submit(*arguments).result()
+
+
+def wait_until(so, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not so():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def all_up(pool):
+    figures = pool.figures()
+    return figures["actors"] == figures["wanted"]
+
+
+# ---- the same scores ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_actors_score_as_this_process_does_whatever_their_number(config, actors, count):
-    expected = in_this_process(config, *batch())
-
-    found = RewardClient(actors[:count], config).submit(*batch()).result()
+def test_actors_score_as_this_process_does_whatever_their_number(config, pool, expected, count):
+    with directory_of(pool, range(count)) as directory:
+        found = score(directory, config, *batch())
 
     assert_equal(found, expected)
     assert set(found.terms) == {term.name for term in TERMS}
@@ -91,106 +126,180 @@ def test_actors_score_as_this_process_does_whatever_their_number(config, actors,
     assert 0 < found.truncated.sum() < TEXTS
 
 
-def test_all_actors_take_part(config, actors):
-    before = texts_scored(actors)
+def test_all_actors_take_part_and_say_where_they_are(config, pool):
+    wait_until(lambda: all_up(pool))
+    before = [about["texts"] for about in pool.describe()]
 
-    RewardClient(actors, config).submit(*batch()).result()
+    score(pool.directory, config, *batch())
 
-    shares = [now - then for now, then in zip(texts_scored(actors), before, strict=True)]
+    after = pool.describe()
+    shares = [about["texts"] - then for about, then in zip(after, before, strict=True)]
     assert sum(shares) == TEXTS
     assert min(shares) >= CHUNK
+    for about in after:
+        assert about["device"] == "cpu"
+        assert about["max_tokens"] == 512
+        assert about["node"] == ray.get_runtime_context().get_node_id()[:8]
+        assert about["peak_mb"] > 0
 
 
-def test_batches_that_are_scored_at_the_same_time_keep_their_order(config, actors):
-    client = RewardClient(actors, config)
-    prompts, responses, ids, columns = batch()
-
-    waiting = [
-        client.submit(
-            prompts[i:], responses[i:], ids[i:], {name: c[i:] for name, c in columns.items()}
-        )
-        for i in range(4)
-    ]
-    found = [pending.result() for pending in reversed(waiting)][::-1]
+def test_batches_that_are_scored_at_the_same_time_keep_their_order(config, pool, expected):
+    with contextlib.closing(RewardClient(pool.directory, config)) as client:
+        waiting = [client.submit(*rows_of(batch(), range(i, TEXTS))) for i in range(4)]
+        found = [pending.result() for pending in reversed(waiting)][::-1]
 
     for i, scores in enumerate(found):
-        assert len(scores.logits) == TEXTS - i
-        np.testing.assert_allclose(scores.logits, found[0].logits[i:], atol=1e-5)
-        np.testing.assert_array_equal(scores.terms["echo"], found[0].terms["echo"][i:])
+        np.testing.assert_allclose(scores.logits, expected.logits[i:], atol=1e-5)
+        np.testing.assert_array_equal(scores.terms["echo"], expected.terms["echo"][i:])
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_an_actor_that_dies_while_it_scores_loses_nothing(config, actors, tmp_path, count):
+def test_two_clients_share_the_actors(config, pool, expected):
+    with (
+        contextlib.closing(RewardClient(pool.directory, config)) as one,
+        contextlib.closing(RewardClient(pool.directory, config)) as other,
+    ):
+        found = [client.submit(*batch()) for client in (one, other, one)]
+
+        for pending in found:
+            assert_equal(pending.result(), expected)
+
+
+def test_an_actor_has_no_more_than_two_chunks_of_a_client(config, pool):
+    def held():
+        return [about["held"] for about in pool.describe()]
+
+    with (
+        directory_of(pool, [0]) as directory,
+        contextlib.closing(RewardClient(directory, config)) as client,
+    ):
+        pending = client.submit(*batch(seconds=[0.05] * TEXTS))
+        seen = [held()]
+        while not pending.scores.done():
+            seen.append(held())
+
+    assert CHUNK < max(held[0] for held in seen) <= 2 * CHUNK
+    assert max(held[1] for held in seen) == 0
+
+
+# ---- what befalls the actors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_actors_that_die_every_few_chunks_lose_nothing(config, pool, expected, tmp_path, count):
+    order = np.argsort([len(text) for text in batch()[1]], kind="stable")
+    marks = [""] * TEXTS
+    for i in range(count):
+        marks[order[2 * i * CHUNK]] = str(tmp_path / f"died {i}")
+    before = pool.figures()
+
+    with directory_of(pool, range(count)) as directory:
+        found = score(directory, config, *batch(marker=marks))
+
+    assert {path.name for path in tmp_path.iterdir()} == {f"died {i}" for i in range(count)}
+    assert_equal(found, expected)
+    wait_until(lambda: all_up(pool))
+    assert pool.figures()["restarts"] > before["restarts"]
+
+
+def test_an_actor_that_is_gone_for_good_is_done_without_and_replaced(config, pool, expected):
+    wait_until(lambda: all_up(pool))
+    lost = pool.figures()["lost"]
+
+    with contextlib.closing(RewardClient(pool.directory, config)) as client:
+        pending = client.submit(*batch(seconds=[0.1] * TEXTS))
+        ray.kill(pool._actors[1].handle)
+        found = pending.result()
+
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    wait_until(lambda: pool.figures()["lost"] == lost + 1 and all_up(pool))
+    assert len(pool.describe()) == 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_actor_that_hangs_is_done_without_or_started_again(
+    config, pool, expected, tmp_path, count
+):
+    impatient = dataclasses.replace(config, silence_s=1.0)
+    wait_until(lambda: all_up(pool))
+    before = pool.figures()
+    hang = [str(tmp_path / "hung") if i == 20 else "" for i in range(TEXTS)]
+
+    with directory_of(pool, range(count)) as directory:
+        try:
+            found = score(directory, impatient, *batch(hang=hang))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int((tmp_path / "hung").read_text()), signal.SIGCONT)
+
+    assert_equal(found, expected)
+    if count == 1:
+        assert pool.figures()["restarts"] > before["restarts"]
+
+
+def test_figures_tell_of_what_was_sent_again(config, pool, expected, tmp_path):
+    wait_until(lambda: all_up(pool))
+    before = pool.figures()
     marks = [str(tmp_path / "died") if i == 20 else "" for i in range(TEXTS)]
 
-    found = RewardClient(actors[:count], config).submit(*batch(marker=marks)).result()
+    with contextlib.closing(RewardClient(pool.directory, config)) as client:
+        found = client.submit(*batch(marker=marks)).result()
+        wait_until(lambda: pool.figures()["resent"] > before["resent"])
 
-    assert (tmp_path / "died").exists()
-    assert_equal(found, in_this_process(config, *batch(marker=marks)))
-
-
-def test_an_actor_that_is_killed_while_texts_wait_for_it_loses_nothing(config, actors):
-    slow = batch(seconds=[0.1] * TEXTS)
-
-    pending = RewardClient(actors, config).submit(*slow)
-    ray.kill(actors[0], no_restart=False)
-
-    assert_equal(pending.result(), in_this_process(config, *slow))
+    assert_equal(found, expected)
+    wait_until(lambda: all_up(pool))
+    figures = pool.figures()
+    assert set(figures) == set("actors wanted waiting in_flight resent restarts lost".split())
+    assert (figures["actors"], figures["wanted"], figures["waiting"]) == (3, 3, 0)
+    assert figures["restarts"] > before["restarts"]
 
 
-def test_an_actor_that_is_gone_for_good_is_done_without(config, actors):
-    gone = start_actors(config, gpus=0)[0]
-    ray.kill(gone)
+def test_an_error_of_the_scoring_reaches_the_caller_as_it_is(config, pool):
+    without_facts = batch()
+    del without_facts[3]["facts"]
 
-    found = RewardClient([gone, *actors[1:]], config).submit(*batch()).result()
-
-    assert_equal(found, in_this_process(config, *batch()))
-
-
-def test_no_actor_at_all_is_an_error_of_one_line_once_the_deadline_has_passed(tiny_roberta):
-    config = settings(tiny_roberta, actors=2, deadline_s=1.0)
-    actors = start_actors(config, gpus=0)
-    for actor in actors:
-        ray.kill(actor)
-
-    with pytest.raises(RewardError) as caught:
-        RewardClient(actors, config).submit(*batch()).result()
-
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert "of 2 gave no scores for 8 texts within 1 s (reward.deadline_s)" in sentence
-    assert "Add actors, or raise the deadline" in sentence
+    with pytest.raises(TypeError, match="facts"):
+        score(pool.directory, config, *without_facts)
 
 
-def test_an_actor_that_hangs_is_an_error_of_one_line_once_the_deadline_has_passed(config, actors):
+# ---- deadlines, and actors that do not come ----------------------------------------------------
+
+
+def test_a_deadline_is_an_error_of_one_line_that_names_the_actor_and_its_node(config, pool):
     impatient = dataclasses.replace(config, deadline_s=0.5)
+    node = ray.get_runtime_context().get_node_id()[:8]
 
-    with pytest.raises(RewardError) as caught:
-        RewardClient(actors, impatient).submit(*batch(seconds=[2.0] * TEXTS)).result()
+    with directory_of(pool, [2]) as directory, pytest.raises(RewardError) as caught:
+        score(directory, impatient, *batch(seconds=[2.0] * TEXTS))
 
     sentence = str(caught.value)
     assert "\n" not in sentence
-    assert "of 3 gave no scores for 8 texts within 0.5 s (reward.deadline_s)" in sentence
+    assert "of 50 texts within 0.5 s (reward.deadline_s): reward actor" in sentence
+    assert f"on node {node} " in sentence
+    assert "Add actors (reward.actors), or raise the deadline." in sentence
 
 
 def test_actors_that_the_cluster_has_no_room_for_are_an_error_of_one_line(tiny_roberta):
-    config = settings(tiny_roberta, actors=2, cpus_per_actor=1000)
-    actors = start_actors(config, gpus=0)
-
-    with pytest.raises(RewardError) as caught:
-        wait_for_actors(actors, timeout_s=0.5)
+    config = settings(tiny_roberta, actors=2, cpus_per_actor=1000, deadline_s=2.0)
+    with contextlib.closing(RewardPool(config, 0.0)) as pool:
+        with pytest.raises(RewardError) as caught:
+            pool.wait(timeout_s=0.5)
+        wait_until(lambda: ray.get(pool.directory.sync.remote("", -1, 0, 0))[1])
+        with pytest.raises(RewardError) as waited:
+            score(pool.directory, config, *batch())
+        figures = pool.figures()
 
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert "2 of 2 reward actors did not come up within 0.5 s" in sentence
     assert "reward.cpus_per_actor" in sentence
+    assert "reward actor 0 on no node yet has not come up yet" in str(waited.value)
+    assert (figures["actors"], figures["wanted"]) == (0, 2)
 
 
 def test_an_actor_that_cannot_start_is_an_error_of_one_line(tiny_roberta):
-    actors = start_actors(settings(tiny_roberta, (RewardTerm(function="nowhere.f"),)), gpus=0)
-
-    with pytest.raises(RewardError) as caught:
-        wait_for_actors(actors, timeout_s=120)
+    config = settings(tiny_roberta, (RewardTerm(function="nowhere.f"),))
+    with contextlib.closing(RewardPool(config, 0.0)) as pool, pytest.raises(RewardError) as caught:
+        pool.wait(timeout_s=120)
 
     sentence = str(caught.value)
     assert "\n" not in sentence
@@ -198,9 +307,56 @@ def test_an_actor_that_cannot_start_is_an_error_of_one_line(tiny_roberta):
     assert "nowhere.f cannot be imported" in sentence
 
 
-def test_an_actor_says_where_it_is(config, actors):
-    for about in wait_for_actors(actors, timeout_s=60):
-        assert about["device"] == "cpu"
-        assert about["max_tokens"] == 512
-        assert about["node"] == ray.get_runtime_context().get_node_id()[:8]
-        assert about["peak_mb"] > 0
+# ---- their number ------------------------------------------------------------------------------
+
+
+def test_actors_come_with_the_load_and_go_without_it_and_change_no_score(config, expected):
+    moving = dataclasses.replace(config, actors="1..2", grow_after_s=0.4, shrink_after_s=1.0)
+    with (
+        contextlib.closing(RewardPool(moving, 0.0)) as pool,
+        contextlib.closing(RewardClient(pool.directory, moving)) as client,
+    ):
+        pool.wait(timeout_s=240)
+        load = [client.submit(*batch(seconds=[0.2] * TEXTS)) for _ in range(3)]
+        wait_until(lambda: pool.figures()["wanted"] == 2)
+        while pool.figures()["actors"] < 2:
+            load.append(client.submit(*batch(seconds=[0.2] * TEXTS)))
+            load[-2].result()
+        found = [pending.result() for pending in load]
+        wait_until(lambda: pool.figures()["wanted"] == 1)
+        found.append(client.submit(*batch(seconds=[0.0] * TEXTS)).result())
+        wait_until(lambda: len(pool._actors) == 1)
+        found.append(client.submit(*batch(seconds=[0.0] * TEXTS)).result())
+        lost = pool.figures()["lost"]
+
+    for scores in found:
+        assert_equal(scores, expected)
+    assert lost == 0
+
+
+def test_shrinking_takes_back_at_once_what_has_not_come(config):
+    moving = dataclasses.replace(config, actors="1..3", cpus_per_actor=1000)
+    with contextlib.closing(RewardPool(moving, 0.0)) as pool:
+        with pool._lock:
+            pool._wanted = 3
+        wait_until(lambda: len(pool._actors) == 3)
+
+        pool.shrink()
+
+        assert len(pool._actors) == 1
+        assert pool.figures()["wanted"] == 1
+
+
+def test_across_workers_texts_share_forward_passes(config, expected):
+    shared = dataclasses.replace(
+        config, actors=1, across_workers=True, batch_wait_ms=200.0, batch_tokens=10_000
+    )
+    with contextlib.closing(RewardPool(shared, 0.0)) as pool:
+        pool.wait(timeout_s=240)
+
+        found = score(pool.directory, shared, *batch())
+
+        passes = pool.describe()[0]["passes"]
+    np.testing.assert_allclose(found.rewards, expected.rewards, atol=1e-5)
+    np.testing.assert_allclose(found.toxicity, expected.toxicity, atol=1e-5)
+    assert passes < -(-TEXTS // CHUNK)

@@ -1,0 +1,121 @@
+"""How many texts a second the reward actors score, beside a bare loop in one process.
+
+    python scripts/bench_reward.py --texts 512
+
+Prints a table of ratios to that loop, measured in one run on the embedded classifier with one
+thread per process: on a shared machine nothing else would mean much. The second table is what
+`reward.across_workers` does where every caller has few texts.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ray
+
+from ray_detox.config import RewardConfig
+from ray_detox.lab import corpus
+from ray_detox.reward import Reward, Scorer
+from ray_detox.stages.pool import RewardPool
+from ray_detox.stages.score import RewardClient
+
+ACTORS = (1, 2, 4)
+CALLERS = (1, 2, 4)
+BATCH = 64
+
+
+def main() -> None:
+    """Measure, and print two tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=int, default=512, help="for every caller")
+    args = parser.parse_args()
+    source = [str(row["summary"]) for row in corpus.rows("ppo", 512)]
+    texts = (source * (args.texts // len(source) + 1))[: args.texts]
+    config = RewardConfig(cpus_per_actor=0.5)
+
+    reward = Reward(config)
+    score_all(reward, texts[:BATCH], BATCH)  # the first calls are slower
+    loop = rate([reward], texts, BATCH)
+    few = rate([reward], texts, 4)
+    folder = tempfile.mkdtemp(prefix="ray-")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}},
+        _temp_dir=folder,
+    )
+    try:
+        print(
+            f"a loop in one process, {BATCH} texts a call: {loop:.0f} texts/s; 4 a call: {few:.0f}"
+        )
+        print(f"{'actors':<24}" + "".join(f"{f'{n} caller(s)':>16}" for n in CALLERS))
+        for actors in ACTORS:
+            found = measure(dataclasses.replace(config, actors=actors), CALLERS, texts, BATCH)
+            print(row(str(actors), found, loop))
+        print("1 actor, 4 texts a call")
+        for across in (False, True):
+            one = dataclasses.replace(config, across_workers=across)
+            name = "across workers" if across else "each call by itself"
+            print(row(name, measure(one, CALLERS, texts, 4), few))
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(
+    config: RewardConfig, callers: tuple[int, ...], texts: list[str], batch: int
+) -> list[float]:
+    """Texts a second of a pool, for each number of callers."""
+    with closing(RewardPool(config, 0.0)) as pool:
+        pool.wait(timeout_s=300)
+        found = []
+        for count in callers:
+            clients = [RewardClient(pool.directory, config) for _ in range(count)]
+            for client in clients:
+                score_all(client, texts[:batch], batch)
+            found.append(rate(clients, texts, batch))
+            for client in clients:
+                client.close()
+        return found
+
+
+def rate(scorers: list[Any], texts: list[str], batch: int) -> float:
+    """Texts a second that all callers together have scored, each with its own scorer."""
+    with ThreadPoolExecutor(len(scorers)) as threads:
+        began = time.perf_counter()
+        list(threads.map(lambda scorer: score_all(scorer, texts, batch), scorers))
+        return len(texts) * len(scorers) / (time.perf_counter() - began)
+
+
+def score_all(scorer: Scorer, texts: list[str], batch: int) -> None:
+    """Score batch after batch, as a worker does: it has the next one only once it has learnt."""
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        scorer.submit(["" for _ in part], part, [[] for _ in part], {}).result()
+
+
+def row(name: str, rates: list[float], alone: float) -> str:
+    """Texts a second, and times the loop."""
+    return f"{name:<24}" + "".join(f"{f'{rate:.0f}/s x{rate / alone:.2f}':>16}" for rate in rates)
+
+
+if __name__ == "__main__":
+    main()
