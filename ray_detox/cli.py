@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     recipes = f"recipe ({', '.join(recipe_names())}, or a .yaml file) and section.name=value"
     sub = add("check", _check, "Show a run in full and what it needs, touching nothing.")
     sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
+    sub.add_argument(
+        "--live", action="store_true", help="look at the cluster, its nodes and the store instead"
+    )
+    add_output(sub)
     sub = add("run", _run, "Train, measure and store; the main job.")
     sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
     sub.add_argument("--run-id", metavar="ID", help="name of the run; made up if not given")
@@ -119,23 +124,66 @@ def _check(args: argparse.Namespace) -> int:
     import yaml
 
     from ray_detox import preflight
+    from ray_detox.room import table
 
     config = _load(args.words)
+    if args.live:
+        return _check_live(config, args.output)
     fetched = preflight.check_here(config)
     need = preflight.needs(config, cluster_gpus=0)
     settings = config.to_dict()
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
     print("---")
-    print(f"CPUs while training: {need.cpus:g}; GPUs asked for: {need.gpus:g}")
+    print(table(need.phases))
+    workers = config.train.least_workers
     print(
         f"each step: {config.ppo.prompts_per_step} prompts, "
-        f"{config.ppo.prompts_per_step // config.train.workers} on each of "
-        f"{config.train.workers} worker(s); {config.ppo.epochs * config.ppo.minibatches} optimiser "
+        f"about {config.ppo.prompts_per_step // workers} on each of "
+        f"{workers} worker(s); {config.ppo.epochs * config.ppo.minibatches} optimiser "
         f"steps of {config.ppo.minibatch_size} sequences"
     )
     print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
     for what in fetched:
         print(f"to be fetched: {what}")
+    return 0
+
+
+def _check_live(config: RunConfig, output: Path) -> int:
+    """Look at everything that a run would use, the cluster first: it is what most often lacks."""
+    from ray_detox import preflight
+    from ray_detox.connect import connected, count_gpus, is_local
+    from ray_detox.progress import Console
+    from ray_detox.publish import check_store
+    from ray_detox.room import place, table
+
+    began = time.monotonic()
+    console = Console()
+    if is_local(config):
+        preflight.check_local_gpus(config, count_gpus)
+    with connected(config, console):
+        from ray_detox.stages import live
+
+        need = live.wait_for_room(config, console.line)
+        nodes = live.free_nodes()
+        console.line(table(need.phases, nodes))
+        for node, (workers, actors) in zip(nodes, place(need.phases[0], nodes), strict=True):
+            console.line(
+                f"node {node.address}: {node.total}, free {node.free}; would take "
+                f"{workers} worker(s) and {actors} actor(s)"
+            )
+        grows = live.has_autoscaler()
+        console.line(f"autoscaler: {'yes' if grows else 'no, the nodes are those there are'}")
+        preflight.check_output(output)
+        preflight.check(config)
+        console.line("data, models, adapter and storage: looked at from here")
+        check_store(config.results, RunFolder(output, "check"), new_run=False)
+        console.line(f"results: {config.results.store} can be used")
+        for probe in live.probe_nodes(config):
+            console.line(
+                f"node {probe.address}: models, data, versions and disk looked at, "
+                f"{probe.seconds:.1f} s"
+            )
+    console.line(f"all is there, {time.monotonic() - began:.1f} s")
     return 0
 
 

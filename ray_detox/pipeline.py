@@ -9,16 +9,12 @@ What a run writes, and where, is `run_folder.py`.
 """
 
 import json
-import logging
-import os
 import secrets
-import shlex
 import shutil
 import signal
 import statistics
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -28,12 +24,13 @@ from typing import Any
 from ray_detox import preflight
 from ray_detox.checkpoint_store import CheckpointStore, CheckpointWriter
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
+from ray_detox.connect import cluster, count_gpus, is_local
 from ray_detox.data import Source
 from ray_detox.progress import Console, MetricsLog, step_line
 from ray_detox.publish import check_store
 from ray_detox.run_folder import RunFolder
 from ray_detox.sources import fingerprint, folder_fingerprint
-from ray_detox.storage import Storage, write_whole
+from ray_detox.storage import Storage, StorageError, write_whole
 from ray_detox.store import check_run_id
 
 
@@ -67,15 +64,18 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
             f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or go on "
             f"with it: ray-detox run --resume {folder.run_id}."
         )
-    if _is_local(config):
-        preflight.check_local_gpus(config, _count_gpus)
+    if is_local(config):
+        preflight.check_local_gpus(config, count_gpus)
     source = preflight.check(config)
     check_store(config.results, folder, new_run=not resume)
-    folder.path.mkdir(parents=True, exist_ok=resume)
     settings = json.dumps(config.to_dict(), indent=2) + "\n"
-    write_whole(folder.path / "config.json", settings)
     if config.train.storage is not None:
-        run_storage(config, folder).write("config.json", settings.encode())
+        try:
+            run_storage(config, folder).write("config.json", settings.encode())
+        except StorageError as error:
+            raise ConfigError(f"train.storage: {error}") from error
+    folder.path.mkdir(parents=True, exist_ok=resume)
+    write_whole(folder.path / "config.json", settings)
     return source
 
 
@@ -209,7 +209,9 @@ def _ingest(config: RunConfig, source: Source, console: Console, pool: Any) -> A
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
         data = ingest.ingest(config, source)
         made += _describe_rows(data.counts)
-    with console.stage("reward", f"{config.reward.actors} actor(s) of {config.reward.model}") as made:
+    with console.stage(
+        "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
+    ) as made:
         about = pool.wait(timeout_s=max(300.0, config.cluster.patience_s))
         made += [f"actor {i} on node {a['node']}, {a['device']}" for i, a in enumerate(about)]
     return data
@@ -403,97 +405,6 @@ def causes_in_one_sentence() -> Iterator[None]:
         if isinstance(cause, ConfigError):
             raise ConfigError(str(cause)) from error
         raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
-
-
-@contextmanager
-def cluster(config: RunConfig, console: Console) -> Iterator[preflight.Needs]:
-    """Connect to the cluster, or start one on this machine, and see that it is large enough.
-
-    Raises:
-        ConfigError: it is too small.
-    """
-    # The embedded engine, in every process: awswrangler would start a Ray of its own otherwise.
-    os.environ.setdefault("WR_ENGINE", "python")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if _is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A cluster of our own takes no strangers: a token that only its processes know. Ray reads
-        # this once, when it is imported.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    import ray
-
-    if ray.is_initialized():
-        yield _check_size(config)
-        return
-    with console.stage(
-        "cluster", "this machine" if _is_local(config) else config.cluster.address
-    ) as made:
-        _connect(config)
-        total = ray.cluster_resources()
-        made.append(
-            f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        )
-    try:
-        yield _check_size(config)
-    finally:
-        ray.shutdown()
-
-
-def _connect(config: RunConfig) -> None:
-    import ray
-
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not _is_local(config):
-        ray.init(address=config.cluster.address, **quiet)
-        return
-    need = preflight.needs(config, _count_gpus())
-    # Ray hands the path of Python to a shell as it is, and a checkout may lie under one with a space.
-    quoted = shlex.quote(sys.executable)
-    # address: or it would join any other Ray on this machine. CPUs are only accounted for, not
-    # bound, so a small machine can run what a larger one would.
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
-        include_dashboard=False,
-        runtime_env={} if quoted == sys.executable else {"py_executable": quoted},
-        **quiet,
-    )
-
-
-def _is_local(config: RunConfig) -> bool:
-    address = config.cluster.address
-    return address == "local" or (address == "auto" and "RAY_ADDRESS" not in os.environ)
-
-
-def _count_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _check_size(config: RunConfig) -> preflight.Needs:
-    import ray
-
-    def have(kind: str) -> float:
-        return float(ray.cluster_resources().get(kind, 0))
-
-    need = preflight.needs(config, have("GPU"))
-    wanted = {"CPU": need.cpus, "GPU": need.gpus}
-    deadline = time.monotonic() + config.cluster.patience_s
-    if any(have(kind) < amount for kind, amount in wanted.items()) and config.cluster.patience_s:
-        from ray.autoscaler.sdk import request_resources
-
-        worker = {"CPU": config.train.cpus_per_worker, "GPU": need.gpus_per_worker}
-        actor = {"CPU": config.reward.cpus_per_actor, "GPU": need.gpus_per_actor}
-        request_resources(bundles=[worker] * config.train.workers + [actor] * config.reward.actors)
-        while time.monotonic() < deadline and any(have(k) < a for k, a in wanted.items()):
-            time.sleep(1)
-    for kind, amount in wanted.items():
-        if have(kind) < amount:
-            raise ConfigError(preflight.shortage(kind, amount, have(kind), config))
-    return need
 
 
 # ---- words -----------------------------------------------------------------------------------

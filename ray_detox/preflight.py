@@ -7,6 +7,7 @@ the store and the output folder are looked at. No weights are read and Ray is no
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,16 @@ from typing import Any
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data import Source, check_rows, locate
 from ray_detox.judge import check_judge
+from ray_detox.room import Bundle, Node, Part, Phase, shortage
 from ray_detox.sources import (
     hub_has_safetensors,
     local_folder,
     looks_like_path,
-    s3_filesystem,
 )
+from ray_detox.storage import open_address
+
+FREE_MB = 200
+"""Disk asked for where checkpoints are: one of FLAN-T5-base takes 40 MB, and some are kept."""
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 """One of these files holds the words of a tokenizer."""
@@ -35,19 +40,46 @@ class Needs:
     gpus: float
     gpus_per_worker: float
     gpus_per_actor: float
+    worker: Bundle
+    """One training worker, or one evaluation task."""
+    actor: Bundle
+    phases: tuple[Phase, ...]
+    """What is held at the same time: training, preparation, evaluation."""
+
+    @property
+    def training(self) -> Phase:
+        """Workers and reward actors."""
+        return self.phases[0]
+
+    @property
+    def evaluation(self) -> Phase:
+        """Evaluation tasks and reward actors."""
+        return self.phases[2]
 
 
 def needs(config: RunConfig, cluster_gpus: float) -> Needs:
-    """The cluster resources a run holds while it trains, its largest demand.
+    """The cluster resources a run holds, by `room.py`'s formula and from the least of its counts.
 
-        CPU = train.workers * cpus_per_worker + reward.actors * cpus_per_actor
-        GPU = train.workers * gpus_per_worker + reward.actors * gpus_per_actor
+        CPU = least_workers * cpus_per_worker + least_actors * cpus_per_actor
+        GPU = least_workers * gpus_per_worker + least_actors * gpus_per_actor
 
     GPUs left open in the config are settled by what the cluster has: a whole one for every worker
     and a quarter for every reward actor; else workers and actors share GPUs; else none.
+
+    Raises:
+        ConfigError: GPUs per worker or actor are more than one and not whole.
     """
-    workers, actors = config.train.workers, config.reward.actors
-    per_worker, per_actor = config.train.gpus_per_worker, config.reward.gpus_per_actor
+    train, reward = config.train, config.reward
+    workers, actors = train.least_workers, reward.least_actors
+    per_worker, per_actor = train.gpus_per_worker, reward.gpus_per_actor
+    for setting, gpus in (
+        ("train.gpus_per_worker", per_worker),
+        ("reward.gpus_per_actor", per_actor),
+    ):
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ConfigError(
+                f"{setting} is {gpus:g}; expected a share of one GPU, or a whole number of them."
+            )
     if per_worker is None:
         if cluster_gpus >= workers + actors * (0.25 if per_actor is None else per_actor):
             per_worker = 1.0
@@ -59,11 +91,35 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
             # Sharing: the quarters that workers leave free, among all actors.
             shared = 0.25 if per_worker == 1 else int(25 * min(1, workers / actors)) / 100
             per_actor = shared
+    worker = Bundle(train.cpus_per_worker, per_worker)
+    actor = Bundle(reward.cpus_per_actor, per_actor)
+    actor_part = Part(
+        "reward actor", f"reward.actors={reward.actors}", actors, reward.most_actors, actor
+    )
+    training = Part(
+        "training worker", f"train.workers={train.workers}", workers, train.most_workers, worker
+    )
+    preparing = Part("data task", "", 1, 1, Bundle(1))
+    measuring = Part(
+        "evaluation task",
+        f"evaluate.shards={config.evaluate.shards}",
+        1,
+        config.evaluate.shards,
+        worker,
+    )
+    phases = (
+        Phase("training", training, actor_part),
+        Phase("preparation", preparing, actor_part),
+        Phase("evaluation", measuring, actor_part),
+    )
     return Needs(
-        cpus=workers * config.train.cpus_per_worker + actors * config.reward.cpus_per_actor,
-        gpus=workers * per_worker + actors * per_actor,
+        cpus=max(phase.least("CPU") for phase in phases),
+        gpus=max(phase.least("GPU") for phase in phases),
         gpus_per_worker=per_worker,
         gpus_per_actor=per_actor,
+        worker=worker,
+        actor=actor,
+        phases=phases,
     )
 
 
@@ -111,6 +167,26 @@ def check_here(config: RunConfig) -> list[str]:
         name = section.model
         look(setting, name, section.revision, is_hub_id(name), partial(check, config))
     return fetched
+
+
+def check_reach(config: RunConfig) -> None:
+    """What a run names is found from this node, too; what is in it, `check` has looked at elsewhere.
+
+    Raises:
+        ConfigError: in one sentence, what is not there.
+    """
+    for setting, section in (("policy.model", config.policy), ("reward.model", config.reward)):
+        folder = local_folder(section.model, section.revision, setting, weights=False)
+        _settings(folder, section.model, setting)
+        _check_safetensors(folder, section.model, setting, section.revision)
+    if config.policy.adapter is not None:
+        local_folder(config.policy.adapter, None, "policy.adapter")
+    if config.reward.terms:
+        from ray_detox.reward import load_reward_function
+
+        for term in config.reward.terms:
+            load_reward_function(term)
+    locate(config.data)
 
 
 def check_policy(config: RunConfig) -> None:
@@ -284,29 +360,15 @@ def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
     Raises:
         ConfigError: more are asked for than there are.
     """
-    asked = (config.train.gpus_per_worker or 0) * config.train.workers
-    asked += (config.reward.gpus_per_actor or 0) * config.reward.actors
+    asked = (config.train.gpus_per_worker or 0) + (config.reward.gpus_per_actor or 0)
     if asked:
         have = count_gpus()
-        if asked > have:
-            raise ConfigError(shortage("GPU", asked, have, config))
-
-
-def shortage(kind: str, need: float, have: float, config: RunConfig) -> str:
-    """The sentence for a cluster that is too small."""
-    unit = kind.lower() + "s"
-    per_worker = getattr(config.train, f"{unit}_per_worker")
-    per_actor = getattr(config.reward, f"{unit}_per_actor")
-    return (
-        f"The run needs {need:g} {kind}s (train.workers={config.train.workers} with {unit}_per_worker="
-        f"{_or_auto(per_worker)}, reward.actors={config.reward.actors} with {unit}_per_actor="
-        f"{_or_auto(per_actor)}), and the cluster has {have:g}. Ask for fewer, or add nodes "
-        "(an autoscaling cluster is given time by cluster.patience_s)."
-    )
-
-
-def _or_auto(value: float | None) -> str:
-    return "auto" if value is None else f"{value:g}"
+        need = needs(config, have)
+        # CPUs of this machine are accounted for and not bound: there are as many as are needed.
+        machine = Bundle(need.cpus, have)
+        short = shortage(need.phases, [Node("this machine", machine, machine)])
+        if short:
+            raise ConfigError(short)
 
 
 def check_output(folder: Path) -> None:
@@ -315,7 +377,7 @@ def check_output(folder: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    reason = _why_not_writable(folder)
+    reason = _why_not_writable(folder) or why_no_room(folder)
     if reason:
         raise ConfigError(
             f"The output folder {folder} cannot be written to ({reason}). Choose another with "
@@ -329,30 +391,47 @@ def check_storage(storage: str) -> None:
     Raises:
         ConfigError: they cannot.
     """
-    if storage.startswith("s3://"):
-        from pyarrow import fs
-
-        filesystem, root = s3_filesystem(storage, "train.storage")
-        bucket = root.partition("/")[0]
-        try:
-            known = filesystem.get_file_info(bucket).type != fs.FileType.NotFound
-        except OSError as error:
-            known, bucket = False, f"{bucket} ({str(error).splitlines()[0]})"
-        reason = None if known else f"there is no bucket {bucket} for you"
-    elif not Path(storage).is_absolute():
-        reason = "every node must find it, so it begins with / or s3://"
+    if "://" in storage:
+        reason = _why_not_reachable(storage)
     else:
-        reason = _why_not_writable(Path(storage))
+        reason = _why_not_writable(Path(storage)) or why_no_room(Path(storage))
     if reason:
         raise ConfigError(
             f"train.storage is {storage!r}, and no checkpoint can be kept there: {reason}."
         )
 
 
+def _why_not_reachable(address: str) -> str | None:
+    from pyarrow import fs
+
+    try:
+        filesystem, root = open_address(address)
+        bucket = root.partition("/")[0]
+        # A bucket must be there; of other file systems it is enough that they answer.
+        kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
+    except (OSError, ValueError, ImportError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
+        return f"there is no bucket {bucket} for you"
+    return None
+
+
+def why_no_room(folder: Path) -> str | None:
+    """Why no checkpoint fits into a folder that may still have to be made; None where one does."""
+    free_mb = shutil.disk_usage(_first_existing(folder)).free / 1e6
+    if free_mb >= FREE_MB:
+        return None
+    return f"{folder} has {free_mb:.0f} MB free, and checkpoints need {FREE_MB} MB"
+
+
+def _first_existing(folder: Path) -> Path:
+    while not os.path.exists(folder):  # not Path.exists, which may raise PermissionError
+        folder = folder.parent
+    return folder
+
+
 def _why_not_writable(folder: Path) -> str | None:
-    existing = folder
-    while not os.path.exists(existing):  # not Path.exists, which may raise PermissionError
-        existing = existing.parent
+    existing = _first_existing(folder)
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return None
     return f"{existing} is not a folder you may write to"

@@ -109,4 +109,3 @@ class RunFolder:
 def new_run_id(recipe: str) -> str:
     """A run id that sorts by time and does not collide."""
     return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-

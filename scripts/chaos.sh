@@ -18,4 +18,4 @@ fi
 
 make_venv
 install dev,judge
-PYTHONPATH=$ROOT/tests exec "$VENV/bin/python" -m chaos.long "$@"
+PYTHONPATH=$ROOT exec "$VENV/bin/python" -m tests.chaos.long "$@"

@@ -133,7 +133,9 @@ def test_a_step_that_is_written_again_is_not_whole_meanwhile(store, folder):
             super().write(name, content)
 
     with pytest.raises(StorageError):
-        CheckpointStore(Dies(str(folder))).save(Checkpoint(2, {"state.json": b"1", "weights": b"2"}))
+        CheckpointStore(Dies(str(folder))).save(
+            Checkpoint(2, {"state.json": b"1", "weights": b"2"})
+        )
 
     assert store.newest(lambda text: None) == made(1)
 
@@ -205,7 +207,9 @@ class Full(Storage):
         super().write(name, content)
 
 
-def test_a_full_disk_is_said_once_and_so_is_its_end_and_the_newest_is_kept_then(folder, monkeypatch):
+def test_a_full_disk_is_said_once_and_so_is_its_end_and_the_newest_is_kept_then(
+    folder, monkeypatch
+):
     monkeypatch.setattr(CheckpointWriter, "RETRY_S", 0.01)
     full, said = Full(str(folder)), []
     writer = CheckpointWriter(CheckpointStore(full), None, on_event=said.append)
@@ -231,7 +235,9 @@ def test_storage_that_never_answers_is_a_sentence_in_the_end(folder):
     writer = CheckpointWriter(CheckpointStore(slow), None)
     writer.put(made(1))
 
-    with pytest.raises(StorageError, match=r"step 1 could not be kept within 0.1 s. .* did not answer"):
+    with pytest.raises(
+        StorageError, match=r"step 1 could not be kept within 0.1 s. .* did not answer"
+    ):
         writer.flush(0.1)
 
     slow.go_on.release()

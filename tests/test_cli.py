@@ -6,6 +6,7 @@ the point, in one of their own.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -627,7 +628,8 @@ def test_check_shows_every_setting_and_touches_nothing(capsys, tmp_path, monkeyp
     assert code == 0
     shown, _, needs = out.partition("---\n")
     assert config_from_dict(yaml.safe_load(shown)) == load_config(recipe, ["train.steps=7"])
-    assert "CPUs while training" in needs
+    assert re.search(r"^training: +training worker +\d+ ", needs, re.M)
+    assert re.search(r"^need +\d+ +[\d.]+$", needs, re.M)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -654,6 +656,21 @@ def test_what_check_shows_is_a_recipe(capsys, tmp_path):
     recipe.write_text(capsys.readouterr().out.partition("---\n")[0])
 
     assert load_config(str(recipe)) == load_config("seed", ["seed=5"])
+
+
+def test_check_shows_the_least_a_run_holds_and_the_most_it_would_use(capsys):
+    cli.main(["check", "lab", "train.workers=2..4", "train.cpus_per_worker=3"])
+
+    out = capsys.readouterr().out
+    assert re.search(r"^training: +training worker +2\.\.4 +3 +0 +6 +0$", out, re.M)
+    assert re.search(r"^need +7 +0$", out, re.M)
+    assert re.search(r"^used if free +13 +0$", out, re.M)
+
+
+def test_a_live_check_finds_missing_gpus_before_ray_is_started(mistake):
+    sentence = mistake("lab", "--live", "train.gpus_per_worker=64", verb="check")
+
+    assert "The run needs 128.25 GPUs" in sentence
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])

@@ -22,8 +22,8 @@ import numpy as np
 import ray
 
 from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
-from ray_detox.preflight import Needs, shortage
-from ray_detox.room import Bundle, workers_that_fit
+from ray_detox.preflight import Needs
+from ray_detox.room import shortage_of_main
 from ray_detox.run_folder import RunFolder
 from ray_detox.stages.live import free_nodes
 from ray_detox.stages.train import ANSWER_S, POLL_S, start_progress
@@ -156,7 +156,6 @@ class _Patience:
     def __init__(self, config: RunConfig, need: Needs) -> None:
         self._config = config
         self._need = need
-        self._bundle = Bundle(cpus=config.train.cpus_per_worker, gpus=need.gpus_per_worker)
         self._since = time.monotonic()
 
     def check(self, something_happened: bool) -> None:
@@ -165,9 +164,10 @@ class _Patience:
         if something_happened:
             self._since = now
         if now - self._since > max(self._config.cluster.patience_s, 10.0):
-            nodes = free_nodes(total=True)
-            if not workers_that_fit(self._bundle, nodes, most=1):
-                raise ConfigError(shortage(self._config, self._need, nodes))
+            idle = [node.when_idle() for node in free_nodes()]
+            short = shortage_of_main(self._need.evaluation, idle)
+            if short is not None:
+                raise ConfigError(short)
 
 
 class _KeptShards:

@@ -215,4 +215,3 @@ def _check_enough(
         f"{held:,} to hold out ({why}); expected at least {config.lanes} (data.lanes) and 2. "
         "Give more data, widen data.min_chars and data.max_chars, or lower data.lanes."
     )
-

@@ -220,7 +220,9 @@ def run_training(
         while True:
             workers = workers_with_room(config, need, pool, stop_requested)
             step = writer.newest.step if writer.newest else 0
-            on_event({"kind": "group", "workers": workers, "step": step, "number": sum(ends.values())})
+            on_event(
+                {"kind": "group", "workers": workers, "step": step, "number": sum(ends.values())}
+            )
             group = _Group(config, need, job, workers, writer, scratch, on_event)
             outcome = group.run(stop_requested)
             if group.error is not None:

@@ -10,15 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
-from ray_detox.preflight import Needs, shortage
-from ray_detox.room import Bundle, workers_that_fit
+from ray_detox.preflight import Needs
+from ray_detox.room import shortage_of_main, workers_that_fit
 from ray_detox.stages.live import free_nodes
 
 LOOK_S = 0.5
 SETTLE_S = 4.0
 """What a group that has ended held is not free at once: wait this long for the full number."""
-WORTH_S = 60.0
-"""A group is not started anew for less training than this."""
 
 
 def workers_with_room(
@@ -35,14 +33,14 @@ def workers_with_room(
     began = time.monotonic()
     while True:
         nodes = free_nodes()
-        fit = workers_that_fit(_bundle(config, need), nodes, most)
+        fit = workers_that_fit(need.worker, nodes, most)
         waited_s = time.monotonic() - began
         if fit == most or (fit >= least and waited_s > SETTLE_S):
             return fit
         if stop_requested.is_set() and fit >= least:
             return fit
         if waited_s > max(config.cluster.patience_s, SETTLE_S) or stop_requested.is_set():
-            raise ConfigError(shortage(config, need, nodes))
+            raise ConfigError(shortage_of_main(need.training, nodes) or "Nodes come and go.")
         pool.shrink()
         time.sleep(LOOK_S)
 
@@ -77,16 +75,14 @@ class RoomForOneMore:
 
     def is_there(self) -> bool:
         """Whether a group with more workers should take over."""
-        if self._workers == self._config.train.most_workers or self._left_s < WORTH_S:
+        long_s = self._config.train.grow_after_s
+        # Starting a group takes a while, too: what is left must be worth it.
+        if self._workers == self._config.train.most_workers or self._left_s < long_s:
             return False
         now = self._clock()
         if now - self._looked < LOOK_S:
             return False
         self._looked = now
-        if not workers_that_fit(_bundle(self._config, self._need), free_nodes(), most=1):
+        if not workers_that_fit(self._need.worker, free_nodes(), most=1):
             self._since = now
-        return now - self._since >= self._config.train.grow_after_s
-
-
-def _bundle(config: RunConfig, need: Needs) -> Bundle:
-    return Bundle(cpus=config.train.cpus_per_worker, gpus=need.gpus_per_worker)
+        return now - self._since >= long_s

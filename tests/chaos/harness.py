@@ -1,8 +1,8 @@
 """A Ray of several nodes on this machine, a run on it, and what happens to them on a schedule.
 
-    this process      Cluster: GCS and raylets as processes of this machine
-      go(blows)       `ray-detox run` as a process; its lines say when the next blow is due
-                      a driver that ended is followed by `ray-detox run --resume`
+this process      Cluster: GCS and raylets as processes of this machine
+  go(blows)       `ray-detox run` as a process; its lines say when the next blow is due
+                  a driver that ended is followed by `ray-detox run --resume`
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from chaos.schedule import Blow
+from tests.chaos.schedule import Blow
 
 STEPS, PROMPTS, MEASURED = 8, 32, 24
 SETTINGS = [
@@ -56,7 +56,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[n]) for n in (1, 2)),
+    "PYTHONPATH": str(Path(__file__).parents[2]),
 }
 RETURN_S = 4.0
 """After this time a node that was lost is there again, and storage that failed works."""
@@ -157,15 +157,22 @@ class Chaos:
     ) -> bool:
         """One driver's life; True where it was ended by a blow."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "chaos.driver", "run", *words, "--output", str(self.folder / "runs")],
+            [
+                sys.executable,
+                "-m",
+                "chaos.driver",
+                "run",
+                *words,
+                "--output",
+                str(self.folder / "runs"),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"CHAOS_FAULT": str(self.fault)},
         )
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        assert process.stdout is not None
-        reader = threading.Thread(target=lambda: [lines.put(x) for x in process.stdout], daemon=True)
+        reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
         reader.start()
         step, since, asked = -1, time.monotonic(), False
         while process.poll() is None:
@@ -273,9 +280,9 @@ class Chaos:
         found = []
         for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time", "status"]):
             about = process.info
-            if about["ppid"] in raylets and about["status"] != psutil.STATUS_ZOMBIE:
-                if title in " ".join(about["cmdline"] or []):
-                    found.append(process)
+            named = title in " ".join(about["cmdline"] or [])
+            if named and about["ppid"] in raylets and about["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
         return sorted(found, key=lambda process: process.info["create_time"])
 
     # ---- what a run left -----------------------------------------------------------------------
@@ -295,6 +302,12 @@ class Chaos:
         """What was measured."""
         file = self.folder / "runs" / run_id / "samples.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _read(process: subprocess.Popen[str], lines: "queue.SimpleQueue[str]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from chaos.harness import MEASURED, STEPS, Chaos, Ended
 from ray_detox.store.sqlite import SQLiteStore
+from tests.chaos.harness import MEASURED, STEPS, Chaos, Ended
 
 SAME = ["train.workers=2", "reward.actors=2"]
 """The same number of workers whatever happens: equal to the last bit."""

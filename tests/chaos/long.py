@@ -1,6 +1,6 @@
 """Many runs, each with a schedule of its own from a seed; a line for each, and how many were wrong.
 
-    bash scripts/chaos.sh --seeds 40 --first 0
+bash scripts/chaos.sh --seeds 40 --first 0
 """
 
 import argparse
@@ -8,9 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chaos.harness import STEPS, chaos
-from chaos.judge import FEWER, SAME, faults
-from chaos.schedule import schedule
+from tests.chaos.harness import STEPS, chaos
+from tests.chaos.judge import FEWER, SAME, faults
+from tests.chaos.schedule import schedule
 
 DOCUMENTED = ("Training failed", "The run needs", "could not be kept", "No scores for")
 """How the sentences begin that a run may end with."""

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from chaos.harness import STEPS, chaos
-from chaos.judge import FEWER, SAME, faults
-from chaos.schedule import KINDS, Blow, schedule
+from tests.chaos.harness import STEPS, chaos
+from tests.chaos.judge import FEWER, SAME, faults
+from tests.chaos.schedule import KINDS, Blow, schedule
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

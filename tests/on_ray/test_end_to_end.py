@@ -137,9 +137,10 @@ def test_the_files_of_a_run_agree_with_its_report(finished):
     store = CheckpointStore(pipeline.run_storage(load_config("lab", SHORT), folder))
     assert store.steps() == [2, 4]
     assert store.newest().step == STEPS
-    assert store.newest().files["adapter/adapter_model.safetensors"] == (
-        folder.adapter / "adapter_model.safetensors"
-    ).read_bytes()
+    assert (
+        store.newest().files["adapter/adapter_model.safetensors"]
+        == (folder.adapter / "adapter_model.safetensors").read_bytes()
+    )
 
 
 def test_results_prints_the_stored_report(finished, output, capsys):
@@ -285,7 +286,9 @@ def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dy
 
 
 def test_a_run_that_is_nowhere_cannot_be_taken_up(aws, output, capsys):
-    code = cli.main(["run", "--resume", "nobody", f"train.storage={output}", "--output", str(output)])
+    code = cli.main(
+        ["run", "--resume", "nobody", f"train.storage={output}", "--output", str(output)]
+    )
 
     assert code == cli.MISTAKE
     assert f"and none in train.storage={output}." in capsys.readouterr().err

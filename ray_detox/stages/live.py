@@ -1,0 +1,256 @@
+"""A look at the connected cluster before a run takes it: is there room, can every node do its part?
+
+    wait_for_room   nodes --> room.shortage --> none: go on
+                                            --> nothing can add nodes, and idle ones would not do: refuse
+                                            --> else wait, cluster.patience_s at most
+    probe_nodes     every node at once: look at what the run names, versions, disk
+                                            --> the first fault, with its node
+    free_nodes, draining_nodes              what `stages/workers.py` goes by when nodes come and go
+
+No wait here is without an end.
+"""
+
+import json
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_detox import __version__, preflight
+from ray_detox.config import ConfigError, RunConfig, config_from_dict
+from ray_detox.room import Bundle, Node, shortage
+
+POLL_S = 0.5
+SETTLE_S = 1.0
+"""A node that has just joined is seen by all of Ray within this time."""
+PROBE_S = 60.0
+"""Longest wait for the nodes to answer; a first process on a busy node takes seconds to start."""
+KNOCK_S = 1.0
+"""Longest wait for a node to take a connection."""
+
+
+# ---- room ------------------------------------------------------------------------------------
+
+
+def free_nodes() -> list[Node]:
+    """Every node that answers and is not being drained, with what is free on it."""
+    # Private, as the public functions have sums alone, and know no draining.
+    from ray._private import state
+
+    total, free = state.total_resources_per_node(), state.available_resources_per_node()
+    return [
+        Node(_name(node), _bundle(total[node["NodeID"]]), _bundle(free.get(node["NodeID"], {})))
+        for node in _alive()
+        if node["NodeID"] in total and _answers(node)
+    ]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are to go."""
+    from ray._private import state
+
+    return set(state.state.get_draining_nodes())
+
+
+def _alive() -> list[dict[str, Any]]:
+    draining = draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a node takes a connection: Ray lists one that was cut off for half a minute more."""
+    try:
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        socket.create_connection(address, timeout=KNOCK_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def _bundle(resources: dict[str, float]) -> Bundle:
+    return Bundle(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def has_autoscaler() -> bool:
+    """Whether something may add nodes to this cluster.
+
+    Ray does not tell. What gives it away are names of node types: `ray up` and KubeRay start every
+    node with one, and the older autoscaler reports them; the nodes of `ray start` and `ray.init`
+    have none, and reports call each by its id.
+    """
+    if any(node["Labels"].get("ray.io/node-group") for node in ray.nodes()):
+        return True
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
+    types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(not name.startswith("node_") for name in types.values())
+
+
+def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> preflight.Needs:
+    """Wait until the cluster has what a run needs, and return what that is.
+
+    Args:
+        config: of the run.
+        say: is told once, if there is something to wait for.
+
+    Raises:
+        ConfigError: what is short. At once where no wait could help: nothing adds nodes, and those
+            there are would be too small even if they were idle. Else after `cluster.patience_s`.
+    """
+    began, waiting = time.monotonic(), False
+    try:
+        while True:
+            nodes = free_nodes()
+            need = preflight.needs(config, sum(node.total.gpus for node in nodes))
+            short = shortage(need.phases, nodes)
+            waited_s = time.monotonic() - began
+            if short is None:
+                return need
+            never = shortage(need.phases, [node.when_idle() for node in nodes])
+            grows = has_autoscaler()
+            if never and not grows and waited_s >= SETTLE_S:
+                raise ConfigError(never)
+            if waited_s >= max(SETTLE_S, config.cluster.patience_s):
+                raise ConfigError(short + (_launches() if grows else ""))
+            if (grows or not never) and not waiting:
+                waiting = True
+                say(f"{'':<9} waiting up to {config.cluster.patience_s:g} s for room: {short}")
+                _ask_for(config, need)
+            time.sleep(POLL_S)
+    finally:
+        if waiting:
+            # What was asked for stands until it is taken back, and would hold nodes for ever.
+            _request([])
+
+
+def _ask_for(config: RunConfig, need: preflight.Needs) -> None:
+    _request([need.worker] * config.train.least_workers + [need.actor] * config.reward.least_actors)
+
+
+def _request(bundles: list[Bundle]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"CPU": b.cpus, "GPU": b.gpus} for b in bundles])
+
+
+def _launches() -> str:
+    """What the autoscaler says about nodes that do not come."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    except (RayError, RuntimeError, AssertionError):
+        return ""
+    said = [
+        f"{launch.count} x {launch.ray_node_type_name} failed: {launch.details}"
+        for launch in status.failed_launches
+    ]
+    said += [f"{x.count} x {x.ray_node_type_name} is asked for" for x in status.pending_launches]
+    said += [f"a {node.ray_node_type_name} is starting" for node in status.pending_nodes]
+    return f" The autoscaler: {'; '.join(said[:4])}." if said else ""
+
+
+# ---- nodes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a node said about itself."""
+
+    address: str
+    fault: str | None
+    seconds: float
+
+
+def probe_nodes(config: RunConfig) -> list[Probe]:
+    """Have every node look at what the run asks of it; nothing where this process's node is alone.
+
+    Returns:
+        One for each node that can hold anything; none where the only node is this one, at whose
+        files `preflight.check` has looked.
+
+    Raises:
+        ConfigError: a node's fault, with its address, or that it did not answer.
+    """
+    nodes = [node for node in _alive() if {"CPU", "GPU"} & node["Resources"].keys()]
+    here = ray.get_runtime_context().get_node_id()
+    if [node["NodeID"] for node in nodes] == [here]:
+        return []
+    began = time.monotonic()
+    asked = {
+        _look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(config.to_dict(), versions()): _name(node)
+        for node in nodes
+    }
+    probes, waiting = [], list(asked)
+    while waiting and (left_s := PROBE_S - (time.monotonic() - began)) > 0:
+        done, waiting = ray.wait(waiting, timeout=left_s)
+        seconds = time.monotonic() - began
+        probes += [Probe(asked[ref], _answer(ref), seconds) for ref in done]
+    for ref in waiting:
+        ray.cancel(ref, force=True)
+        fault = f"it did not answer within {PROBE_S:g} s."
+        probes.append(Probe(asked[ref], fault, PROBE_S))
+    faulty = [probe for probe in probes if probe.fault]
+    if faulty:
+        more = f" (and {len(faulty) - 1} more)" if len(faulty) > 1 else ""
+        raise ConfigError(f"Node {faulty[0].address}{more} cannot do its part: {faulty[0].fault}")
+    return probes
+
+
+def _answer(ref: Any) -> str | None:
+    try:
+        fault: str | None = ray.get(ref)
+    except RayError as error:
+        # Such as a node without this package, or one that has just died.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{(lines or [type(error).__name__])[-1]}"
+    return fault
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all nodes."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"Python": python, "Ray": ray.__version__, "ray-detox": __version__}
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(settings: dict[str, Any], expected: dict[str, str]) -> str | None:
+    return find_fault(settings, expected)
+
+
+def find_fault(settings: dict[str, Any], expected: dict[str, str]) -> str | None:
+    """What keeps this node from doing its part of a run, in a sentence.
+
+    Args:
+        settings: the run's, as plain values: a node of another version may know others.
+        expected: the driver's `versions()`.
+    """
+    for name, version in versions().items():
+        if version != expected[name]:
+            return (
+                f"it has {name} {version}, and the run was started with {name} {expected[name]}. "
+                "Install the same version on all nodes."
+            )
+    try:
+        preflight.check_reach(config_from_dict(settings))
+    except ConfigError as error:
+        return str(error)
+    # A worker writes a checkpoint there, and reads it, on its way to the driver.
+    no_room = preflight.why_no_room(Path(tempfile.gettempdir()))
+    return f"its temporary folder {no_room}. Make room there." if no_room else None

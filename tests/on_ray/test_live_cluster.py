@@ -1,0 +1,69 @@
+"""`ray-detox check --live` against a cluster of three nodes; it runs beside this folder's own Ray."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """What each of the commands below said: a cluster of nodes with 1, 2 (and 1 GPU) and 3 CPUs."""
+    folder = tmp_path_factory.mktemp("live")
+    common = ["check", "--live", "lab", "--output", str(folder / "runs")]
+    commands = {
+        "fits": [f"train.storage={folder}/storage"],
+        "too many": ["train.workers=9"],
+        "too large": ["train.workers=1", "train.cpus_per_worker=4", "train.gpus_per_worker=0"],
+        "no storage": [f"train.storage={folder}/file"],
+        "no table": ["results.store=dynamodb", "results.endpoint_url=http://127.0.0.1:9"],
+    }
+    (folder / "file").write_text("here first")
+    words = json.dumps([common + settings for settings in commands.values()])
+    done = subprocess.run(
+        [sys.executable, HERE / "fake_nodes.py", words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(commands, results, strict=True))
+
+
+def test_a_cluster_with_room_is_shown_with_every_node_looked_at(checked):
+    said = checked["fits"]
+
+    assert said["code"] == 0, said["err"]
+    assert re.search(r"^need +3 +0$", said["out"], re.M)
+    assert re.search(r"^free +6 +1$", said["out"], re.M)
+    assert "autoscaler: no" in said["out"]
+    assert len(re.findall(r"^node .*: storage, models, data, versions", said["out"], re.M)) == 3
+
+
+@pytest.mark.parametrize(
+    "what, sentence, seconds",
+    [
+        ("too many", "The run needs 10 CPUs (train.workers=9 with cpus_per_worker=1", 10),
+        ("too large", "1 of 1 training worker(s) (train.workers=1) with 4 CPUs each would find no", 10),
+        ("no storage", "/file', and no checkpoint can be kept there", 30),
+        ("no table", "DynamoDB could not be reached at 127.0.0.1:9", 30),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_sentence_and_soon(checked, what, sentence, seconds):
+    said = checked[what]
+
+    assert said["code"] == 2
+    assert said["err"].startswith("ray-detox: ")
+    assert said["err"].count("\n") == 1
+    assert sentence in said["err"]
+    assert said["seconds"] < seconds
