@@ -74,7 +74,9 @@ def _results(args: argparse.Namespace) -> int:
     try:
         if args.run_id is None:
             runs = store.list_runs()
-            print(json.dumps(runs, indent=2) if args.json else "\n".join(map(list_line, runs)))
+            nothing = "No run is stored there yet; ray-detox run and ray-detox publish store some."
+            lines = "\n".join(map(list_line, runs)) or nothing
+            print(json.dumps(runs, indent=2) if args.json else lines)
             return 0
         report = _get(store, args.run_id)
         if args.json:
@@ -142,16 +144,23 @@ def _publish(args: argparse.Namespace) -> int:
 
 def _table(args: argparse.Namespace) -> int:
     from ray_detox.store.dynamodb import DynamoDBStore
+    from ray_detox.store.notebook import is_notebook_table
 
     results = _changed(load_config("lab").to_dict(), args.words)
-    store = DynamoDBStore(results.table, region=results.region, endpoint_url=results.endpoint_url)
+    name, region, endpoint_url = results.table, results.region, results.endpoint_url
+    store = DynamoDBStore(name, region=region, endpoint_url=endpoint_url)
     try:
         if args.what == "create":
             store.create_table()
-            print(f"Table {results.table} is ready; use it with results.store=dynamodb.")
+            print(f"Table {name} is ready; use it with results.store=dynamodb.")
+        elif is_notebook_table(name, region=region, endpoint_url=endpoint_url):
+            print(
+                f"Table {name} has the published notebook's key: it can hold the samples "
+                "of a run, and the whole run is kept in the output folder."
+            )
         else:
             store.check()
-            print(f"Table {results.table} can hold results.")
+            print(f"Table {name} can hold results.")
         return 0
     finally:
         store.close()

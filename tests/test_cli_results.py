@@ -321,6 +321,26 @@ def test_publishing_to_the_notebooks_table_keeps_the_whole_run_as_well(folder, o
     assert SQLiteStore(folder.store_path).get_run("third") == make_report("third")
 
 
+def test_an_empty_table_is_said_to_be_empty(aws, capsys):
+    words = ["results.store=dynamodb", "results.table=still-empty", f"results.endpoint_url={aws}"]
+    assert cli.main(["table", "create", *words]) == 0
+    capsys.readouterr()
+
+    assert cli.main(["results", *words]) == 0
+    assert "No run is stored there yet" in capsys.readouterr().out
+    assert cli.main(["results", "--json", *words]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_the_notebooks_table_passes_the_check_as_what_it_is(aws, capsys):
+    make_notebook_table(aws, "notes")
+
+    command = ["table", "check", "results.table=notes", f"results.endpoint_url={aws}"]
+    assert cli.main(command) == 0
+
+    assert "can hold the samples of a run" in capsys.readouterr().out
+
+
 def test_a_report_is_one_html_file(folder, output, tmp_path, capsys, mistake):
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
     file = tmp_path / "third.html"

@@ -31,7 +31,7 @@ from ray_detox.store import dynamodb as dynamodb_module
 from ray_detox.store import sqlite as sqlite_module
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_items import table_schema
-from ray_detox.store.pages import SHOWS, SORTS, as_row, matches
+from ray_detox.store.pages import SHOWS, SORTS, Limits, as_row, limits_of, matches
 from ray_detox.store.sqlite import SQLiteStore
 from tests.emulators import emulator
 
@@ -906,18 +906,25 @@ def all_pages(store, query, limit):
 
 def test_pages_have_what_the_rules_say_in_their_order(store):
     samples = scored_samples(60)
-    store.put_run(make_report(toxicity={"toxic_above": 0.4}), samples)
+    samples[7]["toxicity_after"] = samples[7]["toxicity_before"] + 0.25
+    report = make_report(toxicity={"toxic_above": 0.4, "same_within": 0.25})
+    store.put_run(report, samples)
 
     queries = [SampleQuery(*some) for some in itertools.product(SORTS, (False, True), SHOWS)]
     searches = ("\u7b28\u86cb", "gro\u00dfE", "nowhere")
     queries += [SampleQuery("toxicity", True, "worse", search) for search in searches]
     for query in queries:
-        expected = [row for row in map(as_row, samples) if matches(row, query, 0.4)]
+        expected = [row for row in map(as_row, samples) if matches(row, query, limits_of(report))]
         expected.sort(key=lambda row: row[query.key], reverse=query.descending)
 
         # Seven at a time, or all at once: the same rows.
         for limit in (7, 100) if query.show == "all" else (20,):
             assert all_pages(store, query, limit) == expected, query
+
+
+def test_a_run_that_says_no_limits_is_read_by_those_of_its_time():
+    assert limits_of({"toxicity": None}) == limits_of({}) == Limits(0.5, 0.0)
+    assert limits_of({"toxicity": {"toxic_above": 1, "same_within": None}}) == Limits(1.0, 0.0)
 
 
 def test_a_run_that_is_not_there_has_no_page_no_sample_and_no_curves(store):

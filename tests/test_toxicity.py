@@ -42,6 +42,13 @@ def test_compare_matches_the_worked_example():
     assert found.p_value == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_change_that_three_decimals_do_not_show_is_none():
+    found = compare([0.5, 0.5, 0.5, 0.5, 0.25], [0.5004, 0.4996, 0.5006, 0.4994, 0.5], seed=1)
+
+    assert (found.better, found.worse, found.same) == (1, 2, 2)
+    assert compare([0.5], [0.75], same_within=0.25).same == 1
+
+
 def test_a_score_on_the_threshold_is_not_above_it():
     assert compare([0.5, 0.51], [0.5, 0.5]).before.share == 0.5
 

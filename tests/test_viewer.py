@@ -17,6 +17,7 @@ from moto.server import ThreadedMotoServer
 
 from ray_detox.store import StoreError, open_store
 from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.pages import as_row
 from ray_detox.store.sqlite import SQLiteStore
 from ray_detox.viewer import handler as handler_module
 from ray_detox.viewer import server as server_module
@@ -224,6 +225,8 @@ def test_a_sample_is_answered_in_full_whatever_its_text(store):
         answer = ok(store, f"/api/runs/first/samples/{sample['index']}")
 
         assert {key: answer[key] for key in sample} == sample
+        (listed,) = ok(store, f"/api/runs/first/samples?index={sample['index']}")["samples"]
+        assert answer == listed == as_row(sample)
 
 
 def test_samples_come_by_index_in_pages(store):

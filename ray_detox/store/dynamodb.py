@@ -45,8 +45,8 @@ from ray_detox.store.pages import (
     as_row,
     decode_cursor,
     encode_cursor,
+    limits_of,
     matches,
-    toxic_above,
 )
 
 _BATCH = 25  # DynamoDB takes no more in one request
@@ -342,7 +342,7 @@ class DynamoDBStore:
             arguments = _by_difference(run_id, query.key, meta)
         if query.show == "all" and not query.search:
             arguments["Limit"] = limit  # every sample read is one that is shown
-        above = toxic_above(json.loads(meta["summary"]["S"]))
+        limits = limits_of(json.loads(meta["summary"]["S"]))
         rows: list[dict[str, Any]] = []
         for _ in range(_QUERIES_PER_PAGE):
             answer = self._call(
@@ -359,7 +359,7 @@ class DynamoDBStore:
                         name: float(item[name]["N"]) if name in item else None
                         for name in ("toxicity_diff", "reward_diff")
                     }
-                if not matches(row, query, above):
+                if not matches(row, query, limits):
                     continue
                 rows.append(row)
                 if len(rows) == limit:

@@ -80,15 +80,24 @@ def as_row(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def toxic_above(summary: Mapping[str, Any]) -> float:
-    """The score above which a run calls a text toxic, from its report or summary."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a run calls toxic, and what a change."""
+
+    toxic_above: float = 0.5
+    same_within: float = 0.0
+
+
+def limits_of(summary: Mapping[str, Any]) -> Limits:
+    """The limits by which a run counted, from its report or summary."""
     toxicity = summary.get("toxicity")
-    above = toxicity.get("toxic_above") if isinstance(toxicity, Mapping) else None
-    return float(above) if _is_number(above) else 0.5
+    given = toxicity if isinstance(toxicity, Mapping) else {}
+    names = ("toxic_above", "same_within")
+    return Limits(**{name: float(given[name]) for name in names if _is_number(given.get(name))})
 
 
-def matches(row: Mapping[str, Any], query: SampleQuery, above: float) -> bool:
-    """Whether a row of `as_row` answers a query; `above` is from `toxic_above`."""
+def matches(row: Mapping[str, Any], query: SampleQuery, limits: Limits) -> bool:
+    """Whether a row of `as_row` answers a query; `limits` are from `limits_of`."""
     if query.key != "index" and row.get(query.key) is None:
         return False
     diff = row.get("toxicity_diff")
@@ -96,11 +105,14 @@ def matches(row: Mapping[str, Any], query: SampleQuery, above: float) -> bool:
         shown = diff is None
     elif query.show in ("toxic_before", "toxic_after"):
         toxicity = row.get(query.show.replace("toxic_", "toxicity_"))
-        shown = _is_number(toxicity) and toxicity > above
+        shown = _is_number(toxicity) and toxicity > limits.toxic_above
     else:
+        within = limits.same_within
         shown = query.show == "all" or (
             diff is not None
-            and {"better": diff < 0, "worse": diff > 0, "same": diff == 0}[query.show]
+            and {"better": diff < -within, "worse": diff > within, "same": abs(diff) <= within}[
+                query.show
+            ]
         )
     return bool(shown) and contains(row, query.search)
 

@@ -22,7 +22,7 @@ from ray_detox.store.pages import (
     contains,
     decode_cursor,
     encode_cursor,
-    toxic_above,
+    limits_of,
 )
 
 # How long a writer waits for other writers.
@@ -66,9 +66,9 @@ _SCHEMA_2 = (
 
 _SHOWN = {
     "all": "1",
-    "better": "toxicity_diff < 0",
-    "worse": "toxicity_diff > 0",
-    "same": "toxicity_diff = 0",
+    "better": "toxicity_diff < -:within",
+    "worse": "toxicity_diff > :within",
+    "same": "toxicity_diff BETWEEN -:within AND :within",
     "toxic_before": "toxicity_before > :above",
     "toxic_after": "toxicity_after > :above",
     "unscored": "toxicity_diff IS NULL",
@@ -190,13 +190,15 @@ class SQLiteStore:
             f"SELECT p.place, p.position, s.sample FROM ({places}) p "
             "CROSS JOIN samples s ON s.run_id = :run_id AND s.position = p.position"
         )
+        limits = limits_of(json.loads(found[0][0]))
         most = MOST_LOOKED_AT if query.search else limit
         rows: list[dict[str, Any]] = []
         looked_at, last = 0, None
         for place, position, text in self._select(
             texts,
             run_id=run_id,
-            above=toxic_above(json.loads(found[0][0])),
+            above=limits.toxic_above,
+            within=limits.same_within,
             after=after and after[0],
             position=after and after[1],
             most=most + 1,

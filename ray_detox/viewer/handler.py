@@ -34,7 +34,7 @@ from ray_detox.store import (
     open_store,
     to_text,
 )
-from ray_detox.store.pages import SHOWS, SORTS
+from ray_detox.store.pages import SHOWS, SORTS, as_row
 
 log = logging.getLogger(__name__)
 
@@ -232,11 +232,11 @@ def _listed(store: ResultStore, run_id: str, text: str) -> str:
         sample = store.get_sample(run_id, index)
         if sample is None:
             continue
-        row = to_text(sample)
+        row = to_text(as_row(sample))
         room -= _weight(row)
         if room < 0 and rows:
             return _joined("samples", rows, ",".join(map(str, indices[position:])))
-        rows.append(row if room >= 0 else to_text(_cut(sample)))
+        rows.append(row if room >= 0 else to_text(_cut(as_row(sample))))
     return _joined("samples", rows, None)
 
 
@@ -245,8 +245,9 @@ def _sample(store: ResultStore, run_id: str, index: str) -> str:
     if sample is None:
         _report(store, run_id)
         raise _Refused(HTTPStatus.NOT_FOUND, f"Run {run_id!r} has no such sample.")
-    body = to_text(sample)
-    return body if _weight(body) <= MAX_BODY_BYTES else to_text(_cut(sample))
+    row = as_row(sample)
+    body = to_text(row)
+    return body if _weight(body) <= MAX_BODY_BYTES else to_text(_cut(row))
 
 
 def _fit(name: str, ask: Callable[[int], Page], limit: int) -> str:

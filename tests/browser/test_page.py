@@ -89,6 +89,42 @@ def test_what_was_taken_away_is_struck_before_and_what_came_is_underlined_after(
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "taken", "came"),
+    [
+        ("#Person1# fell.", "#Person2# and #Person1# fell.", [], ["#Person2# and"]),
+        ("the big bad wolf ran", "the kind fox ran", ["big bad wolf"], ["kind fox"]),
+        (
+            "\u4ed6\u662f\u7b28\u86cb",
+            "\u4ed6\u662f\u670b\u53cb",
+            ["\u7b28\u86cb"],
+            ["\u670b\u53cb"],
+        ),
+        (
+            "\u043e\u043d \u0434\u0443\u0440\u0430\u043a",
+            "\u043e\u043d \u0434\u0440\u0443\u0433",
+            ["\u0434\u0443\u0440\u0430\u043a"],
+            ["\u0434\u0440\u0443\u0433"],
+        ),
+        ("one  two", "one two", ["  "], [" "]),
+    ],
+)
+def test_changes_go_by_whole_words_and_read_as_one(
+    open_page, serve, tmp_path, before, after, taken, came
+):
+    store = SQLiteStore(tmp_path / "words.sqlite")
+    samples = make_samples(1, response_before=before, response_after=after, toxicity_after=0.1)
+    samples[0]["toxicity_before"] = 0.1
+    store.put_run(make_report("words", make_samples(4)), samples)
+
+    page = open_page(f"{serve(store)}#/run/words")
+
+    expect(page.locator(".changes")).to_have_text(re.compile("^toxicity 0.000"))
+    expect(page.locator(".sides")).to_contain_text(before)
+    assert page.locator("del").all_text_contents() == taken
+    assert page.locator("ins").all_text_contents() == came
+
+
+@pytest.mark.parametrize(
     ("choice", "count"),
     [("worse", 15), ("better", 25), ("toxic_after", 15), ("unscored", 1), ("same", 0)],
 )
@@ -123,6 +159,7 @@ def test_a_link_leads_to_one_sample_and_back(open_page, address):
 
     expect(samples_of(page)).to_have_count(1)
     expect(page.locator("#samples h2")).to_have_text("Sample 0")
+    expect(page.locator(".changes")).to_contain_text("▲ toxicity +0.800")
     page.get_by_role("link", name="All samples of this run").click()
     expect(samples_of(page)).to_have_count(25)
 
@@ -242,7 +279,7 @@ def test_print_has_the_samples_and_no_tools(open_page, address):
 
 def downloaded(page, name):
     with page.expect_download() as waiting:
-        page.get_by_role("button", name=name, exact=True).click()
+        page.get_by_role("button", name=f"Save {name}").click()
     return waiting.value.path().read_text(encoding="utf-8")
 
 

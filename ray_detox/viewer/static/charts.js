@@ -6,7 +6,7 @@ import uPlot from "./vendor/uplot.js";
 
 const WIDTH = 520;
 const HEIGHT = 190;
-const LEFT = 34;
+const LEFT = 38;
 const BOTTOM = 20;
 
 /** Toxicity before and after, counted in equal steps. */
@@ -18,7 +18,7 @@ export function histogramPanel(toxicity) {
     return panel;
   }
   panel.append(
-    h("p", { class: "legend" }, h("span", { class: "key before" }), "before", h("span", { class: "key after" }), "after"),
+    h("p", { class: "legend" }, h("span", { class: "key before" }), "before", h("span", { class: "key after" }), "after", h("span", { class: "aside" }, "height: square root of the count")),
     histogram(counts),
     table(
       "Counts as a table",
@@ -35,10 +35,10 @@ function histogram({ edges, before, after }) {
   const high = (value) => (HEIGHT - BOTTOM - 8) * Math.sqrt(value / most);
   const step = (WIDTH - LEFT) / before.length;
   const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "histogram", role: "img", "aria-label": "Histogram of toxicity before and after; its counts are in the table below" });
-  for (const share of [0, 1 / 16, 1 / 4, 9 / 16, 1]) {
-    const y = HEIGHT - BOTTOM - high(share * most);
+  for (const value of new Set([0, 1 / 16, 1 / 4, 9 / 16, 1].map((share) => round(share * most)))) {
+    const y = HEIGHT - BOTTOM - high(value);
     picture.append(svg("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y, class: "grid" }));
-    picture.append(svg("text", { x: LEFT - 6, y: y + 4, class: "tick end" }, String(Math.round(share * most))));
+    picture.append(svg("text", { x: LEFT - 6, y: y + 4, class: "tick end" }, String(value)));
   }
   const bar = (i, value, side, offset) => {
     const x = LEFT + i * step + 1.5 + offset;
@@ -53,6 +53,12 @@ function histogram({ edges, before, after }) {
     picture.append(svg("text", { x: LEFT + edge * (WIDTH - LEFT), y: HEIGHT - 4, class: `tick ${anchor}` }, String(edge)));
   }
   return picture;
+}
+
+/** The greatest number of one digit and zeros that is no greater. */
+function round(value) {
+  const unit = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
+  return Math.floor(value / unit) * unit;
 }
 
 const SERIES = [
@@ -78,7 +84,7 @@ export function curvesPanel(panel, steps, signal) {
     panel,
     h("h2", {}, "Training, step by step"),
     charts,
-    table("Steps as a table", ["step", ...keys], steps.map((step) => [String(step.step), ...keys.map((key) => number(step[key]))])),
+    table("Steps as a table", ["step", ...keys.map((key) => key.replace(/^(seconds)_(.*)/, "$2, s"))], steps.map((step) => [String(step.step), ...keys.map((key) => number(step[key]))])),
   );
   const boxes = given.map(([title, lines]) => {
     const legend = lines.length < 2 ? null : h("span", { class: "legend" }, lines.map(([, name], i) => [h("span", { class: `key line-${COLOURS[i]}` }), name]));

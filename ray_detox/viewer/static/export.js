@@ -26,7 +26,7 @@ export function exportButtons({ source, signal }, report, query) {
           running = null;
         },
       },
-      name,
+      `Save ${name}`,
     );
   const tell = (sentence) => {
     said.textContent = sentence;

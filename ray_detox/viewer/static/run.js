@@ -69,7 +69,7 @@ function verdict({ verdict: given, status }) {
 
 function headline({ toxicity = {}, n, kl }) {
   const { delta = {}, before = {}, after = {} } = toxicity ?? {};
-  const interval = (low, high, words) => (isNumber(low) && isNumber(high) ? `95% interval ${words(low)} to ${words(high)}` : "no interval");
+  const interval = (low, high, words) => (isNumber(low) && isNumber(high) ? `95% interval ${words(low)} to ${words(high)}`.replaceAll(" ", "\u00a0") : "no interval");
   return h(
     "dl",
     { class: "figures" },
@@ -151,7 +151,7 @@ function settings(report) {
     "details",
     { class: "settings" },
     h("summary", {}, "Settings, versions and fingerprints"),
-    h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, visible(name)), h("dd", {}, visible(typeof value === "string" ? value : JSON.stringify(value)))))),
+    h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, visible(name)), h("dd", {}, visible(typeof value === "string" && !value.includes("\n") ? value : JSON.stringify(value)))))),
   );
 }
 

@@ -1,10 +1,13 @@
 // One sample: its answers side by side, what changed between them, and a veil where they are toxic.
 
 import { h, isNumber, number, show, signed, visible } from "./dom.js";
-import { diffWordsWithSpace } from "./vendor/jsdiff.js";
+import { diffArrays } from "./vendor/jsdiff.js";
 
 const LONGEST_DIFF = 8000;
 const DIFF_MILLISECONDS = 200;
+// What changes as a whole: a speaker such as #Person1#, a word, a space, or any other character.
+// Scripts that write without spaces have no words to go by, and change by the character.
+const TOKEN = /#\w+#|(?:(?!\p{sc=Han}|\p{sc=Hiragana}|\p{sc=Katakana}|\p{sc=Thai})[\p{L}\p{M}\p{N}_])+|\s+|./gsu;
 
 /**
  * The card of a sample. With `other` ({ report, sample }) the second side is another run's answer to
@@ -20,27 +23,26 @@ export function sampleCard(report, sample, other, revealed) {
   const card = h(
     "article",
     { class: "sample", tabindex: "-1", "aria-label": `Sample ${sample.index}` },
-    h("header", {}, h("a", { href: link, class: "number", title: "A link to this sample" }, `#${sample.index}`), figures(sample, other)),
+    h("header", {}, h("a", { href: link, class: "number", title: "A link to this sample" }, `#${sample.index}`), figures(report, sample, other)),
   );
-  const veil = h("div", { class: "veil" }, texts);
-  card.append(veil);
-  if (isToxic) addVeil(card, veil, texts, name, revealed);
+  card.append(texts);
+  if (isToxic) addVeil(card, texts, name, revealed);
   if (sample.invalid?.length) card.append(h("p", { class: "cut" }, "Not finite, and stored as missing: ", visible(sample.invalid.join(", "))));
   if (sample.overflow?.length) card.append(h("p", { class: "cut" }, "Long texts are cut here; ", h("a", { href: link }, "the sample alone"), " has them whole."));
   return card;
 }
 
-function addVeil(card, veil, texts, name, revealed) {
+function addVeil(card, texts, name, revealed) {
   const button = h("button", { type: "button", class: "unveil", "aria-controls": `${name}-texts`, onclick: () => set(!texts.inert) });
   const set = (veiled) => {
     // inert: neither a screen reader nor the search of the browser reads what is veiled.
     texts.inert = veiled;
-    veil.classList.toggle("veiled", veiled);
+    card.classList.toggle("veiled", veiled);
     button.textContent = veiled ? "Toxic text: show" : "Veil";
     button.setAttribute("aria-expanded", String(!veiled));
   };
   card.addEventListener("veil", (event) => set(event.detail));
-  veil.prepend(button);
+  card.querySelector("header").append(button);
   set(!revealed);
 }
 
@@ -74,19 +76,23 @@ function about(sample, side) {
   return parts.filter(Boolean).map(([name, value]) => h("span", {}, `${name} `, h("b", {}, value)));
 }
 
-function figures(sample, other) {
-  if (other) return h("span", { class: "changes" });
-  const toxicity = sample.toxicity_diff ?? null;
-  const reward = sample.reward_diff ?? null;
-  const feel = (value, good) => (!isNumber(value) || value === 0 ? "" : good ? "good" : "bad");
-  const sign = (value) => (!isNumber(value) || value === 0 ? "" : value < 0 ? "▼ " : "▲ ");
+function figures(report, sample, other) {
+  const of = (one, two, name) => (isNumber(one?.[name]) && isNumber(two?.[name]) ? two[name] - one[name] : null);
+  const [toxicity, reward, kl] = other
+    ? [of(sample, other.sample, "toxicity_after"), of(sample, other.sample, "reward_after"), null]
+    : [sample.toxicity_diff, sample.reward_diff, sample.kl];
   return h(
     "span",
     { class: "changes" },
-    isNumber(toxicity) ? h("span", { class: feel(toxicity, toxicity < 0) }, `${sign(toxicity)}toxicity ${signed(toxicity)}`) : h("span", {}, "not scored"),
+    isNumber(toxicity) ? change(toxicity, report.toxicity?.same_within ?? 0.0005) : other ? null : h("span", {}, "not scored"),
     isNumber(reward) ? h("span", {}, `reward ${signed(reward, 2)}`) : null,
-    isNumber(sample.kl) ? h("span", {}, `KL ${number(sample.kl, 2)}`) : null,
+    isNumber(kl) ? h("span", {}, `KL ${number(kl, 2)}`) : null,
   );
+}
+
+function change(toxicity, within) {
+  const [kind, sign] = Math.abs(toxicity) <= within ? ["", ""] : toxicity < 0 ? ["good", "▼ "] : ["bad", "▲ "];
+  return h("span", { class: kind }, `${sign}toxicity ${signed(toxicity)}`);
 }
 
 function compared(sides) {
@@ -104,19 +110,36 @@ function answer(text, changes, side) {
   if (text === null || text === undefined || text === "") return h("p", { class: "missing" }, "(empty)");
   const paragraph = h("p", { class: "answer", dir: "auto" });
   if (changes === null) show(paragraph, visible(text));
-  else show(paragraph, changes.map((part) => piece(part, side)));
+  else show(paragraph, pieces(changes, side).map((piece) => (piece.changed ? marked(piece.text, side) : visible(piece.text))));
   return paragraph;
 }
 
-/** What was taken away stands struck on the left, what came underlined on the right. */
-function piece(part, side) {
-  if (side === 0) return part.added ? null : part.removed ? h("del", {}, visible(part.value)) : visible(part.value);
-  return part.removed ? null : part.added ? h("ins", {}, visible(part.value)) : visible(part.value);
+/** The text of one side in pieces; a space between two changes belongs to them, so that they read as one. */
+function pieces(changes, side) {
+  const made = [];
+  const isChange = (part) => part?.added || part?.removed;
+  changes.forEach((part, i) => {
+    if (side === 0 ? part.added : part.removed) return;
+    const text = part.value.join("");
+    const changed = Boolean(isChange(part) || (text.trim() === "" && isChange(changes[i - 1]) && isChange(changes[i + 1])));
+    if (made.length && made.at(-1).changed === changed) made.at(-1).text += text;
+    else made.push({ text, changed });
+  });
+  return made;
+}
+
+/** What was taken away is struck on the left, what came is underlined on the right; spaces around words are not. */
+function marked(text, side) {
+  const mark = (some) => h(side === 0 ? "del" : "ins", {}, visible(some));
+  const words = text.trim();
+  if (!words) return mark(text);
+  const start = text.indexOf(words);
+  return [visible(text.slice(0, start)), mark(words), visible(text.slice(start + words.length))];
 }
 
 function difference(before, after) {
   if (before === after || before.length + after.length > LONGEST_DIFF) return null;
-  return diffWordsWithSpace(before, after, { timeout: DIFF_MILLISECONDS }) ?? null;
+  return diffArrays(before.match(TOKEN) ?? [], after.match(TOKEN) ?? [], { timeout: DIFF_MILLISECONDS }) ?? null;
 }
 
 function prompt(sample) {

@@ -96,7 +96,7 @@ function insideThisFile({ report, curves, samples }) {
     runs: async () => ({ runs: [summary], next: null }),
     run: async (id) => only(id, report),
     curves: async (id) => only(id, curves),
-    samples: async (id, query) => only(id, pageOf(rows, query, report.toxicity?.toxic_above ?? 0.5)),
+    samples: async (id, query) => only(id, pageOf(rows, query, report.toxicity ?? {})),
     samplesAt: async (id, indices) => only(id, rows.filter((row) => indices.includes(row.index))),
     sample: async (id, index) => {
       const found = only(id, rows.find((row) => row.index === Number(index)));
@@ -112,12 +112,12 @@ function difference(sample, name) {
   return isNumber(before) && isNumber(after) ? after - before : null;
 }
 
-function pageOf(rows, query, above) {
+function pageOf(rows, query, limits) {
   const key = query.sort === "index" || query.show === "unscored" ? "index" : `${query.sort}_diff`;
   const way = query.order === "desc" ? -1 : 1;
   const wanted = (query.q ?? "").toLowerCase();
   const found = rows
-    .filter((row) => row[key] !== null && isShown(row, query.show, above))
+    .filter((row) => row[key] !== null && isShown(row, query.show, limits))
     .filter((row) => !wanted || [row.query, row.reference, row.response_before, row.response_after].some((text) => String(text ?? "").toLowerCase().includes(wanted)))
     .sort((a, b) => way * (a[key] - b[key] || a.index - b.index));
   const start = Number(query.cursor ?? 0);
@@ -125,12 +125,12 @@ function pageOf(rows, query, above) {
   return { samples: found.slice(start, end), next: end < found.length ? String(end) : null };
 }
 
-function isShown(row, show, above) {
+function isShown(row, show, { toxic_above: above = 0.5, same_within: within = 0 }) {
   const diff = row.toxicity_diff;
   if (show === "unscored") return diff === null;
   if (show === "toxic_before") return row.toxicity_before > above;
   if (show === "toxic_after") return row.toxicity_after > above;
   if (show === "all") return true;
   if (diff === null) return false;
-  return show === "better" ? diff < 0 : show === "worse" ? diff > 0 : diff === 0;
+  return show === "better" ? diff < -within : show === "worse" ? diff > within : Math.abs(diff) <= within;
 }
