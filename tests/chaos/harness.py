@@ -160,7 +160,7 @@ class Chaos:
             [
                 sys.executable,
                 "-m",
-                "chaos.driver",
+                "tests.chaos.driver",
                 "run",
                 *words,
                 "--output",

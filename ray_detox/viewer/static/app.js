@@ -44,7 +44,7 @@ async function render() {
     else await showRuns(view);
   } catch (error) {
     if (signal.aborted) return;
-    show(main, failed(error, render));
+    show(main, h("h1", {}, error.status === 404 ? "Not found" : "Not shown"), failed(error, render));
   }
 }
 

@@ -28,8 +28,13 @@ export function sampleCard(report, sample, other, revealed) {
   card.append(texts);
   if (isToxic) addVeil(card, texts, name, revealed);
   if (sample.invalid?.length) card.append(h("p", { class: "cut" }, "Not finite, and stored as missing: ", visible(sample.invalid.join(", "))));
-  if (sample.overflow?.length) card.append(h("p", { class: "cut" }, "Long texts are cut here; ", h("a", { href: link }, "the sample alone"), " has them whole."));
+  if (sample.overflow?.length) card.append(h("p", { class: "cut" }, ...cutNote(link)));
   return card;
+}
+
+function cutNote(link) {
+  if (location.hash === link) return ["Long texts are cut here too: they are more than an answer may hold. The run's samples.jsonl has them whole."];
+  return ["Long texts are cut here; ", h("a", { href: link }, "the sample alone"), " has them whole."];
 }
 
 function addVeil(card, texts, name, revealed) {

@@ -115,10 +115,12 @@ function difference(sample, name) {
 function pageOf(rows, query, limits) {
   const key = query.sort === "index" || query.show === "unscored" ? "index" : `${query.sort}_diff`;
   const way = query.order === "desc" ? -1 : 1;
-  const wanted = (query.q ?? "").toLowerCase();
+  // By way of capitals, as the stores do it: "straße" and "STRASSE" are one word.
+  const fold = (text) => String(text ?? "").toUpperCase().toLowerCase();
+  const wanted = fold(query.q);
   const found = rows
     .filter((row) => row[key] !== null && isShown(row, query.show, limits))
-    .filter((row) => !wanted || [row.query, row.reference, row.response_before, row.response_after].some((text) => String(text ?? "").toLowerCase().includes(wanted)))
+    .filter((row) => !wanted || [row.query, row.reference, row.response_before, row.response_after].some((text) => fold(text).includes(wanted)))
     .sort((a, b) => way * (a[key] - b[key] || a.index - b.index));
   const start = Number(query.cursor ?? 0);
   const end = start + Number(query.limit);
