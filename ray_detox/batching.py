@@ -48,6 +48,8 @@ class ModelThread:
         self._config = reward.config
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._callers = 0
+        self._company = 0
         self._held = 0
         self._in_model = 0
         self._progress_s = time.monotonic()
@@ -67,12 +69,15 @@ class ModelThread:
             if not self._held:
                 self._mark_progress()  # the time without work was no standstill
             self._held += call.texts
+            self._callers += 1
+            self._company = max(self._company, self._callers)
         self._calls.put(call)
         try:
             return call.scores.result()
         finally:
             with self._lock:
                 self._held -= call.texts
+                self._callers -= 1
                 self._scored += call.texts
 
     def state(self) -> dict[str, Any]:
@@ -115,7 +120,9 @@ class ModelThread:
             return calls
         until = time.monotonic() + self._config.batch_wait_ms / 1000
         tokens = sum(map(len, calls[0].rows))
-        while tokens < self._config.batch_tokens:
+        # Nobody is waited for but those who were here since the last batch: a single caller would
+        # wait in vain each time.
+        while tokens < self._config.batch_tokens and len(calls) < self._company:
             try:
                 call = self._calls.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
@@ -123,6 +130,8 @@ class ModelThread:
             self._tokenize(call)
             calls.append(call)
             tokens += sum(map(len, call.rows))
+        with self._lock:
+            self._company = self._callers
         return calls
 
     def _tokenize(self, call: _Call) -> None:

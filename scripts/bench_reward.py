@@ -2,8 +2,8 @@
 
     python scripts/bench_reward.py --texts 512
 
-Prints a table of ratios to that loop, measured in one run on the embedded classifier with one
-thread per process: on a shared machine nothing else would mean much. The second table is what
+Prints ratios to that loop, which is measured anew beside each row, on the embedded classifier with
+one thread per process: on a shared machine nothing else would mean much. The last rows are what
 `reward.across_workers` does where every caller has few texts.
 """
 
@@ -49,8 +49,6 @@ def main() -> None:
 
     reward = Reward(config)
     score_all(reward, texts[:BATCH], BATCH)  # the first calls are slower
-    loop = rate([reward], texts, BATCH)
-    few = rate([reward], texts, 4)
     folder = tempfile.mkdtemp(prefix="ray-")
     ray.init(
         address="local",
@@ -63,38 +61,35 @@ def main() -> None:
         _temp_dir=folder,
     )
     try:
-        print(
-            f"a loop in one process, {BATCH} texts a call: {loop:.0f} texts/s; 4 a call: {few:.0f}"
-        )
-        print(f"{'actors':<24}" + "".join(f"{f'{n} caller(s)':>16}" for n in CALLERS))
+        print(f"{'texts/s':<34}{'loop':>8}" + "".join(f"{f'{n} caller(s)':>16}" for n in CALLERS))
         for actors in ACTORS:
-            found = measure(dataclasses.replace(config, actors=actors), CALLERS, texts, BATCH)
-            print(row(str(actors), found, loop))
-        print("1 actor, 4 texts a call")
+            several = dataclasses.replace(config, actors=actors)
+            print(row(f"{actors} actor(s), {BATCH} texts a call", reward, several, texts, BATCH))
         for across in (False, True):
             one = dataclasses.replace(config, across_workers=across)
-            name = "across workers" if across else "each call by itself"
-            print(row(name, measure(one, CALLERS, texts, 4), few))
+            name = f"1 actor, 4 a call, {'across workers' if across else 'each by itself'}"
+            print(row(name, reward, one, texts, 4))
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(
-    config: RewardConfig, callers: tuple[int, ...], texts: list[str], batch: int
-) -> list[float]:
-    """Texts a second of a pool, for each number of callers."""
+def row(name: str, reward: Reward, config: RewardConfig, texts: list[str], batch: int) -> str:
+    """Texts a second of the loop and of a pool, for each number of callers."""
     with closing(RewardPool(config, 0.0)) as pool:
         pool.wait(timeout_s=300)
+        loop = rate([reward], texts, batch)
         found = []
-        for count in callers:
+        for count in CALLERS:
             clients = [RewardClient(pool.directory, config) for _ in range(count)]
             for client in clients:
                 score_all(client, texts[:batch], batch)
             found.append(rate(clients, texts, batch))
             for client in clients:
                 client.close()
-        return found
+    return f"{name:<34}{loop:>8.0f}" + "".join(
+        f"{f'{one:.0f} (x{one / loop:.2f})':>16}" for one in found
+    )
 
 
 def rate(scorers: list[Any], texts: list[str], batch: int) -> float:
@@ -110,11 +105,6 @@ def score_all(scorer: Scorer, texts: list[str], batch: int) -> None:
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         scorer.submit(["" for _ in part], part, [[] for _ in part], {}).result()
-
-
-def row(name: str, rates: list[float], alone: float) -> str:
-    """Texts a second, and times the loop."""
-    return f"{name:<24}" + "".join(f"{f'{rate:.0f}/s x{rate / alone:.2f}':>16}" for rate in rates)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Calls of many threads before one model: the same scores, alone or in company."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,32 +14,40 @@ from ray_detox.reward import Reward
 CALLERS = 4
 
 
-def raise_if_told(completions, told, **_):
-    if any(told):
+go_on = threading.Event()
+
+
+def obey(completions, told, **_):
+    if "raise" in told:
         raise KeyError("told to")
+    if "wait" in told:
+        go_on.wait(timeout=60)
     return [float(len(text)) for text in completions]
 
 
 def reward_of(folder, **changes):
-    term = RewardTerm(function=f"{__name__}.raise_if_told", weight=0.5)
+    term = RewardTerm(function=f"{__name__}.obey", weight=0.5)
     return Reward(RewardConfig(model=str(folder), terms=(term,), **changes))
 
 
-def call_of(caller, told=False):
+def call_of(caller, told=""):
     responses = [chr(97 + caller) * (7 * caller + i) for i in range(4)]
     return ["p"] * 4, responses, [[1]] * 4, {"told": [told] * 4}
 
 
-def score_together(model, told=()):
-    """All callers at once, so that the model finds all their calls before it."""
-    together = threading.Barrier(CALLERS)
-
-    def score(caller):
-        together.wait()
-        return model.score(*call_of(caller, caller in told))
-
-    with ThreadPoolExecutor(CALLERS) as threads:
-        return [threads.submit(score, caller) for caller in range(CALLERS)]
+def score_together(model, told=None):
+    """All callers at once: another call holds the model until all of theirs queue before it."""
+    go_on.clear()
+    with ThreadPoolExecutor(CALLERS + 1) as threads:
+        threads.submit(model.score, *call_of(0, "wait"))
+        while model.state()["passes"] == 0:
+            time.sleep(0.001)
+        calls = [call_of(i, "raise" if i == told else "") for i in range(CALLERS)]
+        futures = [threads.submit(model.score, *call) for call in calls]
+        while model.state()["held"] < 4 * (CALLERS + 1):
+            time.sleep(0.001)
+        go_on.set()
+    return futures
 
 
 def test_alone_each_call_has_the_very_bits_of_the_reward(tiny_roberta):
@@ -51,11 +60,11 @@ def test_alone_each_call_has_the_very_bits_of_the_reward(tiny_roberta):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.rewards, other.rewards)
         np.testing.assert_array_equal(one.toxicity, other.toxicity)
-    assert model.state()["passes"] == CALLERS * 2
+    assert model.state()["passes"] == (CALLERS + 1) * 2
 
 
 def test_across_workers_scores_differ_by_rounding_and_forward_passes_are_fewer(tiny_roberta):
-    reward = reward_of(tiny_roberta, across_workers=True, batch_wait_ms=1000, batch_tokens=1500)
+    reward = reward_of(tiny_roberta, across_workers=True, batch_wait_ms=1000, batch_tokens=600)
     expected = [reward(*call_of(caller)) for caller in range(CALLERS)]
     model = ModelThread(reward)
 
@@ -63,8 +72,33 @@ def test_across_workers_scores_differ_by_rounding_and_forward_passes_are_fewer(t
 
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.rewards, other.rewards, atol=1e-5)
-        np.testing.assert_array_equal(one.terms["raise_if_told"], other.terms["raise_if_told"])
-    assert 1 <= model.state()["passes"] < CALLERS
+        np.testing.assert_array_equal(one.terms["obey"], other.terms["obey"])
+    assert model.state()["passes"] == 2
+
+
+def test_a_caller_that_is_alone_does_not_wait_for_others(tiny_roberta):
+    reward = reward_of(tiny_roberta, across_workers=True, batch_tokens=1_000_000)
+    model = ModelThread(reward)
+    waits = []
+
+    class Watched:
+        def __init__(self, calls):
+            self.calls = calls
+
+        def put(self, call):
+            self.calls.put(call)
+
+        def get(self, timeout=None):
+            waits.append(timeout)
+            return self.calls.get(timeout=timeout)
+
+    model._calls = Watched(model._calls)
+
+    for _ in range(3):
+        model.score(*call_of(0))
+
+    assert model.state()["passes"] == 3
+    assert set(waits) <= {None}
 
 
 @pytest.mark.parametrize("across_workers", [False, True])
@@ -72,7 +106,7 @@ def test_what_a_term_raises_is_for_its_caller_alone(tiny_roberta, across_workers
     reward = reward_of(tiny_roberta, across_workers=across_workers, batch_wait_ms=100)
     model = ModelThread(reward)
 
-    found = score_together(model, told={2})
+    found = score_together(model, told=2)
 
     with pytest.raises(KeyError, match="told to"):
         found[2].result()

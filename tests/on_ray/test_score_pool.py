@@ -349,7 +349,7 @@ def test_shrinking_takes_back_at_once_what_has_not_come(config):
 
 def test_across_workers_texts_share_forward_passes(config, expected):
     shared = dataclasses.replace(
-        config, actors=1, across_workers=True, batch_wait_ms=200.0, batch_tokens=10_000
+        config, actors=1, across_workers=True, batch_wait_ms=500.0, batch_tokens=10_000
     )
     with contextlib.closing(RewardPool(shared, 0.0)) as pool:
         pool.wait(timeout_s=240)
