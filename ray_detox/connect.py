@@ -145,7 +145,8 @@ def _knock(address: str) -> None:
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     try:
-        with init_grpc_channel(address) as channel:
+        # No proxy, as in Ray's own connections.
+        with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
             answer = service.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=KNOCK_S)
     except grpc.RpcError as error:
@@ -155,7 +156,7 @@ def _knock(address: str) -> None:
                 "Set RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or keep the token in "
                 "~/.ray/auth_token."
             ) from error
-        reason = (error.details() or error.code().name).rpartition("error: ")[2].strip(". ")
+        reason = (error.details() or error.code().name).rpartition(": ")[2].strip(" .]")
         raise ConfigError(
             f"No Ray cluster answers at {address} ({reason}). Check cluster.address (host:port of "
             "the head node, 6379 if it was not changed) and that it is running."

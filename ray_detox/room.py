@@ -59,7 +59,9 @@ class Part:
     most: int
     each: Bundle
 
-    def __str__(self) -> str:
+    @property
+    def count(self) -> str:
+        """The number, or the range that it moves in."""
         return f"{self.least}" if self.least == self.most else f"{self.least}..{self.most}"
 
 
@@ -227,7 +229,7 @@ def table(phases: Iterable[Phase], nodes: Sequence[Node] | None = None) -> str:
             sums = [f"{part.least * part.each.of(kind):g}" for kind in KINDS]
             each = [f"{part.each.of(kind):g}" for kind in KINDS]
             name = f"{phase.name + ':' if part is phase.main else '':<13}{part.what}"
-            rows.append((name, str(part), *each, *sums))
+            rows.append((name, part.count, *each, *sums))
     need = [max(phase.least(kind) for phase in phases) for kind in KINDS]
     most = [max(phase.most(kind) for phase in phases) for kind in KINDS]
     rows.append(("need", "", "", "", *(f"{amount:g}" for amount in need)))

@@ -84,12 +84,19 @@ def head():
 def test_an_address_where_nobody_listens(refused):
     sentence = refused("127.0.0.1:9")
 
-    assert "No Ray cluster answers at 127.0.0.1:9 (" in sentence
-    assert "Connection refused" in sentence
+    assert "No Ray cluster answers at 127.0.0.1:9 (Connection refused). Check" in sentence
+
+
+def test_a_proxy_for_the_web_is_not_asked(refused, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:8")
+
+    assert "127.0.0.1:9 (Connection refused)" in refused("127.0.0.1:9")
 
 
 def test_a_host_that_is_not_there(refused):
-    assert "No Ray cluster answers at nowhere.invalid:6379 (" in refused("nowhere.invalid:6379")
+    sentence = refused("nowhere.invalid:6379")
+
+    assert "No Ray cluster answers at nowhere.invalid:6379 (Domain name not found)" in sentence
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])

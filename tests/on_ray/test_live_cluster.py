@@ -1,17 +1,75 @@
-"""`ray-detox check --live` against a cluster of three nodes; it runs beside this folder's own Ray."""
+"""A look at a live cluster: this folder's own Ray, and beside it one of three nodes."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import ray
+
+from ray_detox.config import ConfigError, load_config
+from ray_detox.stages import live
 
 pytestmark = pytest.mark.ray
 
 HERE = Path(__file__).parent
+
+
+@ray.remote(num_cpus=3)
+class Busy:
+    """Holds what it was given."""
+
+    def ready(self):
+        return True
+
+
+@pytest.fixture
+def busy():
+    """An actor that holds 3 of this Ray's 4 CPUs."""
+    actor = Busy.remote()
+    ray.get(actor.ready.remote())
+    yield actor
+    ray.kill(actor)
+
+
+def test_what_is_busy_is_waited_for_and_not_longer_than_asked(busy):
+    said = []
+    began = time.monotonic()
+
+    with pytest.raises(ConfigError, match="the cluster has 4 CPUs, of which 1 free"):
+        live.wait_for_room(load_config("lab", ["cluster.patience_s=2"]), said.append)
+
+    assert 2 <= time.monotonic() - began < 4
+    assert "waiting up to 2 s for room: The run needs 3 CPUs" in said[0]
+    assert len(said) == 1
+
+
+def test_room_that_is_made_meanwhile_is_taken(busy):
+    killer = threading.Timer(1.5, ray.kill, [busy])
+    killer.start()
+
+    need = live.wait_for_room(load_config("lab", ["cluster.patience_s=30"]), lambda text: None)
+
+    assert need.cpus == 3
+
+
+def test_what_no_wait_could_mend_is_refused_at_once(busy):
+    began = time.monotonic()
+
+    with pytest.raises(ConfigError, match=r"needs 7 CPUs .* and the cluster has 4 CPUs\."):
+        live.wait_for_room(load_config("lab", ["train.workers=6", "cluster.patience_s=60"]))
+
+    assert time.monotonic() - began < 3
+
+
+def test_a_cluster_of_this_node_alone_is_not_asked_what_was_looked_at_already():
+    assert live.probe_nodes(load_config("lab"), "/nowhere") == []
+    assert not live.has_autoscaler()
 
 
 @pytest.fixture(scope="module")
