@@ -234,7 +234,8 @@ class RewardConfig:
     deadline_s: float = 120.0
     """Longest wait for the scores of one batch before the run stops with an error."""
     silence_s: float = 10.0
-    """An actor that has said nothing for this long is asked whether it lives; if not, another scores."""
+    """An actor that has said nothing for this long is asked whether it lives; if not, another scores.
+    Let it be longer than one call of a reward term takes."""
     grow_after_s: float = 5.0
     """Where actors may move: one more is asked for once texts have waited for this long."""
     shrink_after_s: float = 60.0

@@ -49,6 +49,8 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     # The embedded engine, in every process: awswrangler would start a Ray of its own otherwise.
     os.environ.setdefault("WR_ENGINE", "python")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # A worker that hangs is given up after this long, and not after ten minutes.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:

@@ -136,7 +136,7 @@ def _run_stages(
         cluster(config, console) as need,
         _reward_pool(config, need) as pool,
     ):
-        data = _ingest(config, source, console, pool)
+        data = _ingest(config, source, console, pool, need)
         outcome = _train(config, folder, console, data.lanes, pool, need)
         samples = _measure(config, folder, console, data.held_out, pool, need)
         facts = {
@@ -173,7 +173,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
         cluster(config, console) as need,
         _reward_pool(config, need) as pool,
     ):
-        data = _ingest(config, source, console, pool)
+        data = _ingest(config, source, console, pool, need)
         samples = _measure(config, folder, console, data.held_out, pool, need, keep=False)
     return summarise(
         samples,
@@ -202,12 +202,15 @@ def _reward_pool(config: RunConfig, need: preflight.Needs) -> Iterator[Any]:
         pool.close()
 
 
-def _ingest(config: RunConfig, source: Source, console: Console, pool: Any) -> Any:
+def _ingest(
+    config: RunConfig, source: Source, console: Console, pool: Any, need: preflight.Needs
+) -> Any:
     """Prepare the prompts, while the reward actors load their model; wait for both."""
-    from ray_detox.stages import ingest
+    from ray_detox.stages import ingest, live
 
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
-        data = ingest.ingest(config, source)
+        patience = live.Patience(config, need.preparation)
+        data = live.attended(lambda: ingest.ingest(config, source), patience)
         made += _describe_rows(data.counts)
     with console.stage(
         "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
@@ -392,12 +395,14 @@ def stop_on_signal(console: Console) -> Iterator[_Stop]:
 
 @contextmanager
 def causes_in_one_sentence() -> Iterator[None]:
-    """Turn what failed in a Ray task into its cause; Ray's own message is a page of traceback."""
+    """Turn what failed in Ray, or on the disk, into its cause; Ray's own is a page of traceback."""
     try:
         yield
+    except OSError as error:
+        raise StageError(f"{type(error).__name__}: {error}") from error
     except Exception as error:
         ray = sys.modules.get("ray")
-        if ray is None or not isinstance(error, ray.exceptions.RayTaskError):
+        if ray is None or not isinstance(error, ray.exceptions.RayError):
             raise
         from ray_detox.stages.train import innermost, last_line
 

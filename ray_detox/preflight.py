@@ -52,6 +52,11 @@ class Needs:
         return self.phases[0]
 
     @property
+    def preparation(self) -> Phase:
+        """Tasks of Ray Data and reward actors."""
+        return self.phases[1]
+
+    @property
     def evaluation(self) -> Phase:
         """Evaluation tasks and reward actors."""
         return self.phases[2]

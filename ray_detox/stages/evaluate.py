@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
+from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.preflight import Needs
-from ray_detox.room import shortage_of_main
 from ray_detox.run_folder import RunFolder
-from ray_detox.stages.live import free_nodes
+from ray_detox.stages.live import Patience
 from ray_detox.stages.train import ANSWER_S, POLL_S, start_progress
 from ray_detox.storage import Storage, StorageError
 
@@ -131,7 +129,7 @@ def run_evaluation(
         for number, shard in enumerate(shards)
         if number not in found
     }
-    patience = _Patience(config, need)
+    patience = Patience(config, need.evaluation)
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=POLL_S)
         for ref in done:
@@ -148,26 +146,6 @@ def run_evaluation(
         for i, sample in zip(shard, found[number], strict=True):
             samples[i] = sample | {"index": i}
     return samples
-
-
-class _Patience:
-    """Notices that tasks wait for room that the cluster no longer has."""
-
-    def __init__(self, config: RunConfig, need: Needs) -> None:
-        self._config = config
-        self._need = need
-        self._since = time.monotonic()
-
-    def check(self, something_happened: bool) -> None:
-        """Raise ConfigError once nothing happened, nor could, for `cluster.patience_s`."""
-        now = time.monotonic()
-        if something_happened:
-            self._since = now
-        if now - self._since > max(self._config.cluster.patience_s, 10.0):
-            idle = [node.when_idle() for node in free_nodes()]
-            short = shortage_of_main(self._need.evaluation, idle)
-            if short is not None:
-                raise ConfigError(short)
 
 
 class _KeptShards:

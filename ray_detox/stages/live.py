@@ -14,11 +14,13 @@ import json
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -26,7 +28,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import __version__, preflight
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
-from ray_detox.room import Bundle, Node, shortage
+from ray_detox.room import Bundle, Node, Phase, shortage, shortage_of_main
+
+T = TypeVar("T")
 
 POLL_S = 0.5
 SETTLE_S = 1.0
@@ -162,6 +166,62 @@ def _launches() -> str:
     said += [f"{x.count} x {x.ray_node_type_name} is asked for" for x in status.pending_launches]
     said += [f"a {node.ray_node_type_name} is starting" for node in status.pending_nodes]
     return f" The autoscaler: {'; '.join(said[:4])}." if said else ""
+
+
+class Patience:
+    """Notices that a stage waits for room that the cluster no longer has.
+
+    Args:
+        config: of the run.
+        phase: of `Needs.phases`; its reward actors are on their nodes already.
+    """
+
+    def __init__(self, config: RunConfig, phase: Phase) -> None:
+        self._config = config
+        self._phase = phase
+        self._since = self._looked = time.monotonic()
+
+    def check(self, something_happened: bool = False) -> None:
+        """Call again and again.
+
+        Raises:
+            ConfigError: nothing happened, nor could, for `cluster.patience_s`.
+        """
+        now = time.monotonic()
+        if something_happened:
+            self._since = now
+        if now - self._looked < POLL_S:
+            return
+        self._looked = now
+        short = shortage_of_main(self._phase, [node.when_idle() for node in free_nodes()])
+        if short is None:
+            self._since = now
+        elif now - self._since > self._config.cluster.patience_s:
+            raise ConfigError(short)
+
+
+def attended(work: Callable[[], T], patience: Patience) -> T:
+    """What `work` returns; given up where Ray would wait for ever for nodes that are gone.
+
+    Raises:
+        ConfigError: from `patience`; `work` is left to its own.
+    """
+    ended: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(work())
+        except BaseException as error:  # handed to the thread that waits
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        try:
+            return ended.result(timeout=POLL_S)
+        except TimeoutError:
+            if ended.done():  # it is what the work raised
+                raise
+            patience.check()
 
 
 # ---- nodes -----------------------------------------------------------------------------------
