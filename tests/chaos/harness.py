@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from tests.chaos.schedule import Blow
+from tests.chaos.schedule import DRIVERS, Blow
 
 STEPS, PROMPTS, MEASURED = 8, 32, 24
 SETTINGS = [
@@ -46,6 +46,7 @@ TITLES = {
     "worker": "RayTrainWorker",
     "actor": "RewardActor",
     "controller": "TrainController",
+    "measurer": "measure_shard",
     "progress": "Progress",
     "directory": "Directory",
 }
@@ -61,6 +62,8 @@ ENVIRONMENT = {
 RETURN_S = 4.0
 """After this time a node that was lost is there again, and storage that failed works."""
 DRAIN_S = 8
+HEADLESS_S = 150
+"""A driver must have noticed by then that the head of its cluster is gone."""
 
 
 @dataclass
@@ -190,11 +193,12 @@ class Chaos:
                     step, since = STEPS + 1, time.monotonic()
             self._catch_up()
             now = time.monotonic()
-            if waiting and step >= waiting[0].after_step and now - since >= waiting[0].delay_s:
+            is_due = waiting and step >= waiting[0].after_step and now - since >= waiting[0].delay_s
+            if is_due and not asked:
                 blow = waiting.pop(0)
                 told = self._strike(blow, process, run_id)
                 ended.happened.append(f"{blow}: {told}")
-                asked = asked or blow.kind in ("driver", "stop", "damage", "cluster")
+                asked = blow.kind in DRIVERS
         reader.join(10)
         while not lines.empty():
             ended.said.append(lines.get().rstrip())
@@ -230,16 +234,26 @@ class Chaos:
             self.fault.write_text(kind)
             self._later.append((time.monotonic() + RETURN_S, "fault"))
             return f"for {RETURN_S:g} s"
+        if kind == "head":
+            self.cluster.head_node.kill_gcs_server()
+            self.cluster.head_node.kill_raylet()
+            # Nobody ends the driver: it must find out for itself.
+            driver.wait(HEADLESS_S)
+            self._start_anew()
+            return f"the driver ended with {driver.returncode}"
         driver.send_signal(signal.SIGTERM if kind == "stop" else signal.SIGKILL)
         if kind == "damage":
             driver.wait(30)
             return self._damage(run_id)
         if kind == "cluster":
             driver.wait(30)
-            self.close()
-            self._later.clear()
-            self._start()
+            self._start_anew()
         return f"pid {driver.pid}"
+
+    def _start_anew(self) -> None:
+        self.close()
+        self._later = [entry for entry in self._later if entry[1] == "fault"]
+        self._start()
 
     def _catch_up(self, everything: bool = False) -> None:
         """Bring back what has been away for long enough."""

@@ -3,9 +3,9 @@
 import random
 from dataclasses import dataclass
 
-PROCESSES = ("worker", "actor", "controller", "progress", "directory")
+PROCESSES = ("worker", "actor", "controller", "measurer", "progress", "directory")
 NODES = ("node", "raylet", "drain")
-DRIVERS = ("driver", "stop", "damage", "cluster")
+DRIVERS = ("driver", "stop", "damage", "cluster", "head")
 STORAGE = ("full", "slow")
 KINDS = PROCESSES + NODES + DRIVERS + STORAGE
 
@@ -14,10 +14,11 @@ KINDS = PROCESSES + NODES + DRIVERS + STORAGE
 class Blow:
     """One thing that happens.
 
-    `worker`, `actor`, `controller`, `progress`, `directory` and `raylet` are processes that get
-    SIGKILL; `node` loses all its processes at once; `drain` announces that, some seconds ahead.
-    `driver` gets SIGKILL and `stop` SIGTERM; after `damage` the newest checkpoint is cut short as
-    well, and after `cluster` all of Ray is gone. `full` and `slow` happen to storage for a while.
+    `worker`, `actor`, `controller`, `measurer`, `progress`, `directory` and `raylet` are processes
+    that get SIGKILL; `node` loses all its processes at once; `drain` announces that, some seconds
+    ahead. `driver` gets SIGKILL and `stop` SIGTERM; after `damage` the newest checkpoint is cut
+    short as well, and after `cluster` all of Ray is gone, too. `head` takes the head node from a
+    driver that must notice by itself. `full` and `slow` happen to storage for a while.
     """
 
     kind: str
