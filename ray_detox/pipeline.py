@@ -298,6 +298,8 @@ def _train(
             outcome = {"step": writer.newest.step, "stopped": False}
         else:
             outcome = run_training(config, lanes, pool, need, writer, on_event, stop.event)
+        if outcome["stopped"] and writer.newest is None:
+            raise Stopped(0, stop.signal_number)
         assert writer.newest is not None
         metrics.complete(writer.newest.files["metrics.jsonl"].decode())
         if outcome["stopped"]:

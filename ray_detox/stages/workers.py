@@ -22,7 +22,7 @@ SETTLE_S = 4.0
 def workers_with_room(
     config: RunConfig, need: Needs, pool: Any, stop_requested: threading.Event
 ) -> int:
-    """Wait until at least `train.least_workers` fit, and return how many do.
+    """Wait until at least `train.least_workers` fit, and return how many do; 0 once a stop is asked for.
 
     Reward actors above their least number are let go where workers lack room.
 
@@ -37,9 +37,9 @@ def workers_with_room(
         waited_s = time.monotonic() - began
         if fit == most or (fit >= least and waited_s > SETTLE_S):
             return fit
-        if stop_requested.is_set() and fit >= least:
-            return fit
-        if waited_s > max(config.cluster.patience_s, SETTLE_S) or stop_requested.is_set():
+        if stop_requested.is_set():
+            return 0
+        if waited_s > max(config.cluster.patience_s, SETTLE_S):
             raise ConfigError(shortage_of_main(need.training, nodes) or "Nodes come and go.")
         pool.shrink()
         time.sleep(LOOK_S)
