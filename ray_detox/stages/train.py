@@ -220,6 +220,9 @@ def run_training(
         while True:
             workers = workers_with_room(config, need, pool, stop_requested)
             step = writer.newest.step if writer.newest else 0
+            if not workers:
+                writer.flush(ANSWER_S)
+                return {"step": step, "stopped": True} | ends
             on_event(
                 {"kind": "group", "workers": workers, "step": step, "number": sum(ends.values())}
             )
