@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 
 import boto3
@@ -186,6 +187,23 @@ def test_measuring_a_run_again_finds_what_its_report_says(finished, output, caps
     report = finished[1]
     for name in ("toxicity", "rouge_l", "facts", "length", "kl", "n", "verdict"):
         assert again[name] == report[name]
+
+
+def test_a_measurement_that_was_cut_off_goes_on_with_the_shards_that_are_missing(finished, output):
+    shutil.copytree(finished[0].path, output / "cut")
+    cut = RunFolder(output, "cut")
+    for name in ("report.json", "samples.jsonl"):
+        (cut.path / name).unlink()
+    kept = sorted((cut.path / "evaluation").glob("*/shard-*.json"))
+    assert len(kept) == 8
+    kept[2].unlink()
+    kept[5].write_text(kept[5].read_text()[:-20])
+
+    assert cli.main(["run", "--resume", "cut", "--output", str(output)]) == 0
+
+    report, samples = cut.read_result()
+    assert samples == finished[0].read_result()[1]
+    assert sum(actor["texts"] for actor in report["training"]["actors"]) == 2 * 2 * MEASURED // 8
 
 
 # ---- stopping and going on -------------------------------------------------------------------
