@@ -1,0 +1,47 @@
+"""What ended a group of workers, in one line."""
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+
+from ray_detox.stages.train import describe
+
+
+class Died(Exception):
+    """As Ray Train has it for a worker whose process is gone."""
+
+    def __init__(self, failure):
+        super().__init__("A worker health check failed.\nWorker info: Worker(\n  ...\n)")
+        self.health_check_failure = failure
+
+
+def test_a_worker_that_died_is_named_and_not_those_that_missed_it():
+    lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
+    error = WorkerGroupError("...", {0: lost, 1: Died(ActorDiedError())})
+
+    assert describe(error) == "worker 1 died (ActorDiedError)"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            WorkerGroupError("...", {2: ValueError("rows differ\n\nthe reason")}),
+            "worker 2 failed with ValueError: the reason",
+        ),
+        (RuntimeError("the controller is gone"), "RuntimeError: the controller is gone"),
+        (RuntimeError(), "RuntimeError: no message"),
+    ],
+)
+def test_what_failed_is_told_by_its_cause(error, sentence):
+    assert describe(error) == sentence
+
+
+def test_a_cause_behind_other_errors_is_found():
+    inner = ValueError("no such label")
+    outer = RuntimeError("a page of traceback")
+    outer.__cause__ = inner
+
+    error = WorkerGroupError("...", {0: outer})
+
+    assert describe(error) == "worker 0 failed with ValueError: no such label"
