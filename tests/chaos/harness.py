@@ -59,8 +59,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": str(Path(__file__).parents[2]),
 }
-RETURN_S = 4.0
-"""After this time a node that was lost is there again, and storage that failed works."""
 DRAIN_S = 8
 HEADLESS_S = 150
 """A driver must have noticed by then that the head of its cluster is gone."""
@@ -97,6 +95,8 @@ class Chaos:
         self.cpus = cpus
         self.count = nodes
         self.fault = folder / "fault"
+        self.return_s = 4.0
+        """After this time a node that was lost is there again, and storage that failed works."""
         os.environ.update(ENVIRONMENT)
         self._later: list[tuple[float, str]] = []
         self._start()
@@ -225,15 +225,15 @@ class Chaos:
                 self._later.append((time.monotonic() + DRAIN_S, node.node_id))
             elif kind == "raylet":
                 node.kill_raylet()
-                self._later.append((time.monotonic() + RETURN_S, node.node_id))
+                self._later.append((time.monotonic() + self.return_s, node.node_id))
             else:
                 self.cluster.remove_node(node, allow_graceful=False)
-                self._later.append((time.monotonic() + RETURN_S, ""))
+                self._later.append((time.monotonic() + self.return_s, ""))
             return f"node {node.node_id[:8]}"
         if kind in ("full", "slow"):
             self.fault.write_text(kind)
-            self._later.append((time.monotonic() + RETURN_S, "fault"))
-            return f"for {RETURN_S:g} s"
+            self._later.append((time.monotonic() + self.return_s, "fault"))
+            return f"for {self.return_s:g} s"
         if kind == "head":
             self.cluster.head_node.kill_gcs_server()
             self.cluster.head_node.kill_raylet()
