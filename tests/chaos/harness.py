@@ -150,6 +150,9 @@ class Chaos:
             asked = self._drive(run_id, words, waiting, ended, began + limit_s)
             if ended.codes[-1] == 0 or not asked:
                 break
+            while self.fault.exists():  # nobody resumes on a disk that is full
+                self._catch_up()
+                time.sleep(0.1)
             words = ["--resume", run_id, f"cluster.address={self.cluster.address}"]
         self._catch_up(everything=True)
         ended.seconds = time.monotonic() - began

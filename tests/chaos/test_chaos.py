@@ -34,7 +34,7 @@ def test_workers_and_reward_actors_that_are_killed_change_nothing(house):
 
 
 def test_a_node_a_full_disk_a_driver_and_a_damaged_checkpoint_change_nothing(house):
-    blows = [Blow("node", 2, 0.3), Blow("full", 4, 0.0), Blow("damage", 7, 0.2)]
+    blows = [Blow("full", 1, 0.0), Blow("node", 3, 0.3), Blow("damage", 6, 0.2)]
 
     ended = house.go("nodes", SAME, blows)
 
