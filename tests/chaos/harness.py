@@ -233,6 +233,9 @@ class Chaos:
                 self.cluster.remove_node(node, allow_graceful=False)
                 self._later.append((time.monotonic() + self.return_s, ""))
             return f"node {node.node_id[:8]}"
+        if kind == "return":
+            self._catch_up(everything=True)
+            return "all is there again"
         if kind in ("full", "slow"):
             self.fault.write_text(kind)
             self._later.append((time.monotonic() + self.return_s, "fault"))

@@ -45,15 +45,16 @@ def test_a_node_a_full_disk_a_driver_and_a_damaged_checkpoint_change_nothing(hou
 
 
 def test_a_run_goes_on_with_fewer_workers_and_grows_back(house):
-    house.return_s = 20.0  # until there is a second node again
+    house.return_s = 600.0  # or when it is told to
+    blows = [Blow("node", 2, 0.3), Blow("return", 10, 0.0)]
 
-    ended = house.go("fewer", [*FEWER, "train.steps=30"], [Blow("node", 2, 0.3)])
+    ended = house.go("fewer", [*FEWER, "train.steps=40"], blows)
 
     assert ended.codes == [0], ended.text
     counts = [int(n) for n in re.findall(r"going on from step \d+ with (\d) worker", ended.text)]
     assert counts[0] == 1
     assert counts[-1] == 2
-    assert [row["step"] for row in house.rows("fewer")] == list(range(1, 31))
+    assert [row["step"] for row in house.rows("fewer")] == list(range(1, 41))
 
 
 # ---- the schedule ------------------------------------------------------------------------------
