@@ -110,12 +110,20 @@ class _Room:
         return next((i for i in range(most) if not self.take(bundle)), most)
 
 
-def workers_that_fit(worker: Bundle, nodes: Iterable[Node], most: int) -> int:
-    """How many training workers find room on what is free, at most `most`."""
-    fitting = 0
-    for node in nodes:
-        fitting += _Room(node.free).take_many(worker, most - fitting)
-    return fitting
+def workers_that_fit(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> int:
+    """How many of a phase's main bundles find room on what is free, at most the most of them.
+
+    Args:
+        phase: training, say.
+        nodes: with what is free on them.
+        actors: that still have to find room as well; where they do not, nothing fits.
+    """
+    beside = replace(phase.actors, least=actors, most=actors)
+    for count in range(phase.main.most, 0, -1):
+        if shortage([replace(phase, main=replace(phase.main, least=count), actors=beside)], nodes):
+            continue
+        return count
+    return 0
 
 
 def place(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
@@ -184,9 +192,9 @@ def shortage(phases: Iterable[Phase], nodes: Sequence[Node]) -> str | None:
     return None
 
 
-def shortage_of_main(phase: Phase, nodes: Sequence[Node]) -> str | None:
-    """The same where a phase's actors are on their nodes already."""
-    return shortage([replace(phase, actors=replace(phase.actors, least=0, most=0))], nodes)
+def shortage_beside(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> str | None:
+    """The same where all but `actors` of a phase's actors are on their nodes already."""
+    return shortage([replace(phase, actors=replace(phase.actors, least=actors))], nodes)
 
 
 def _no_single_node(part: Part, homeless: int, nodes: Sequence[Node]) -> str:

@@ -47,8 +47,16 @@ def placed(demand, nodes):
     ],
 )
 def test_workers_find_room_on_whole_nodes_and_devices(each, nodes, fitting):
-    assert workers_that_fit(each, nodes, most=99) == fitting
-    assert workers_that_fit(each, nodes, most=1) == min(1, fitting)
+    assert workers_that_fit(phase(99, each, 1, Bundle(1)), nodes) == fitting
+    assert workers_that_fit(phase(1, each, 1, Bundle(1)), nodes) == min(1, fitting)
+
+
+def test_actors_that_have_lost_their_place_come_before_workers():
+    demand = phase(4, Bundle(1), 2, Bundle(3))
+
+    assert workers_that_fit(demand, [node(4)]) == 4
+    assert workers_that_fit(demand, [node(4)], actors=1) == 1
+    assert workers_that_fit(demand, [node(4)], actors=2) == 0
 
 
 def test_everything_is_placed_where_filling_node_by_node_would_fail():

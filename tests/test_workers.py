@@ -23,6 +23,7 @@ class Nodes:
         self.free = list(free)
         self.now = 0.0
         self.shrunk = 0
+        self.actors = 1
         monkeypatch.setattr(workers, "free_nodes", self.list)
         monkeypatch.setattr(workers.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(workers.time, "sleep", self.sleep)
@@ -39,9 +40,12 @@ class Nodes:
     def shrink(self):
         self.shrunk += 1
 
+    def figures(self):
+        return {"actors": float(self.actors)}
 
-def room(nodes, stop=None):
-    return workers.workers_with_room(CONFIG, NEED, nodes, stop or threading.Event())
+
+def room(nodes, stop=None, hoped=2):
+    return workers.workers_with_room(CONFIG, NEED, nodes, hoped, stop or threading.Event())
 
 
 def test_all_that_may_be_start_at_once_where_they_fit(monkeypatch):
@@ -53,17 +57,24 @@ def test_all_that_may_be_start_at_once_where_they_fit(monkeypatch):
 
 def test_what_an_earlier_group_held_is_given_time_to_be_free(monkeypatch):
     nodes = Nodes(monkeypatch, 2, 0)
-    nodes.later = {2.0: [2, 2]}
+    nodes.later = {2.0: [2, 1], 9.0: [2, 2]}
 
-    assert room(nodes) == 4
+    assert room(nodes, hoped=3) == 3
     assert nodes.now == 2.0
 
 
 def test_fewer_go_on_where_there_is_no_more_room(monkeypatch):
     nodes = Nodes(monkeypatch, 3, 0)
 
-    assert room(nodes) == 3
+    assert room(nodes, hoped=4) == 3
     assert workers.SETTLE_S <= nodes.now <= workers.SETTLE_S + 1
+
+
+def test_a_reward_actor_that_lost_its_place_has_room_before_the_workers(monkeypatch):
+    nodes = Nodes(monkeypatch, 2, 2)
+    nodes.actors = 0
+
+    assert room(nodes) == 3
 
 
 def test_reward_actors_beyond_the_least_make_room_and_nodes_are_waited_for(monkeypatch):

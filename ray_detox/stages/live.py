@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import __version__, preflight
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
-from ray_detox.room import Bundle, Node, Phase, shortage, shortage_of_main
+from ray_detox.room import Bundle, Node, Phase, shortage, shortage_beside
 
 T = TypeVar("T")
 
@@ -55,6 +55,11 @@ def free_nodes() -> list[Node]:
         for node in _alive()
         if node["NodeID"] in total and _answers(node)
     ]
+
+
+def staying_nodes() -> set[str]:
+    """Ids of the nodes that answer and are not being drained."""
+    return {node["NodeID"] for node in _alive() if _answers(node)}
 
 
 def draining_nodes() -> set[str]:
@@ -193,7 +198,7 @@ class Patience:
         if now - self._looked < POLL_S:
             return
         self._looked = now
-        short = shortage_of_main(self._phase, [node.when_idle() for node in free_nodes()])
+        short = shortage_beside(self._phase, [node.when_idle() for node in free_nodes()])
         if short is None:
             self._since = now
         elif now - self._since > self._config.cluster.patience_s:

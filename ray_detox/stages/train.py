@@ -34,7 +34,7 @@ from ray_detox.config import RunConfig, config_from_dict
 from ray_detox.preflight import Needs
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.live import draining_nodes
+from ray_detox.stages.live import draining_nodes, staying_nodes
 from ray_detox.stages.workers import RoomForOneMore, workers_with_room
 
 T = TypeVar("T")
@@ -216,9 +216,10 @@ def run_training(
     }
     ends = {"lost": 0, "moved": 0, "resized": 0}
     failures, failed_at = 0, -1
+    hoped = config.train.least_workers
     try:
         while True:
-            workers = workers_with_room(config, need, pool, stop_requested)
+            workers = workers_with_room(config, need, pool, hoped, stop_requested)
             step = writer.newest.step if writer.newest else 0
             if not workers:
                 writer.flush(ANSWER_S)
@@ -228,6 +229,7 @@ def run_training(
             )
             group = _Group(config, need, job, workers, writer, scratch, on_event)
             outcome = group.run(stop_requested)
+            hoped = group.workers_that_stay()
             if group.error is not None:
                 ends["lost"] += 1
                 step = writer.newest.step if writer.newest else 0
@@ -271,7 +273,8 @@ class _Group:
         self._writer = writer
         self._on_event = on_event
         self._progress = job["progress"]
-        self._nodes: set[str] = set()
+        self._nodes: dict[int, str] = {}
+        """Of each worker, by rank."""
         self._room = RoomForOneMore(config, need, workers)
         self._outcome: dict[str, Any] = {}
         start = ray.put(dict(writer.newest.files)) if writer.newest else None
@@ -290,10 +293,17 @@ class _Group:
         self._take_events()
         return self._outcome
 
+    def workers_that_stay(self) -> int:
+        """How many workers there will be room for, once this group has let go of what it holds."""
+        staying = staying_nodes()
+        here = sum(node in staying for node in self._nodes.values())
+        missing = self._workers - len(self._nodes)  # they had not come up yet
+        return here + missing + (self.why_stopped == "resized")
+
     def _why_stop(self, stop_requested: threading.Event) -> str | None:
         if stop_requested.is_set():
             return "asked"
-        if self._nodes & draining_nodes():
+        if draining_nodes() & set(self._nodes.values()):
             return "moved"
         return "resized" if self._room.is_there() else None
 
@@ -304,7 +314,7 @@ class _Group:
                 self._writer.put(event["checkpoint"])
                 continue
             if event["kind"] == "worker":
-                self._nodes.add(event["node"])
+                self._nodes[event["rank"]] = event["node"]
             elif event["kind"] == "step":
                 self._room.step_took(event["stats"])
             self._on_event(event)

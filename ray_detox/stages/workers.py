@@ -11,36 +11,51 @@ from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.preflight import Needs
-from ray_detox.room import shortage_of_main, workers_that_fit
+from ray_detox.room import shortage_beside, workers_that_fit
 from ray_detox.stages.live import free_nodes
 
 LOOK_S = 0.5
-SETTLE_S = 4.0
-"""What a group that has ended held is not free at once: wait this long for the full number."""
+SETTLE_S = 20.0
+"""Longest wait for what an earlier group held to be free again, where fewer workers would do."""
 
 
 def workers_with_room(
-    config: RunConfig, need: Needs, pool: Any, stop_requested: threading.Event
+    config: RunConfig,
+    need: Needs,
+    pool: Any,
+    hoped: int,
+    stop_requested: threading.Event,
 ) -> int:
     """Wait until at least `train.least_workers` fit, and return how many do; 0 once a stop is asked for.
 
-    Reward actors above their least number are let go where workers lack room.
+    Reward actors above their least number are let go where workers lack room, and those that have
+    lost their place and wait for another come first: without them no worker gets far.
+
+    Args:
+        config: of the run.
+        need: what workers and actors take.
+        pool: of reward actors.
+        hoped: as many workers as will fit once the earlier group has let go of what it held.
+        stop_requested: by a person.
 
     Raises:
         ConfigError: too few fit, and have not for `cluster.patience_s`.
     """
-    least, most = config.train.least_workers, config.train.most_workers
+    least = config.train.least_workers
     began = time.monotonic()
     while True:
         nodes = free_nodes()
-        fit = workers_that_fit(need.worker, nodes, most)
+        homeless = max(0, config.reward.least_actors - int(pool.figures()["actors"]))
+        fit = workers_that_fit(need.training, nodes, homeless)
         waited_s = time.monotonic() - began
-        if fit == most or (fit >= least and waited_s > SETTLE_S):
+        if fit >= least and (fit >= hoped or waited_s > SETTLE_S):
             return fit
         if stop_requested.is_set():
             return 0
         if waited_s > max(config.cluster.patience_s, SETTLE_S):
-            raise ConfigError(shortage_of_main(need.training, nodes) or "Nodes come and go.")
+            sentence = shortage_beside(need.training, nodes, homeless)
+            assert sentence is not None, "workers that fit are not short of anything"
+            raise ConfigError(sentence)
         pool.shrink()
         time.sleep(LOOK_S)
 
@@ -83,6 +98,6 @@ class RoomForOneMore:
         if now - self._looked < LOOK_S:
             return False
         self._looked = now
-        if not workers_that_fit(self._need.worker, free_nodes(), most=1):
+        if not workers_that_fit(self._need.training, free_nodes()):
             self._since = now
         return now - self._since >= long_s

@@ -91,6 +91,7 @@ class Chaos:
     """
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.cpus = cpus
         self.count = nodes
@@ -220,9 +221,11 @@ class Chaos:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
             return f"pid {victim.pid}"
-        if kind in ("node", "raylet", "drain"):
-            nodes = sorted(self.cluster.worker_nodes, key=lambda node: node.node_id)
-            node = self._draw.choice(nodes)
+        if kind in ("node", "actor_node", "raylet", "drain"):
+            node = self._draw.choice(sorted(self.cluster.worker_nodes, key=lambda n: n.node_id))
+            if kind == "actor_node":
+                raylets = {a.ppid() for a in self.processes(TITLES["actor"])}
+                (node,) = [n for n in self.cluster.worker_nodes if _raylets(n) & raylets]
             if kind == "drain":
                 self._drain(node)
                 self._later.append((time.monotonic() + DRAIN_S, node.node_id))
@@ -296,7 +299,7 @@ class Chaos:
     def processes(self, title: str) -> list[psutil.Process]:
         """Ray's workers of this cluster with a title, oldest first."""
         nodes = [self.cluster.head_node, *self.cluster.worker_nodes]
-        raylets = {info.process.pid for n in nodes for info in n.all_processes.get("raylet", [])}
+        raylets = set().union(*map(_raylets, nodes))
         found = []
         for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time", "status"]):
             about = process.info
@@ -322,6 +325,11 @@ class Chaos:
         """What was measured."""
         file = self.folder / "runs" / run_id / "samples.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _raylets(node: Any) -> set[int]:
+    """The process whose children are Ray's workers on a node."""
+    return {info.process.pid for info in node.all_processes.get("raylet", [])}
 
 
 def _read(process: subprocess.Popen[str], lines: "queue.SimpleQueue[str]") -> None:

@@ -18,8 +18,8 @@ class Blow:
     that get SIGKILL; `node` loses all its processes at once; `drain` announces that, some seconds
     ahead. `driver` gets SIGKILL and `stop` SIGTERM; after `damage` the newest checkpoint is cut
     short as well, and after `cluster` all of Ray is gone, too. `head` takes the head node from a
-    driver that must notice by itself. `full` and `slow` happen to storage for a while, and `return`
-    ends such a while.
+    driver that must notice by itself. `full` and `slow` happen to storage for a while. Beside these
+    `actor_node` is a node with a reward actor, and `return` ends all that lasts a while.
     """
 
     kind: str

@@ -44,17 +44,19 @@ def test_a_node_a_full_disk_a_driver_and_a_damaged_checkpoint_change_nothing(hou
     assert faults(house, "nodes", CALM, ended, exact=True) == [], ended.text
 
 
-def test_a_run_goes_on_with_fewer_workers_and_grows_back(house):
-    house.return_s = 600.0  # or when it is told to
-    blows = [Blow("node", 2, 0.3), Blow("return", 10, 0.0)]
+def test_a_run_goes_on_with_fewer_workers_and_grows_back(tmp_path):
+    blows = [Blow("actor_node", 2, 0.3), Blow("return", 10, 0.0)]
 
-    ended = house.go("fewer", [*FEWER, "train.steps=40"], blows)
+    with chaos(tmp_path, cpus=2) as small:
+        small.return_s = 600.0  # or when it is told to
+        ended = small.go("fewer", [*FEWER, "train.steps=40"], blows)
 
     assert ended.codes == [0], ended.text
+    # Two nodes of 2 CPUs: the reward actor and three workers. One: the actor and one worker.
     counts = [int(n) for n in re.findall(r"going on from step \d+ with (\d) worker", ended.text)]
-    assert counts[0] == 1
-    assert counts[-1] == 2
-    assert [row["step"] for row in house.rows("fewer")] == list(range(1, 41))
+    assert re.search("train .* on 1..3 worker", ended.text)
+    assert counts == [1, 3]
+    assert [row["step"] for row in small.rows("fewer")] == list(range(1, 41))
 
 
 # ---- the schedule ------------------------------------------------------------------------------
