@@ -111,7 +111,7 @@ def test_a_person_who_stops_the_run_does_not_wait_for_nodes(monkeypatch):
 
 def look(nodes, until, count=2, step_s=5.0, step=10):
     """Seconds until a group of `count` workers hears that there is room for one more; or None."""
-    more = workers.RoomForOneMore(CONFIG, NEED, count, clock=lambda: nodes.now)
+    more = workers.RoomForOneMore(CONFIG, NEED, nodes, count, clock=lambda: nodes.now)
     more.step_took({"step": step, "seconds": step_s})
     while nodes.now < until:
         nodes.sleep(1.0)
@@ -131,6 +131,13 @@ def test_room_that_comes_and_goes_is_not(monkeypatch):
     nodes = Nodes(monkeypatch, 0)
     for when in range(5, 60, 10):
         nodes.later |= {float(when): [1], float(when + 5): [0]}
+
+    assert look(nodes, until=60) is None
+
+
+def test_room_that_a_lost_reward_actor_needs_is_not_taken(monkeypatch):
+    nodes = Nodes(monkeypatch, 1)
+    nodes.actors = 0
 
     assert look(nodes, until=60) is None
 

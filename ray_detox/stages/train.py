@@ -227,7 +227,7 @@ def run_training(
             on_event(
                 {"kind": "group", "workers": workers, "step": step, "number": sum(ends.values())}
             )
-            group = _Group(config, need, job, workers, writer, scratch, on_event)
+            group = _Group(config, need, pool, job, workers, writer, scratch, on_event)
             outcome = group.run(stop_requested)
             hoped = group.workers_that_stay()
             if group.error is not None:
@@ -259,6 +259,7 @@ class _Group:
         self,
         config: RunConfig,
         need: Needs,
+        pool: Any,
         job: dict[str, Any],
         workers: int,
         writer: CheckpointWriter,
@@ -275,7 +276,7 @@ class _Group:
         self._progress = job["progress"]
         self._nodes: dict[int, str] = {}
         """Of each worker, by rank."""
-        self._room = RoomForOneMore(config, need, workers)
+        self._room = RoomForOneMore(config, need, pool, workers)
         self._outcome: dict[str, Any] = {}
         start = ray.put(dict(writer.newest.files)) if writer.newest else None
         self._trainer = self._make_trainer(job | {"start": start}, need, scratch)

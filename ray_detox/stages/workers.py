@@ -44,8 +44,7 @@ def workers_with_room(
     least = config.train.least_workers
     began = time.monotonic()
     while True:
-        nodes = free_nodes()
-        homeless = max(0, config.reward.least_actors - int(pool.figures()["actors"]))
+        nodes, homeless = free_nodes(), _homeless(config, pool)
         fit = workers_that_fit(need.training, nodes, homeless)
         waited_s = time.monotonic() - began
         if fit >= least and (fit >= hoped or waited_s > SETTLE_S):
@@ -65,7 +64,8 @@ class RoomForOneMore:
 
     Args:
         config: of the run.
-        need: what a worker takes.
+        need: what workers and actors take.
+        pool: of reward actors.
         workers: of the group that runs now.
         clock: seconds; for tests.
     """
@@ -74,11 +74,13 @@ class RoomForOneMore:
         self,
         config: RunConfig,
         need: Needs,
+        pool: Any,
         workers: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._need = need
+        self._pool = pool
         self._workers = workers
         self._clock = clock
         self._looked = self._since = clock()
@@ -98,6 +100,12 @@ class RoomForOneMore:
         if now - self._looked < LOOK_S:
             return False
         self._looked = now
-        if not workers_that_fit(self._need.training, free_nodes()):
+        homeless = _homeless(self._config, self._pool)
+        if not workers_that_fit(self._need.training, free_nodes(), homeless):
             self._since = now
         return now - self._since >= long_s
+
+
+def _homeless(config: RunConfig, pool: Any) -> int:
+    """Reward actors that a run must have and that are nowhere now."""
+    return max(0, config.reward.least_actors - int(pool.figures()["actors"]))
