@@ -29,6 +29,12 @@ def test_a_worker_that_died_is_named_and_not_those_that_missed_it():
             WorkerGroupError("...", {2: ValueError("rows differ\n\nthe reason")}),
             "worker 2 failed with ValueError: the reason",
         ),
+        (
+            WorkerGroupError(
+                "...", {1: RuntimeError("[gloo] Connection closed by peer [::1]:4711")}
+            ),
+            "worker 1 lost its connection to another worker",
+        ),
         (RuntimeError("the controller is gone"), "RuntimeError: the controller is gone"),
         (RuntimeError(), "RuntimeError: no message"),
     ],

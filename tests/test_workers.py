@@ -70,6 +70,17 @@ def test_fewer_go_on_where_there_is_no_more_room(monkeypatch):
     assert workers.SETTLE_S <= nodes.now <= workers.SETTLE_S + 1
 
 
+def test_what_a_lost_reward_actor_will_take_is_not_hoped_for(monkeypatch):
+    nodes = Nodes(monkeypatch, 4)
+    monkeypatch.setattr(
+        workers, "free_nodes", lambda: [Node("node", Bundle(4), Bundle(nodes.free[0]))]
+    )
+    nodes.actors = 0
+
+    assert room(nodes, hoped=4) == 3
+    assert nodes.now == 0
+
+
 def test_a_reward_actor_that_lost_its_place_has_room_before_the_workers(monkeypatch):
     nodes = Nodes(monkeypatch, 2, 2)
     nodes.actors = 0

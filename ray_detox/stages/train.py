@@ -276,7 +276,9 @@ class _Group:
         self._progress = job["progress"]
         self._nodes: dict[int, str] = {}
         """Of each worker, by rank."""
-        self._room = RoomForOneMore(config, need, pool, workers)
+        self._look_for_room = lambda: RoomForOneMore(config, need, pool, workers)
+        self._room: RoomForOneMore | None = None
+        """Looked for once all workers have the room that they were promised."""
         self._outcome: dict[str, Any] = {}
         start = ray.put(dict(writer.newest.files)) if writer.newest else None
         self._trainer = self._make_trainer(job | {"start": start}, need, scratch)
@@ -306,7 +308,7 @@ class _Group:
             return "asked"
         if draining_nodes() & set(self._nodes.values()):
             return "moved"
-        return "resized" if self._room.is_there() else None
+        return "resized" if self._room and self._room.is_there() else None
 
     def _take_events(self) -> None:
         stop = self.why_stopped is not None
@@ -316,7 +318,9 @@ class _Group:
                 continue
             if event["kind"] == "worker":
                 self._nodes[event["rank"]] = event["node"]
-            elif event["kind"] == "step":
+                if len(self._nodes) == self._workers:
+                    self._room = self._look_for_room()
+            elif event["kind"] == "step" and self._room:
                 self._room.step_took(event["stats"])
             self._on_event(event)
 
@@ -359,6 +363,8 @@ def describe(error: BaseException) -> str:
             return f"worker {rank} died ({type(died).__name__})"
     for rank, failure in sorted(failures.items()):
         cause = innermost(failure)
+        if "onnection" in str(cause) and "peer" in str(cause):  # in gloo's words, or NCCL's
+            return f"worker {rank} lost its connection to another worker"
         return f"worker {rank} failed with {type(cause).__name__}: {last_line(cause)}"
     cause = innermost(error)
     return f"{type(cause).__name__}: {last_line(cause)}"

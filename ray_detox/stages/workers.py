@@ -46,8 +46,11 @@ def workers_with_room(
     while True:
         nodes, homeless = free_nodes(), _homeless(config, pool)
         fit = workers_that_fit(need.training, nodes, homeless)
+        # Of what was held, reward actors from a node that was lost may take a part.
+        idle = [node.when_idle() for node in nodes]
+        at_best = workers_that_fit(need.training, idle, config.reward.least_actors)
         waited_s = time.monotonic() - began
-        if fit >= least and (fit >= hoped or waited_s > SETTLE_S):
+        if fit >= least and (fit >= min(hoped, at_best) or waited_s > SETTLE_S):
             return fit
         if stop_requested.is_set():
             return 0

@@ -29,7 +29,7 @@ def test_workers_and_reward_actors_that_are_killed_change_nothing(house):
     ended = house.go("processes", SAME, blows)
 
     assert [blow for blow in ended.happened if "none" in blow] == []
-    assert len(re.findall(r"worker \d died|worker \d failed", ended.text)) >= 2
+    assert len(re.findall(r"worker \d died|worker \d lost its connection", ended.text)) >= 2
     assert faults(house, "processes", CALM, ended, exact=True) == [], ended.text
 
 
