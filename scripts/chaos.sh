@@ -6,7 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   cat <<'USAGE'
-Usage: bash scripts/chaos.sh [--seeds N] [--first SEED] [--limit SECONDS]
+Usage: bash scripts/chaos.sh [--seeds N] [--first SEED] [--workers same|fewer] [--limit SECONDS]
 
 A Ray of several nodes on this machine; N short runs on it (40 unless said), about a minute each
 on 2 cores, disturbed by one to three blows: workers, reward actors, nodes, drivers, all of Ray,
