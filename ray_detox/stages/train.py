@@ -26,6 +26,11 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import checkpoint
@@ -280,6 +285,7 @@ class _Group:
         self._room: RoomForOneMore | None = None
         """Looked for once all workers have the room that they were promised."""
         self._outcome: dict[str, Any] = {}
+        self._before = _placement_groups()
         start = ray.put(dict(writer.newest.files)) if writer.newest else None
         self._trainer = self._make_trainer(job | {"start": start}, need, scratch)
 
@@ -294,6 +300,10 @@ class _Group:
                 self.why_stopped = self._why_stop(stop_requested)
             self._take_events()
         self._take_events()
+        for left_behind in _placement_groups() - self._before:
+            # By a controller that was killed: nobody else would ever give its room back.
+            group_id = ray.PlacementGroupID(bytes.fromhex(left_behind))
+            remove_placement_group(PlacementGroup(group_id))
         return self._outcome
 
     def workers_that_stay(self) -> int:
@@ -351,6 +361,13 @@ class _Group:
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
+
+
+def _placement_groups() -> set[str]:
+    """Ids of the placement groups of this job that hold room, or wait for it."""
+    job = ray.get_runtime_context().get_job_id()
+    table = placement_group_table()
+    return {i for i, about in table.items() if i.endswith(job) and about["state"] != "REMOVED"}
 
 
 def describe(error: BaseException) -> str:
