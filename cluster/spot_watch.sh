@@ -9,7 +9,7 @@ POLL_S=${RAY_DETOX_SPOT_POLL_S:-5}             # AWS advises 5 seconds
 MARGIN_S=10                                    # kept for the processes to end in
 
 # One at a time: `ray up` starts Ray again, and this with it. The lock goes with the process.
-exec 9>/tmp/ray-detox-spot-watch.lock
+exec 9>"${RAY_DETOX_SPOT_LOCK:-/tmp/ray-detox-spot-watch.lock}"
 flock --nonblock 9 || exit 0
 
 say() { printf '%s %s\n' "$(date -u +%FT%TZ)" "$*"; }
