@@ -180,7 +180,6 @@ def launches(cluster, demands):
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
-    from ray.core.generated.common_pb2 import Language  # noqa: F401  (makes the protobufs known)
 
     types = cluster["available_node_types"]
     golden = json.loads(tool["GOLDEN"].read_text(encoding="utf-8"))
