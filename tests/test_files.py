@@ -1,12 +1,10 @@
-"""Files beside the code that must keep up with it: the README, the recipes, the cluster file."""
+"""Files beside the code that must keep up with it: the README, the recipes, libraries."""
 
 import hashlib
 import json
 import re
 import runpy
 from pathlib import Path
-
-import yaml
 
 from ray_detox.config import recipe_names
 
@@ -50,26 +48,3 @@ def test_libraries_of_the_page_are_those_that_were_looked_at():
         assert library["version"]
         assert library["licence"]
         assert any(name.endswith(".LICENSE") for name in library["files"])
-
-
-def test_ray_accepts_the_cluster_file():
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    cluster = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text(encoding="utf-8"))
-
-    validate_config(prepare_config(cluster))
-
-    workers = {k: v for k, v in cluster["available_node_types"].items() if k != "head"}
-    # The schema does not compare these.
-    assert all(node["min_workers"] <= node["max_workers"] for node in workers.values())
-    assert sum(node["max_workers"] for node in workers.values()) <= cluster["max_workers"]
-
-
-def test_the_cluster_file_names_the_ray_that_was_tested():
-    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    version = re.search(r"^ray==(\S+)$", constraints, re.M)
-    cluster = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text(encoding="utf-8"))
-
-    assert version is not None
-    for image in ("head_image", "worker_image"):
-        assert f"rayproject/ray:{version.group(1)}-py311" in cluster["docker"][image]

@@ -1,0 +1,46 @@
+"""Fetch what a recipe names, from the hub or S3, into this machine's cache.
+
+python scripts/warm_cache.py RECIPE [SETTING=VALUE ...]
+
+A run would fetch the same when it first needs it, on every node at once and with GPUs waiting.
+"""
+
+import sys
+import time
+
+from ray_detox.config import ConfigError, load_config
+from ray_detox.data import load_hub, locate
+from ray_detox.sources import local_folder
+
+
+def main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    faults = 0
+    try:
+        config = load_config(words[0], words[1:])
+    except ConfigError as error:
+        print(f"warm_cache.py: {error}", file=sys.stderr)
+        return 2
+    policy, reward, data = config.policy, config.reward, config.data
+    wanted = [
+        ("policy.model", lambda: local_folder(policy.model, policy.revision, "policy.model")),
+        ("reward.model", lambda: local_folder(reward.model, reward.revision, "reward.model")),
+        # Of files and S3, Ray Data reads what each node needs.
+        ("data.path", lambda: load_hub(data) if locate(data).kind == "hub" else None),
+    ]
+    for setting, fetch in wanted:
+        began = time.monotonic()
+        try:
+            fetch()
+        except ConfigError as error:
+            faults += 1
+            print(f"warm_cache.py: {error}", file=sys.stderr)
+        else:
+            print(f"{setting} is here ({time.monotonic() - began:.0f} s)")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
