@@ -92,13 +92,15 @@ def adopt(folder: RunFolder, storage: str) -> None:
     check_run_id(folder.run_id)
     preflight.check_storage(storage)
     kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
-    settings = kept.read("config.json")
+    try:
+        settings, newest = kept.read("config.json"), CheckpointStore(kept).newest()
+    except StorageError as error:
+        raise ConfigError(f"train.storage: {error}") from error
     if settings is None:
         raise ConfigError(
             f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
         )
     config_from_dict(json.loads(settings))
-    newest = CheckpointStore(kept).newest()
     folder.path.mkdir(parents=True, exist_ok=True)
     if newest is not None:
         write_whole(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
@@ -114,7 +116,7 @@ def run(
         ConfigError, StoreError: a mistake, found before anything starts.
         Stopped: the run was asked to end; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
-        StageError: a task of another stage failed.
+        StageError: a task of another stage failed, or room for the run was lost on the way.
         NotStored: the result is in the run's folder, and nowhere else yet.
     """
     source = prepare_run(config, folder, resume=resume)
@@ -122,10 +124,11 @@ def run(
     try:
         with causes_in_one_sentence():
             return _run_stages(config, folder, console, source, resume)
-    except ConfigError:
-        # Such as a cluster that is too small: only the settings are there, nothing to go on with.
-        if [file.name for file in folder.path.iterdir()] == ["config.json"]:
-            shutil.rmtree(folder.path)
+    except ConfigError as error:
+        if [file.name for file in folder.path.iterdir()] != ["config.json"]:
+            # Such as nodes that were lost on the way: no mistake, and something to go on with.
+            raise StageError(str(error)) from error
+        shutil.rmtree(folder.path)
         raise
 
 

@@ -40,10 +40,11 @@ def test_what_was_trained_is_kept_whatever_fails_after_it(tmp_path, monkeypatch)
         (folder.adapter / "adapter_config.json").write_text("{}")
         raise from_a_task(ConfigError("policy.model is '/gone', and no such folder is here."))
 
-    with pytest.raises(ConfigError) as refused:
+    # No mistake of the person's any more, for there is something to go on with.
+    with pytest.raises(pipeline.StageError) as failed:
         run_where(trained_and_then_no_model, tmp_path, monkeypatch)
 
-    assert str(refused.value) == "policy.model is '/gone', and no such folder is here."
+    assert str(failed.value) == "policy.model is '/gone', and no such folder is here."
     assert (tmp_path / "first/adapter/adapter_config.json").is_file()
 
 
@@ -56,6 +57,34 @@ def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
 
     expected = "ValueError: The reward term length gave 3 values for 4 responses."
     assert str(failed.value) == expected
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (OSError(28, "No space left on device", "metrics.jsonl"), "No space left on device"),
+        (
+            ray.exceptions.GetTimeoutError("Get timed out.\nThe reason"),
+            "GetTimeoutError: The reason",
+        ),
+    ],
+)
+def test_a_full_disk_and_a_silent_ray_are_told_in_one_line(tmp_path, monkeypatch, error, sentence):
+    def fails(folder):
+        raise error
+
+    with pytest.raises(pipeline.StageError, match=sentence) as failed:
+        run_where(fails, tmp_path, monkeypatch)
+
+    assert "\n" not in str(failed.value)
+
+
+def test_storage_that_cannot_be_read_is_a_sentence_for_who_takes_up_a_run(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/first").write_text("in the way")
+
+    with pytest.raises(ConfigError, match=r"^train.storage: .*first cannot be read"):
+        pipeline.adopt(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
 
 
 def test_every_run_keeps_its_checkpoints_apart(tmp_path):
