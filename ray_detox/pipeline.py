@@ -403,18 +403,19 @@ def causes_in_one_sentence() -> Iterator[None]:
     """Turn what failed in Ray, or on the disk, into its cause; Ray's own is a page of traceback."""
     try:
         yield
-    except OSError as error:
-        raise StageError(f"{type(error).__name__}: {error}") from error
     except Exception as error:
         ray = sys.modules.get("ray")
-        if ray is None or not isinstance(error, ray.exceptions.RayError):
-            raise
-        from ray_detox.stages.train import innermost, last_line
+        # Some errors of Ray are OSErrors, too: its silence is a TimeoutError.
+        if ray is not None and isinstance(error, ray.exceptions.RayError):
+            from ray_detox.stages.train import innermost, last_line
 
-        cause = innermost(error)
-        if isinstance(cause, ConfigError):
-            raise ConfigError(str(cause)) from error
-        raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
+            cause = innermost(error)
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from error
+            raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
+        if isinstance(error, OSError):
+            raise StageError(f"{type(error).__name__}: {error}") from error
+        raise
 
 
 # ---- words -----------------------------------------------------------------------------------
