@@ -103,7 +103,10 @@ class Chaos:
         self._start()
 
     def _start(self) -> None:
-        self.temp = tempfile.mkdtemp(prefix="chaos-", dir="/tmp")  # socket paths must be short
+        # Short, for the paths of Ray's sockets may have 107 characters.
+        self.temp = tempfile.mkdtemp(prefix="ray-")
+        # Ray notes the address of its newest cluster in this folder, and expects it to be there.
+        (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
         memory = 100 * 1024 * 1024
         self.cluster = Cluster(
             initialize_head=True,
