@@ -30,7 +30,7 @@ from ray_detox.store.dynamodb import DynamoDBStore
 
 pytestmark = pytest.mark.ray
 
-STEPS, PROMPTS, MEASURED = 4, 32, 24
+STEPS, PROMPTS, MEASURED, SHARDS = 4, 32, 24, 4
 SHORT = [
     f"train.steps={STEPS}",
     "train.checkpoint_every=2",
@@ -39,6 +39,7 @@ SHORT = [
     "sampling.budget_max=16",
     f"evaluate.prompts={MEASURED}",
     "data.limit=400",
+    f"evaluate.shards={SHARDS}",
 ]
 
 
@@ -195,15 +196,17 @@ def test_a_measurement_that_was_cut_off_goes_on_with_the_shards_that_are_missing
     for name in ("report.json", "samples.jsonl"):
         (cut.path / name).unlink()
     kept = sorted((cut.path / "evaluation").glob("*/shard-*.json"))
-    assert len(kept) == 8
-    kept[2].unlink()
-    kept[5].write_text(kept[5].read_text()[:-20])
+    assert len(kept) == SHARDS
+    kept[1].unlink()
+    kept[3].write_text(kept[3].read_text()[:-20])
 
     assert cli.main(["run", "--resume", "cut", "--output", str(output)]) == 0
 
     report, samples = cut.read_result()
     assert samples == finished[0].read_result()[1]
-    assert sum(actor["texts"] for actor in report["training"]["actors"]) == 2 * 2 * MEASURED // 8
+    assert (
+        sum(actor["texts"] for actor in report["training"]["actors"]) == 2 * 2 * MEASURED // SHARDS
+    )
 
 
 # ---- stopping and going on -------------------------------------------------------------------

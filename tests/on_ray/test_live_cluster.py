@@ -68,7 +68,7 @@ def test_what_no_wait_could_mend_is_refused_at_once(busy):
 
 
 def test_a_cluster_of_this_node_alone_is_not_asked_what_was_looked_at_already():
-    assert live.probe_nodes(load_config("lab"), "/nowhere") == []
+    assert live.probe_nodes(load_config("lab")) == []
     assert not live.has_autoscaler()
 
 
