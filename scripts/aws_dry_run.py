@@ -321,7 +321,7 @@ def _without_chance(found: dict[str, Any]) -> dict[str, Any]:
     for pattern, word in (
         (r"(subnet|sg|ami|i)-[0-9a-f]{8,}", r"\1-..."),
         (r"\b(?!127\.)\d+\.\d+\.\d+\.\d+\b(?!/)", "ADDRESS"),
-        (r"/tmp/ray-detox-home-\w+", "~"),
+        (r"/[^ ]*/ray-detox-home-\w+", "~"),
         (r"[^\s\"']*/ray-bootstrap-\w+", "RAY-BOOTSTRAP"),
         (re.escape(str(ROOT)), "."),
         (r'("Key": "ray-launch-config", "Value": )"\w+"', r'\1"HASH"'),
