@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
@@ -34,6 +35,8 @@ def run(words: list[str]) -> dict[str, Any]:
 def main() -> None:
     # Short, for the paths of Ray's sockets may have 107 characters.
     folder = tempfile.mkdtemp(prefix="ray-")
+    # Ray notes the address of its newest cluster in this folder, and expects it to be there.
+    (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
     small: dict[str, Any] = {"object_store_memory": 100 * 1024 * 1024}
     head = NODES[0] | small | {"include_dashboard": False, "temp_dir": folder}
     cluster = Cluster(initialize_head=True, head_node_args=head)
