@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
@@ -108,10 +107,9 @@ def run_evaluation(
     Raises:
         ConfigError: no task has had room for `cluster.patience_s`.
     """
-    # Prompts of like length share a shard, and the longest are begun first.
-    order = np.argsort([-len(row["query_ids"]) for row in rows], kind="stable")
     count = min(config.evaluate.shards, len(rows))
-    shards = [part.tolist() for part in np.array_split(order, count)]
+    # Dealt out in turn: the shards then have prompts of all lengths alike.
+    shards = [list(range(first, len(rows), count)) for first in range(count)]
     kept = _KeptShards(storage, config, adapter, rows)
     found: dict[int, Samples] = {}
     for number in range(count):
