@@ -328,13 +328,12 @@ def _finish(
 ) -> dict[str, Any]:
     """Run the final task."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from ray_detox.stages.evaluate import store_result
+    from ray_detox.stages.live import on_this_node
 
     # The run's folder and the embedded store are on this machine.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    task = store_result.options(scheduling_strategy=here)
+    task = store_result.options(scheduling_strategy=on_this_node())
     report, _, problem = ray.get(
         task.remote(
             config,

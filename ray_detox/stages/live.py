@@ -62,6 +62,11 @@ def staying_nodes() -> set[str]:
     return {node["NodeID"] for node in _alive() if _answers(node)}
 
 
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where an actor or a task goes that is to be lost with this process only."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def draining_nodes() -> set[str]:
     """Ids of the nodes that are to go."""
     from ray._private import state

@@ -20,10 +20,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox.config import RewardConfig
 from ray_detox.router import Listing
+from ray_detox.stages.live import on_this_node
 from ray_detox.stages.score import (
     REFRESH_S,
     RewardActor,
@@ -102,9 +102,8 @@ class RewardPool:
             "max_concurrency": 64,
         }
         # On the driver's node: it goes with the run, and not with a node that others lose.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.directory: Any = RewardDirectory.options(  # type: ignore[attr-defined]
-            scheduling_strategy=here, max_restarts=-1, max_task_retries=0
+            scheduling_strategy=on_this_node(), max_restarts=-1, max_task_retries=0
         ).remote()
         self._lock = threading.Lock()
         self._actors: list[_Actor] = []

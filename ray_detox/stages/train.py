@@ -31,7 +31,6 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import checkpoint
 from ray_detox.checkpoint_store import Checkpoint, CheckpointWriter
@@ -39,7 +38,7 @@ from ray_detox.config import RunConfig, config_from_dict
 from ray_detox.preflight import Needs
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.live import draining_nodes, staying_nodes
+from ray_detox.stages.live import draining_nodes, on_this_node, staying_nodes
 from ray_detox.stages.workers import RoomForOneMore, workers_with_room
 
 T = TypeVar("T")
@@ -82,8 +81,7 @@ class Progress:
 
 def start_progress() -> Any:
     """A `Progress` on the driver's node: it is lost with the driver only."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Progress.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
 
 
 class RayRuntime:
