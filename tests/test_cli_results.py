@@ -209,7 +209,7 @@ def no_run(mistake, output, monkeypatch):
     """Give settings with which a run must not start; the sentence it was refused with."""
     monkeypatch.setitem(sys.modules, "ray", None)
     # Refused once is refused.
-    at_once = Config(connect_timeout=1, read_timeout=0.5, retries={"total_max_attempts": 1})
+    at_once = Config(connect_timeout=3, read_timeout=30, retries={"total_max_attempts": 1})
     monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", at_once)
 
     def refused(*words):
@@ -249,7 +249,10 @@ def test_what_is_wrong_with_credentials_region_and_endpoint_is_found_before_trai
     ("kind", "words"),
     [("denied", "allows no describe_table"), ("expired", "Sign in again"), ("hang", "be reached")],
 )
-def test_what_aws_refuses_is_found_before_training(no_run, aws, kind, words):
+def test_what_aws_refuses_is_found_before_training(no_run, aws, monkeypatch, kind, words):
+    if kind == "hang":
+        soon = Config(read_timeout=0.5, retries={"total_max_attempts": 1})
+        monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", soon)
     proxy = FaultProxy(aws)
     proxy.fail("DescribeTable", kind, FOR_EVER)
 
