@@ -1,4 +1,4 @@
-"""The command line: `ray-detox check | run | evaluate | export`, and those of `cli_results.py`.
+"""The command line: `ray-detox check | run | evaluate | export`; more in `cli_jobs.py`, `cli_results.py`.
 
 A person's mistake ends with one sentence and exit code 2, before anything has started. Verbs
 import what they need when they run, so that `check` and `results` answer at once.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_detox import __version__, cli_results
+from ray_detox import __version__, cli_jobs, cli_results
 from ray_detox.config import (
     ConfigError,
     RunConfig,
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, StoreError) as error:
         print(f"ray-detox: {error}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("ray-detox: stopped.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except BrokenPipeError:
         # The reader of a pipe, such as head, has gone; it has what it wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a run from its last checkpoint; on another machine, with its train.storage=",
     )
     add_output(sub)
+    cli_jobs.add_verbs(add)
     sub = add(
         "evaluate", _evaluate, "Measure a run's adapter again, with changed settings if wished."
     )

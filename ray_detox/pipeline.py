@@ -137,6 +137,7 @@ def _run_stages(
 ) -> dict[str, Any]:
     with (
         cluster(config, console) as need,
+        end_on_sigterm(),
         _reward_pool(config, need) as pool,
     ):
         data = _ingest(config, source, console, pool, need)
@@ -372,6 +373,26 @@ def _median(seconds: Sequence[float]) -> float | None:
 class _Stop:
     event: threading.Event
     signal_number: int = signal.SIGINT
+
+
+@contextmanager
+def end_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the run as Ctrl-C does, in its order and with its sentence.
+
+    Set once Ray is connected, for Ray sets a handler of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

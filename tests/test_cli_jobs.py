@@ -1,0 +1,354 @@
+"""`ray-detox submit`: what it refuses before anything is sent, and whole runs through a real head."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ray_detox import cli, cli_jobs
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Submit with a mistake; the sentence it is refused with."""
+    monkeypatch.setattr(cli_jobs, "ANSWER_S", 0.5)
+
+    def submit(*words: str) -> str:
+        assert cli.main(["submit", *words]) == cli.MISTAKE
+        said = capsys.readouterr().err
+        assert said.startswith("ray-detox: ")
+        assert said.count("\n") == 1
+        return said
+
+    return submit
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["lab", "ppo.kl_coeff=1"], "kl_coef"),
+        (["lab", "seed"], "Two recipes"),
+        (["nowhere"], "Unknown recipe 'nowhere'"),
+        (["lab", "--run-id", "../x"], "Run id '../x' cannot be used"),
+        (["lab", "cluster.address=10.0.0.1:6379"], "the cluster that --address names"),
+        (["--resume", "a", "--run-id", "b"], "exclude each other"),
+        (["--resume", "a", "train.steps"], "train.steps"),
+        (["--follow", "a", "lab"], "take nothing else"),
+        (["--stop", "a", "--follow", "b"], "take nothing else"),
+        (["lab", "--env", "NAME"], "expected NAME=VALUE"),
+        (["lab", "--env", "HF_TOKEN=hf_x"], "would be shown on the dashboard"),
+        (["lab", "--env", "AWS_SECRET_ACCESS_KEY=x"], "would be shown on the dashboard"),
+        (["lab", "--address", "10.0.0.1:6379"], "expected the dashboard's address"),
+        (["lab", "--address", "ray://10.0.0.1:10001"], "expected the dashboard's address"),
+        (["lab", "--address", "http://127.0.0.1:9"], "No job server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_sent(refused, words, sentence):
+    said = refused(*words)
+
+    assert sentence in said
+    assert "hf_x" not in said
+
+
+def test_who_accepts_and_says_nothing_is_not_waited_for(refused):
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert f"No job server answers at {address}" in refused("lab", "--address", address)
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"), [("2.9.0", "The cluster runs Ray 2.9.0"), (None, "no job server of")]
+)
+def test_another_server_and_another_ray_are_told_apart(refused, version, sentence):
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = {"/api/version": {"ray_version": version}, "/api/jobs/": []}
+            self.send_response(200 if version and self.path in known else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(known.get(self.path, "?")).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert sentence in refused("lab", "--address", f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_package_and_what_was_named_are_sent_and_nothing_else(tmp_path):
+    (tmp_path / "mine" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "mine" / "rewards.py").write_text("x = 1")
+    (tmp_path / "mine" / "__pycache__" / "rewards.pyc").write_text("")
+    (tmp_path / "my.yaml").write_text("train: {steps: 3}")
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    words = [str(tmp_path / "my.yaml"), "--with", str(tmp_path / "mine"), "--run-id", "r"]
+    args = cli._parser().parse_args(["submit", *words])
+
+    run_id, command, files = cli_jobs._read(args)
+    size = cli_jobs._gather(sent, files)
+
+    assert (run_id, command) == ("r", ["my.yaml", "--run-id", "r"])
+    assert sorted(path.name for path in sent.iterdir()) == ["mine", "my.yaml", "ray_detox"]
+    assert [path.name for path in (sent / "mine").iterdir()] == ["rewards.py"]
+    package = ROOT / "ray_detox"
+    kept = {p.relative_to(package) for p in package.rglob("*") if "__pycache__" not in p.parts}
+    assert {
+        path.relative_to(sent / "ray_detox") for path in (sent / "ray_detox").rglob("*")
+    } == kept
+    assert size == sum(path.stat().st_size for path in sent.rglob("*") if path.is_file())
+
+
+def test_what_cannot_be_sent_is_named(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 3000)
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    with pytest.raises(cli_jobs.ConfigError, match="absent does not exist"):
+        cli_jobs._gather(sent, [tmp_path / "absent"])
+    monkeypatch.setattr(cli_jobs, "LARGEST", 2000)
+    with pytest.raises(cli_jobs.ConfigError, match=r"the largest file is model\.safetensors"):
+        cli_jobs._gather(sent, [tmp_path / "model.safetensors"])
+    with pytest.raises(cli_jobs.ConfigError, match="is sent already"):
+        cli_jobs._gather(sent, [tmp_path / "model.safetensors"])
+
+
+class Server:
+    """A job server whose log breaks off, and whose job has ended with `job`."""
+
+    def __init__(self, job: SimpleNamespace, breaks: int) -> None:
+        self.job, self.breaks = job, breaks
+
+    async def tail_job_logs(self, job_id: str) -> Any:
+        self.breaks -= 1
+        yield "step 1\n"
+        if self.breaks >= 0:
+            raise ConnectionResetError("the tunnel is gone")
+        yield "step 2\n"
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return self.job
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "step 1\nstep 2\nstep 3\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code", "sentence"),
+    [
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", 2, 2, ""),
+        ("FAILED", 1, 1, "ended early; go on with ray-detox submit --resume r"),
+        ("FAILED", -9, 1, "failed: why\njob       ended early"),
+        ("FAILED", None, 1, "failed: why\njob       ended early"),
+        ("STOPPED", 143, 143, "stopped; go on with ray-detox submit --resume r"),
+    ],
+)
+def test_the_log_is_printed_once_and_the_drivers_code_passed_on(
+    monkeypatch, capsys, status, driver, code, sentence
+):
+    monkeypatch.delenv("RAY_DETOX_SUBMIT", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    job = SimpleNamespace(status=status, driver_exit_code=driver, message="why")
+    args = cli._parser().parse_args(["submit"])
+
+    assert cli_jobs._follow(Server(job, breaks=3), "r", "r", args) == code
+
+    printed = capsys.readouterr().out
+    assert printed.startswith("step 1\nstep 2\nstep 3\n")
+    assert printed.count("step") == 3
+    assert sentence in printed
+    assert ("--resume" in printed) == bool(sentence)
+
+
+def test_a_job_server_that_stays_away_is_not_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(cli_jobs, "LOST_S", 0.0)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    args = cli._parser().parse_args(["submit", "--address", "http://far:8265"])
+
+    assert cli_jobs._follow(Server(SimpleNamespace(), breaks=10**6), "r", "r", args) == 1
+
+    said = capsys.readouterr().out
+    assert "has not answered for 0 s (ConnectionResetError)" in said
+    assert "--follow r --address http://far:8265" in said
+
+
+# ---- a real head -----------------------------------------------------------------------------
+
+
+class Head:
+    """A head started by scripts/head.sh, and scripts/submit.sh as a person calls it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        names = ("RAY_", "AWS_", "PYTEST_", "PYTHONPATH", "TMPDIR")
+        env = {key: value for key, value in os.environ.items() if not key.startswith(names)}
+        self.env = env | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        ports = [free_port() for _ in range(3)]
+        self.env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[0]}"
+        options = [f"--dashboard-port={ports[0]}", f"--port={ports[1]}"]
+        options += [f"--ray-client-server-port={ports[2]}", f"--temp-dir={home / 'ray'}"]
+        options += ["--object-store-memory=200000000"]
+        self.log = (home / "head.log").open("w")
+        self.process = subprocess.Popen(
+            ["bash", "scripts/head.sh", *options],
+            cwd=ROOT,
+            env=self.env,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(240):
+            if self.process.poll() is not None:
+                break
+            with closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", ports[0])) == 0:
+                    return
+            time.sleep(0.5)
+        pytest.fail(f"no head: {(home / 'head.log').read_text()[-2000:]}")
+
+    def submit(self, *words: str, **settings: Any) -> "subprocess.Popen[str]":
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = ["bash", "scripts/submit.sh", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=self.env, **pipes | settings)
+
+    def submitted(self, *words: str) -> tuple[int, str, str]:
+        process = self.submit(*words)
+        out, err = process.communicate(timeout=400)
+        return process.returncode, out, err
+
+    def ray(self, *words: str) -> str:
+        return subprocess.run(
+            [Path(sys.executable).with_name("ray"), *words],
+            env=self.env | {"RAY_AUTH_MODE": "token"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            self.log.close()
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    # Short, for the paths of Ray's sockets may have 107 characters.
+    home = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
+    head = Head(home)
+    yield head
+    head.close()
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def test_a_run_is_submitted_with_a_recipe_and_a_reward_function_of_its_own(head, tmp_path):
+    (tmp_path / "own_rewards.py").write_text(
+        "def brief(prompts, completions, **_):\n    return [-len(c) / 100 for c in completions]\n"
+    )
+    terms = "reward:\n  terms: [{function: own_rewards.brief, weight: 0.1}]\n"
+    lab = (ROOT / "ray_detox" / "recipes" / "lab.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(lab.replace("reward:\n", terms))
+    recipe, own = str(tmp_path / "own.yaml"), str(tmp_path / "own_rewards.py")
+
+    code, out, err = head.submitted(recipe, *SMALL, "--with", own, "--run-id", "own")
+
+    assert code == 0, out + err
+    assert out.startswith("run       own\n")
+    assert "\r" not in out
+    assert "\x1b" not in out
+    assert [line[:8] for line in out.splitlines() if line.startswith("step ")] == [
+        f"step {step}/4" for step in range(1, 5)
+    ]
+    report = json.loads((head.home / "runs" / "own" / "report.json").read_text())
+    assert (report["status"], report["n"]) == ("complete", 8)
+    rows = (head.home / "runs" / "own" / "metrics.jsonl").read_text().splitlines()
+    assert all("brief" in json.loads(row)["terms"] for row in rows)
+
+    code, _, err = head.submitted("lab", "--run-id", "own")
+    assert code == 2
+    assert "A job has had run 'own' (succeeded)" in err
+    assert "bash scripts/submit.sh --resume own --address" in err
+
+
+def test_the_drivers_own_refusal_comes_through(head):
+    code, out, _ = head.submitted("lab", "reward.gpus_per_actor=1", "--run-id", "greedy")
+
+    assert code == 2
+    assert "ray-detox: The run needs" in out
+    assert "--resume" not in out
+
+
+def test_a_job_that_is_stopped_leaves_a_checkpoint_and_goes_on(head):
+    longer = [*SMALL, "train.steps=400"]
+    process = head.submit("lab", *longer, "--run-id", "stopped", bufsize=1)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step   2/"):
+            break
+    assert lines[-1].startswith("step"), "".join(lines)
+
+    code, _, err = head.submitted("lab", "--run-id", "stopped")
+    assert code == 2
+    assert "is being worked on (job stopped, running)" in err
+    head.ray("job", "stop", "stopped", "--no-wait")
+    rest, _ = process.communicate(timeout=300)
+
+    assert process.returncode == 143
+    assert "stopping after this step, with a checkpoint" in rest
+    assert "Stopped after step" in rest
+    assert "job       stopped; go on with bash scripts/submit.sh --resume stopped" in rest
+
+    # It goes on where it was, to an end that has come nearer; following starts at the beginning.
+    folder = head.home / "runs" / "stopped"
+    done = len((folder / "metrics.jsonl").read_text().splitlines())
+    words = ["--resume", "stopped", f"train.steps={done + 2}", "--no-wait"]
+    code, out, err = head.submitted(*words)
+    assert code == 0, err
+    assert "submit.sh --stop stopped" in out
+    code, out, _ = head.submitted("--follow", "stopped")
+    assert code == 0, out
+    assert f"going on after step {done}" in out or f"step {done + 1}/{done + 2}" in out
+    steps = [json.loads(row)["step"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, done + 3))
+
+
+def test_a_job_that_is_stopped_before_training_says_so(head):
+    process = head.submit("lab", *SMALL, "--run-id", "early", bufsize=1)
+    for line in process.stdout:
+        if line.startswith("ingest"):
+            break
+
+    code, out, err = head.submitted("--stop", "early")
+    rest, _ = process.communicate(timeout=300)
+
+    assert (code, process.returncode) == (0, 128 + signal.SIGTERM), out + err + rest
+    assert "job       stopped; go on with" in out
+    assert "ray-detox: stopped." in rest
