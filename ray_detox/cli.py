@@ -49,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, StoreError) as error:
         print(f"ray-detox: {error}", file=sys.stderr)
         return MISTAKE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "ray_detox":
+            raise
+        print(
+            f"ray-detox: {package} is missing in {sys.executable}. Install the package there: "
+            "pip install -c constraints.txt .",
+            file=sys.stderr,
+        )
+        return MISTAKE
     except KeyboardInterrupt as stopped:
         print("ray-detox: stopped.", file=sys.stderr)
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)

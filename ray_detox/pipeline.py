@@ -427,12 +427,13 @@ def causes_in_one_sentence() -> Iterator[None]:
         ray = sys.modules.get("ray")
         # Some errors of Ray are OSErrors, too: its silence is a TimeoutError.
         if ray is not None and isinstance(error, ray.exceptions.RayError):
-            from ray_detox.stages.train import innermost, last_line
+            from ray_detox.stages.live import one_line
+            from ray_detox.stages.train import innermost
 
             cause = innermost(error)
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
-            raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
+            raise StageError(f"{type(cause).__name__}: {one_line(cause)}") from error
         if isinstance(error, OSError):
             raise StageError(f"{type(error).__name__}: {error}") from error
         raise

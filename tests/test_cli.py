@@ -7,6 +7,7 @@ the point, in one of their own.
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -596,6 +597,7 @@ def test_an_export_overwrites_no_folder(mistake, stored_run, tmp_path):
         (RuntimeError("Training failed: no."), cli.FAILED, "ray-detox: Training failed: no.\n"),
         (pipeline.NotStored("Kept here alone."), cli.FAILED, "ray-detox: Kept here alone.\n"),
         (KeyboardInterrupt(), 130, "ray-detox: stopped."),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "ray-detox: stopped."),
     ],
 )
 def test_a_run_that_ends_early_says_how_to_go_on(
@@ -613,6 +615,36 @@ def test_a_run_that_ends_early_says_how_to_go_on(
     assert ended == code
     assert said in printed.out + printed.err
     assert f"ray-detox run --resume first --output {output}" in printed.out + printed.err
+
+
+def test_another_python_and_a_missing_package_are_named(monkeypatch, capsys, output):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 2, "final", 0))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("ray_detox", run_name="__main__")
+    assert ended.value.code == cli.MISTAKE
+    assert "needs Python 3.11 to 3.13" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    missing = ["peft.tuners", "ray_detox.tuner"]
+
+    def run(*_, **__):
+        raise ModuleNotFoundError(name=missing.pop(0))
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert cli.main(["run", "lab", "--output", str(output)]) == cli.MISTAKE
+    assert f"ray-detox: peft is missing in {sys.executable}." in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # a fault of our own is shown in full
+        cli.main(["run", "lab", "--output", str(output)])
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+
+    assert ended.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- check -----------------------------------------------------------------------------------

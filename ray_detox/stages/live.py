@@ -324,3 +324,9 @@ def find_fault(settings: dict[str, Any], expected: dict[str, str]) -> str | None
     # A worker writes a checkpoint there, and reads it, on its way to the driver.
     no_room = preflight.why_no_room(Path(tempfile.gettempdir()))
     return f"its temporary folder {no_room}. Make room there." if no_room else None
+
+
+def one_line(error: BaseException) -> str:
+    """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -23,14 +23,13 @@ from ray.exceptions import ActorDiedError
 
 from ray_detox.config import RewardConfig
 from ray_detox.router import Listing
-from ray_detox.stages.live import on_this_node
+from ray_detox.stages.live import on_this_node, one_line
 from ray_detox.stages.score import (
     REFRESH_S,
     RewardActor,
     RewardDirectory,
     RewardError,
     is_lost,
-    one_line,
 )
 
 WATCH_S = 0.2

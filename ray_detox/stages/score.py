@@ -25,6 +25,7 @@ from ray_detox.config import RewardConfig
 from ray_detox.records import Columns, Scores
 from ray_detox.reward import Pending
 from ray_detox.router import Batch, Call, Listing, Member, RewardError, Router
+from ray_detox.stages.live import one_line
 
 __all__ = ["RewardActor", "RewardClient", "RewardDirectory", "RewardError"]
 
@@ -238,9 +239,3 @@ class RewardClient:
 def is_lost(error: BaseException) -> bool:
     """Whether a call failed with its actor or its node, and not in what it called."""
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
-
-
-def one_line(error: BaseException) -> str:
-    """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

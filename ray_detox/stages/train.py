@@ -38,7 +38,7 @@ from ray_detox.config import RunConfig, config_from_dict
 from ray_detox.preflight import Needs
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.live import draining_nodes, on_this_node, staying_nodes
+from ray_detox.stages.live import draining_nodes, on_this_node, one_line, staying_nodes
 from ray_detox.stages.workers import RoomForOneMore, workers_with_room
 
 T = TypeVar("T")
@@ -380,9 +380,9 @@ def describe(error: BaseException) -> str:
         cause = innermost(failure)
         if "onnection" in str(cause) and "peer" in str(cause):  # in gloo's words, or NCCL's
             return f"worker {rank} lost its connection to another worker"
-        return f"worker {rank} failed with {type(cause).__name__}: {last_line(cause)}"
+        return f"worker {rank} failed with {type(cause).__name__}: {one_line(cause)}"
     cause = innermost(error)
-    return f"{type(cause).__name__}: {last_line(cause)}"
+    return f"{type(cause).__name__}: {one_line(cause)}"
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -390,9 +390,3 @@ def innermost(error: BaseException) -> BaseException:
     while inner := getattr(error, "cause", None) or error.__cause__:
         error = inner
     return error
-
-
-def last_line(error: BaseException) -> str:
-    """The end of an error's message, where Ray puts the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
