@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import urllib.error
@@ -95,9 +96,17 @@ def add_verbs(add: Add) -> None:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    known = args.follow or args.stop
-    if known is not None:
-        return _look_after(args, check_run_id(known))
+    try:
+        if args.follow or args.stop:
+            return _look_after(args, check_run_id(args.follow or args.stop))
+        return _send_and_follow(args)
+    except OSError as error:  # those of requests are of this kind, too
+        reason = str(error).partition("\n")[0][:200]
+        print(f"ray-detox: cut off from {args.address} ({reason}).", file=sys.stderr)
+        return 1
+
+
+def _send_and_follow(args: argparse.Namespace) -> int:
     run_id, words, files = _read(args)
     environment = _environment(args.env)
     _say("run", run_id)
@@ -132,9 +141,10 @@ def _look_after(args: argparse.Namespace, run_id: str) -> int:
         raise ConfigError(f"The job of run {run_id!r} has ended already ({job.status.lower()}).")
     client.stop_job(job.submission_id)
     _say("job", f"{job.submission_id} was told to stop, and writes a checkpoint first")
-    while client.get_job_status(job.submission_id) not in ENDED:
+    # Not without end: Ray kills what has not ended after STOP_S.
+    while (status := client.get_job_status(job.submission_id)) not in ENDED:
         time.sleep(1)
-    _say("job", f"stopped; go on with {_command(args, '--resume', run_id)}")
+    _say("job", f"{status.lower()}; go on with {_command(args, '--resume', run_id)}")
     return 0
 
 
@@ -211,8 +221,9 @@ def _reach(address: str) -> "JobSubmissionClient":
     except (OSError, ValueError):
         raise ConfigError(f"No job server answers at {address}. {there}") from None
 
-    token = Path("~/.ray/auth_token").expanduser()
-    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.is_file()):
+    token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    token = token or Path("~/.ray/auth_token").expanduser().is_file()
+    if token and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"  # read once, when Ray is imported
     import ray
     from ray.exceptions import AuthenticationError
