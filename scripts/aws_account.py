@@ -305,11 +305,11 @@ def _code(error: exceptions.ClientError) -> str:
     return str(error.response["Error"]["Code"])
 
 
-def _family(instance_type: str) -> str | None:
-    """The part of the quotas that counts a type."""
+def _family(instance_type: str) -> str:
+    """The part of the quotas that counts a type; others are not looked at."""
     if re.match(r"(g|vt)\d", instance_type):
         return "G and VT"
-    return "Standard" if re.match(r"[acdhimrtz]\d", instance_type) else None
+    return "Standard" if re.match(r"[acdhimrtz]\d", instance_type) else "other"
 
 
 def _asked(look: Callable[[], list[str]]) -> list[str]:
