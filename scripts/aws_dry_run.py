@@ -10,7 +10,7 @@ Before that, it looks for mistakes that the launcher would not name, and prints 
     Ray's autoscaler --> EC2                 one worker of each type, tags, and its end
 
 All of it is Ray's own code against moto; only what would go through SSH is written down instead.
-Needs the extra `dev`.
+Needs the extra `dev`. `aws_account.py` looks at your own account.
 """
 
 import difflib

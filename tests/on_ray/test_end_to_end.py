@@ -253,6 +253,34 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
     assert resumed["toxicity"] == report["toxicity"]
 
 
+def test_the_same_command_goes_on_with_a_run_whose_machine_is_gone(
+    finished, output, capsys, monkeypatch
+):
+    # What a retry of cluster/kuberay.yaml does: a new head, an empty disk, the same words.
+    whole, _, _ = finished
+    words = [*SHORT, "train.checkpoint_every=1", f"train.storage={output / 'kept'}"]
+    first, second = output / "first-head", output / "second-head"
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "Console", StopsAtOnce)
+        stopped = cli.main(["run", "lab", *words, "--run-id", "tried", "--output", str(first)])
+    done = len(read_metrics(first / "tried/metrics.jsonl"))
+    shutil.rmtree(first)
+    capsys.readouterr()
+
+    code = cli.main(["run", "lab", *words, "--run-id", "tried", "--output", str(second)])
+
+    said = capsys.readouterr()
+    tried = RunFolder(second, "tried")
+    assert stopped == 128 + signal.SIGINT
+    assert code == 0, said
+    assert 1 <= done < STEPS
+    again = [int(step) for step in re.findall(rf"^step (\d)/{STEPS} ", said.out, re.MULTILINE)]
+    assert again == list(range(done + 1, STEPS + 1))
+    assert metrics_without_times(tried) == metrics_without_times(whole)
+    weights = "adapter_model.safetensors"
+    assert (tried.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+
+
 # ---- data, checkpoints and results elsewhere -------------------------------------------------
 
 

@@ -1,0 +1,373 @@
+"""What your AWS account lacks for `ray up cluster/aws.yaml` and a run there; changes and costs nothing.
+
+python scripts/aws_account.py [RECIPE] [SETTING=VALUE ...]
+
+The words are those of the run: train.storage and results.* say which bucket and table are looked at.
+Each fault is one sentence, all of them are printed, and the exit code is then 2.
+
+    this environment   its Ray against the images'
+    sts, ec2           who asks, the region, and then at once:
+        ec2              instance types there; the head, started as a dry run
+        service-quotas   CPUs, against all that max_workers allows
+        ssm              the image's name leads to one
+        iam              the instance profiles of cluster/iam.yaml
+        s3, dynamodb     bucket and table, there and in this region
+
+`aws_dry_run.py` looks at the file alone and needs no account; run it first.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import boto3
+import yaml
+from botocore import exceptions
+from botocore.config import Config
+
+from ray_detox.config import ConfigError, RunConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+QUOTAS = {
+    ("G and VT", False): ("L-DB2E81BA", "Running On-Demand G and VT instances"),
+    ("G and VT", True): ("L-3819A6DF", "All G and VT Spot Instance Requests"),
+    ("Standard", False): ("L-1216C47A", "Running On-Demand Standard instances"),
+    ("Standard", True): ("L-34B43A08", "All Standard Spot Instance Requests"),
+}
+"""By family and whether it is spot. All of them count CPUs."""
+STRANGERS = (
+    "AuthFailure",
+    "ExpiredToken",
+    "InvalidClientTokenId",
+    "RequestExpired",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+)
+ANSWERS = {
+    "OptInRequired": "this account is not signed up for it, or not for this region. Finish the account's "
+    "registration, or enable the region under Account in the console.",
+    "PendingVerification": "AWS is still verifying this account for the region, which takes some hours.",
+    "Blocked": "AWS has blocked this account; ask its support.",
+    "Unsupported": "the instance type is not to be had like this. Choose another type or region.",
+    "VcpuLimitExceeded": "the quota for on-demand CPUs is used up. Ask for more in Service Quotas, or end "
+    "what else runs.",
+    "MaxSpotInstanceCountExceeded": "the quota for spot CPUs is used up. Ask for more in Service Quotas, or "
+    "end what else runs.",
+    "InsufficientInstanceCapacity": "AWS has none of these instances left for now. Try again later, or "
+    "choose another type or region.",
+    "RequestLimitExceeded": "too many requests of this account at once. Try again.",
+    "ThrottlingException": "too many requests of this account at once. Try again.",
+    "TooManyRequestsException": "too many requests of this account at once. Try again.",
+}
+"""What refusals mean, by code; also those of `ray up` and of the autoscaler's log."""
+
+
+class Stranger(Exception):
+    """Nothing else can be asked; the message is the fault."""
+
+
+def find_faults(cluster: dict[str, Any], config: RunConfig, session: Any) -> list[str]:
+    """What is missing, each in a sentence.
+
+    Args:
+        cluster: as in `cluster/aws.yaml`.
+        config: of a run on it.
+        session: of boto3.
+    """
+    faults = _versions(cluster)
+    try:
+        account = Account(cluster, session)
+    except Stranger as stranger:
+        return [*faults, str(stranger)]
+    for look in (
+        account.instance_types,
+        account.quotas,
+        account.image,
+        account.profiles,
+        lambda: account.bucket(config.train.storage),
+        lambda: account.table(config) if config.results.store == "dynamodb" else [],
+    ):
+        faults += _asked(look)
+    # As a dry run EC2 names the first thing that it misses: no news while something is missing.
+    return faults or _asked(account.start_head)
+
+
+def _versions(cluster: dict[str, Any]) -> list[str]:
+    """The launcher here and the autoscaler in the image are of one Ray.
+
+    Python may be another one here: jobs are submitted, and their drivers start on the head.
+    """
+    here = version("ray")
+    image = cluster["docker"]["head_image"]
+    found = re.search(r":(\d[\d.]*\d)-py", image)
+    if found and found[1] == here:
+        return []
+    return [
+        f"Ray {here} is installed here, and docker.head_image is {image!r}. Install what was tested "
+        "(pip install -c constraints.txt -e .), or name the image of this Ray."
+    ]
+
+
+class Account:
+    """An account as it is seen from one region.
+
+    Args:
+        cluster: as in `cluster/aws.yaml`.
+        session: of boto3.
+
+    Raises:
+        Stranger: the region is none, or AWS does not know who asks.
+    """
+
+    def __init__(self, cluster: dict[str, Any], session: Any) -> None:
+        self.region = region = cluster["provider"]["region"]
+        self._session = session
+        known = session.get_available_regions("ec2")
+        if region not in known:
+            near = difflib.get_close_matches(region, known, 1)
+            raise Stranger(
+                f"provider.region is {region!r}, which AWS does not have"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
+        refused = _asked(self._sign_in)
+        if refused:
+            raise Stranger(refused[0])
+        self._name = cluster["cluster_name"]
+        self._head = cluster["head_node_type"]
+        types = cluster["available_node_types"]
+        self._types = {n: t for n, t in types.items() if n == self._head or t["max_workers"]}
+        self._cpus: dict[str, int] = {}
+        """Of the instance types that there are."""
+
+    def _sign_in(self) -> list[str]:
+        # A region that is not enabled would answer that it knows nobody.
+        ordinary = self._session.get_partition_for_region(self.region) == "aws"
+        asked = "us-east-1" if ordinary else self.region
+        self.number = self._client("sts", asked).get_caller_identity()["Account"]
+        regions = self._client("ec2", asked).describe_regions(AllRegions=True)["Regions"]
+        self._regions = [r["RegionName"] for r in regions if r["OptInStatus"] != "not-opted-in"]
+        if self.region not in self._regions:
+            return [
+                f"{self.region} is not enabled in account {self.number}. Enable it under Account in the "
+                "console (it takes some minutes), or change provider.region."
+            ]
+        return []
+
+    def _client(self, service: str, region: str | None = None) -> Any:
+        # Some seconds for each answer, or a network without a way out would take minutes.
+        patience = Config(connect_timeout=5, read_timeout=15, retries={"total_max_attempts": 2})
+        return self._session.client(service, region_name=region or self.region, config=patience)
+
+    def instance_types(self) -> list[str]:
+        """Every type is offered in the region."""
+        ec2 = self._client("ec2")
+        wanted = {t["node_config"]["InstanceType"] for t in self._types.values()}
+        pages = ec2.get_paginator("describe_instance_type_offerings").paginate(
+            LocationType="region", Filters=[{"Name": "instance-type", "Values": sorted(wanted)}]
+        )
+        offered = {o["InstanceType"] for page in pages for o in page["InstanceTypeOfferings"]}
+        if offered:
+            for each in ec2.describe_instance_types(InstanceTypes=sorted(offered))["InstanceTypes"]:
+                self._cpus[each["InstanceType"]] = each["VCpuInfo"]["DefaultVCpus"]
+        return [
+            f"available_node_types.{name}: {kind} is not offered in {self.region}. Check its name, or "
+            "choose another type or region."
+            for name, node in self._types.items()
+            if (kind := node["node_config"]["InstanceType"]) not in offered
+        ]
+
+    def quotas(self) -> list[str]:
+        """Quotas cover all that may be started; what else runs in the account is not counted."""
+        needs: dict[tuple[str, bool], int] = {}
+        for name, node in self._types.items():
+            kind = node["node_config"]["InstanceType"]
+            spot = "InstanceMarketOptions" in node["node_config"]
+            family = _family(kind)
+            if kind in self._cpus and (family, spot) in QUOTAS:
+                count = 1 if name == self._head else node["max_workers"]
+                needs[family, spot] = needs.get((family, spot), 0) + count * self._cpus[kind]
+        faults = []
+        for which, need in needs.items():
+            code, name = QUOTAS[which]
+            has = self._quota(code)
+            if has < need:
+                faults.append(
+                    f"The quota {name!r} ({code}) is {has:g} CPUs in {self.region}, and aws.yaml may start "
+                    f"{need}. Ask for {need} in Service Quotas (hours to days), or lower max_workers."
+                )
+        return faults
+
+    def _quota(self, code: str) -> float:
+        quotas = self._client("service-quotas")
+        which = {"ServiceCode": "ec2", "QuotaCode": code}
+        # The second for one that was never changed in this account.
+        answer = _found(
+            quotas.get_service_quota, "NoSuchResourceException", **which
+        ) or quotas.get_aws_default_service_quota(**which)
+        return float(answer["Quota"]["Value"])
+
+    def image(self) -> list[str]:
+        """Every image's name leads to one."""
+        images = {t["node_config"]["ImageId"] for t in self._types.values()}
+        names = sorted(
+            i.removeprefix("resolve:ssm:") for i in images if i.startswith("resolve:ssm:")
+        )
+        if not names:
+            return []
+        missing = self._client("ssm").get_parameters(Names=names)["InvalidParameters"]
+        return [
+            f"ImageId leads to {name}, and {self.region} has no such parameter. Look for the newest "
+            "with: aws ssm get-parameters-by-path --path /aws/service/deeplearning/ami --recursive."
+            for name in missing
+        ]
+
+    def profiles(self) -> list[str]:
+        """Every instance profile is there."""
+        get = self._client("iam").get_instance_profile
+        names = {t["node_config"]["IamInstanceProfile"]["Name"] for t in self._types.values()}
+        return [
+            f"The instance profile {name!r} is not in account {self.number}. Deploy cluster/iam.yaml, as "
+            "the README says."
+            for name in sorted(names)
+            if _found(get, "NoSuchEntity", InstanceProfileName=name) is None
+        ]
+
+    def bucket(self, storage: str | None) -> list[str]:
+        """The bucket of `train.storage`, or that of cluster/iam.yaml, is there and in the region."""
+        address = storage or f"s3://{self._name}-{self.number}-{self.region}"
+        if not address.startswith("s3://"):
+            return []
+        name = address.removeprefix("s3://").partition("/")[0]
+        try:
+            there = self._client("s3").head_bucket(Bucket=name).get("BucketRegion")
+        except exceptions.ClientError as error:
+            # An answer without a body: the code is the status.
+            if _code(error) == "404":
+                return [
+                    f"There is no bucket {name!r}. Deploy cluster/iam.yaml, or change train.storage."
+                ]
+            if _code(error) == "403":
+                return [f"The bucket {name!r} is not for you. Change train.storage, or its policy."]
+            if _code(error) != "301":
+                raise
+            there = error.response["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+        if there in (None, self.region):
+            return []
+        return [
+            f"The bucket {name!r} is in {there}, and the cluster in {self.region}: every checkpoint would "
+            "cross regions and be paid for. Use a bucket of the same region."
+        ]
+
+    def table(self, config: RunConfig) -> list[str]:
+        """The table of `results.*` is there; if not, where one of its name is."""
+        name, region = config.results.table, config.results.region or self.region
+
+        def is_in(region: str) -> bool:
+            describe = self._client("dynamodb", region).describe_table
+            return _found(describe, "ResourceNotFoundException", TableName=name) is not None
+
+        if is_in(region):
+            return []
+        make = f"ray-detox table create results.table={name} results.region={region}"
+        elsewhere = next(
+            (other for other in self._regions if other != region and is_in(other)), None
+        )
+        if elsewhere:
+            return [
+                f"The table {name!r} is in {elsewhere} and not in {region}. Say "
+                f"results.region={elsewhere}, or make one: {make}."
+            ]
+        return [f"There is no table {name!r} in {region}. Make it: {make}."]
+
+    def start_head(self) -> list[str]:
+        """You may start the head: EC2 checks everything and starts nothing."""
+        node = self._types[self._head]["node_config"]
+        run = self._client("ec2").run_instances
+        _found(run, "DryRunOperation", DryRun=True, MinCount=1, MaxCount=1, **node)
+        return []
+
+
+def _found(call: Callable[..., Any], absent: str, **request: Any) -> Any:
+    """The answer to a request; None where it is refused with the code `absent`."""
+    try:
+        return call(**request)
+    except exceptions.ClientError as error:
+        if _code(error) != absent:
+            raise
+        return None
+
+
+def _code(error: exceptions.ClientError) -> str:
+    return str(error.response["Error"]["Code"])
+
+
+def _family(instance_type: str) -> str:
+    """The part of the quotas that counts a type; others are not looked at."""
+    if re.match(r"(g|vt)\d", instance_type):
+        return "G and VT"
+    return "Standard" if re.match(r"[acdhimrtz]\d", instance_type) else "other"
+
+
+def _asked(look: Callable[[], list[str]]) -> list[str]:
+    """The faults that a look finds; one that AWS refused is a fault itself."""
+    try:
+        return look()
+    except exceptions.ClientError as error:
+        return [refusal(error.operation_name, _code(error))]
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
+        return [
+            "No AWS credentials were found, or half of them. Sign in: aws configure, or aws sso login."
+        ]
+    except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
+        return [
+            f"AWS could not be reached ({type(error).__name__}). Check the network and its proxy."
+        ]
+    except exceptions.BotoCoreError as error:
+        # An expired sign-in of `aws sso login`, and whatever else it says in a sentence.
+        return [f"{str(error).rstrip('.')}. Sign in again, or check the AWS configuration."]
+
+
+def refusal(operation: str, code: str) -> str:
+    """What a refusal of AWS means and what to do, in a sentence.
+
+    AWS's own message stays out: it may hold the request with its signature.
+    """
+    if code in STRANGERS:
+        return (
+            f"AWS refused the credentials ({code}). Sign in again: aws configure, or aws sso login."
+        )
+    if code in ANSWERS:
+        return f"AWS refused {operation} ({code}): {ANSWERS[code]}"
+    if code.startswith(("AccessDenied", "UnauthorizedOperation")):
+        return f"You may not {operation} ({code}). Have it added to your user or role."
+    return f"AWS refused {operation} ({code})."
+
+
+def main(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    recipe = next((word for word in words if "=" not in word), "flan-t5-base")
+    cluster = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text("utf-8"))
+    try:
+        config = load_config(recipe, [word for word in words if word != recipe])
+        faults = find_faults(cluster, config, boto3.Session())
+    except ConfigError as error:
+        faults = [str(error)]
+    except exceptions.ProfileNotFound as error:
+        faults = [f"{error}. Set AWS_PROFILE to one of `aws configure list-profiles`, or unset it."]
+    for fault in faults:
+        print(f"aws_account.py: {fault}", file=sys.stderr)
+    if not faults:
+        print(
+            f"The account has all that cluster/aws.yaml needs in {cluster['provider']['region']}."
+        )
+    return 2 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
