@@ -15,6 +15,7 @@ figures go through `Progress`, an actor without a CPU.
 """
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import threading
@@ -23,8 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import ray
 import ray.train
+import ray.util
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import (
     PlacementGroup,
@@ -136,7 +139,6 @@ class RayRuntime:
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs; returns how it ended, with rank 0's measurements."""
-    import os
     import resource
 
     import torch
@@ -356,7 +358,7 @@ class _Group:
             train_worker,
             train_loop_config=job,
             # NCCL refuses two workers on one GPU.
-            torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=300),
+            torch_config=_TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=300),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self._workers,
                 use_gpu=gpus > 0,
@@ -371,6 +373,32 @@ class _Group:
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's way to connect workers, but that gloo is told where."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def choose_interface() -> None:
+    """Have gloo listen where Ray reaches this node, unless GLOO_SOCKET_IFNAME says where.
+
+    By itself it looks the machine's name up, and on many (Debian's 127.0.1.1) that is an address
+    at which no other machine finds it.
+    """
+    here = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == here for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _placement_groups() -> set[str]:

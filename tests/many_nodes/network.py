@@ -32,7 +32,7 @@ class Network:
     """Some machines that reach one another, until a cable is pulled.
 
     Args:
-        folder: for the files that programs on a machine find in `/etc`.
+        folder: for what programs on a machine find as `/etc/hosts`.
         machines: how many.
 
     Raises:
@@ -42,7 +42,9 @@ class Network:
     def __init__(self, folder: Path, machines: int) -> None:
         if shutil.which("ip") is None:
             raise NoNetworkError("a network of namespaces needs the command `ip` of iproute2")
-        self._folder = folder
+        # As on many a Linux, where a machine's name does not lead to its address.
+        self._hosts = folder / "hosts"
+        self._hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
         self._prefix = f"detox-{os.getpid()}-{secrets.token_hex(3)}"
         self._made: list[str] = []
         self._started: list[subprocess.Popen[str]] = []
@@ -103,13 +105,9 @@ class Network:
         self, where: int | str, command: Sequence[str], **rest: Any
     ) -> "subprocess.Popen[str]":
         """Start a program on a machine, or at the switch; `rest` as for `subprocess.Popen`."""
-        hosts = self._folder / f"{self._name(where)}.hosts"
-        address = GATEWAY if where == SWITCH else self.addresses[int(where)]
-        # gloo finds the address that others reach it at by looking its own name up.
-        hosts.write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
         # `ip netns exec` has given the program mounts of its own: nobody else sees this one.
         script = 'mount --bind "$0" /etc/hosts && exec "$@"'
-        words = ["ip", "netns", "exec", self._name(where), "sh", "-c", script, str(hosts)]
+        words = ["ip", "netns", "exec", self._name(where), "sh", "-c", script, str(self._hosts)]
         self._started.append(subprocess.Popen([*words, *command], text=True, **rest))
         return self._started[-1]
 
