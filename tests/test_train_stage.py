@@ -1,10 +1,14 @@
-"""What ended a group of workers, in one line."""
+"""What ended a group of workers, in one line; where its workers reach one another."""
 
+import os
+
+import psutil
 import pytest
+import ray.util
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
-from ray_detox.stages.train import describe
+from ray_detox.stages.train import choose_interface, describe
 
 
 class Died(Exception):
@@ -51,3 +55,22 @@ def test_a_cause_behind_other_errors_is_found():
     error = WorkerGroupError("...", {0: outer})
 
     assert describe(error) == "worker 0 failed with ValueError: no such label"
+
+
+def test_gloo_listens_where_ray_reaches_the_node(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+
+    choose_interface()
+
+    chosen = os.environ.pop("GLOO_SOCKET_IFNAME")
+    assert "127.0.0.1" in [each.address for each in psutil.net_if_addrs()[chosen]]
+
+
+def test_gloo_listens_where_it_was_told_to(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+
+    choose_interface()
+
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"

@@ -15,6 +15,7 @@ figures go through `Progress`, an actor without a CPU.
 """
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import threading
@@ -23,8 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import ray
 import ray.train
+import ray.util
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import (
     PlacementGroup,
@@ -87,12 +90,17 @@ def start_progress() -> Any:
 class RayRuntime:
     """`loop.Runtime` in a Ray Train worker."""
 
-    def __init__(self, progress: Any, start: dict[str, bytes] | None) -> None:
+    def __init__(self, progress: Any, group: str, start: dict[str, bytes] | None) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self._progress = progress
+        self._group = group
         self._start = start
+
+    def tell(self, event: dict[str, Any]) -> Any:
+        """Send an event to the driver, without waiting."""
+        return self._progress.put.remote(event | {"group": self._group})
 
     def sum_over_workers(self, x: Any) -> Any:
         """All-reduce; a copy, so that the argument stays as it was."""
@@ -108,7 +116,7 @@ class RayRuntime:
 
     def log(self, stats: UpdateStats) -> None:
         """Send a step's figures to the driver, without waiting."""
-        self._progress.put.remote({"kind": "step", "stats": dataclasses.asdict(stats)})
+        self.tell({"kind": "step", "stats": dataclasses.asdict(stats)})
 
     def save(
         self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
@@ -116,7 +124,7 @@ class RayRuntime:
         """Send a checkpoint to the driver, waiting only for that of the last step."""
         files = checkpoint.pack(write)
         event = {"kind": "checkpoint", "checkpoint": Checkpoint(step, files, objective)}
-        sent = self._progress.put.remote(event)
+        sent = self.tell(event)
         if last:
             ray.get(sent, timeout=ANSWER_S)
 
@@ -131,7 +139,6 @@ class RayRuntime:
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs; returns how it ended, with rank 0's measurements."""
-    import os
     import resource
 
     import torch
@@ -147,13 +154,14 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     config = config_from_dict(job["config"])
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
-    runtime = RayRuntime(job["progress"], ray.get(job["start"]) if job["start"] else None)
+    start = ray.get(job["start"]) if job["start"] else None
+    runtime = RayRuntime(job["progress"], job["group"], start)
     policy = load_policy(config.policy, config.sampling, config.seed, device)
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     mine = lanes_of_worker(config.data.lanes, runtime.rank, runtime.world_size)
     rows = {lane: unpack(ray.get(job["lanes"][lane]).to_pylist()) for lane in mine}
     lanes = Lanes(config, rows, policy.pad_id)
-    job["progress"].put.remote(
+    runtime.tell(
         {
             "kind": "worker",
             "rank": runtime.rank,
@@ -269,6 +277,7 @@ class _Group:
         scratch: str,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
+        self.name = f"group-{time.time_ns()}"
         self.error: BaseException | None = None
         self.why_stopped: str | None = None
         """`asked` by a person, `moved` off a node that is to go, or `resized` to more workers."""
@@ -285,7 +294,8 @@ class _Group:
         self._outcome: dict[str, Any] = {}
         self._before = _placement_groups()
         start = ray.put(dict(writer.newest.files)) if writer.newest else None
-        self._trainer = self._make_trainer(job | {"start": start}, need, scratch)
+        job = job | {"start": start, "group": self.name}
+        self._trainer = self._make_trainer(job, need, scratch)
 
     def run(self, stop_requested: threading.Event) -> dict[str, Any]:
         """What rank 0 returned; empty where the group failed, with `error`."""
@@ -321,6 +331,10 @@ class _Group:
     def _take_events(self) -> None:
         stop = self.why_stopped is not None
         for event in ray.get(self._progress.take.remote(stop), timeout=ANSWER_S):
+            if event["group"] != self.name:
+                # Of an earlier group, from a node that was cut off for a while: Ray delivers what
+                # its workers said meanwhile, and then ends them. Their steps were done again.
+                continue
             if event["kind"] == "checkpoint":
                 self._writer.put(event["checkpoint"])
                 continue
@@ -344,7 +358,7 @@ class _Group:
             train_worker,
             train_loop_config=job,
             # NCCL refuses two workers on one GPU.
-            torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=300),
+            torch_config=_TorchConfig(backend="nccl" if gpus >= 1 else "gloo", timeout_s=300),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self._workers,
                 use_gpu=gpus > 0,
@@ -352,13 +366,39 @@ class _Group:
                 | ({"GPU": gpus} if gpus else {}),
             ),
             run_config=ray.train.RunConfig(
-                name=f"group-{time.time_ns()}",
+                name=self.name,
                 storage_path=scratch,
                 # A group that fails comes back to `run_training`, which knows how many workers
                 # fit by now; Ray would wait for as many as before.
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's way to connect workers, but that gloo is told where."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def choose_interface() -> None:
+    """Have gloo listen where Ray reaches this node, unless GLOO_SOCKET_IFNAME says where.
+
+    By itself it looks the machine's name up, and on many (Debian's 127.0.1.1) that is an address
+    at which no other machine finds it.
+    """
+    here = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == here for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _placement_groups() -> set[str]:

@@ -8,11 +8,13 @@ import re
 import shlex
 import shutil
 import signal
+from types import SimpleNamespace
 
 import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from peft import PeftModel
 from pyarrow import fs, parquet
@@ -22,9 +24,11 @@ from ray_detox import cli, lab, pipeline, progress
 from ray_detox.checkpoint_store import CheckpointStore
 from ray_detox.config import load_config
 from ray_detox.lab import corpus
+from ray_detox.preflight import needs
 from ray_detox.progress import Console, read_metrics
 from ray_detox.records import UpdateStats
 from ray_detox.run_folder import RunFolder
+from ray_detox.stages import train
 from ray_detox.storage import Storage
 from ray_detox.store.dynamodb import DynamoDBStore
 
@@ -279,6 +283,25 @@ def test_the_same_command_goes_on_with_a_run_whose_machine_is_gone(
     assert metrics_without_times(tried) == metrics_without_times(whole)
     weights = "adapter_model.safetensors"
     assert (tried.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+
+
+def test_what_an_earlier_group_says_late_is_not_heard(tmp_path):
+    # A worker on a node that was cut off goes on for a while, and is heard once the node is back.
+    config, heard = load_config("lab"), []
+    kept = SimpleNamespace(newest=None, put=lambda checkpoint: heard.append(checkpoint))
+    told = train.start_progress()
+    job = {"progress": told}
+    group = train._Group(config, needs(config, 0), None, job, 1, kept, str(tmp_path), heard.append)
+    step = {"kind": "step", "stats": {"step": 9, "seconds": 1.0}, "group": group.name}
+    late = step | {"stats": {"step": 3, "seconds": 1.0}, "group": "group-1"}
+    checkpoint = {"kind": "checkpoint", "checkpoint": "of step 3", "group": "group-1"}
+
+    for event in (late, step, checkpoint):
+        ray.get(told.put.remote(event))
+    group._take_events()
+
+    assert heard == [step]
+    ray.kill(told)
 
 
 # ---- data, checkpoints and results elsewhere -------------------------------------------------
