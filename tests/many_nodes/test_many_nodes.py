@@ -110,8 +110,7 @@ def tell(cluster: Cluster) -> Story:
 
     cluster.network.mend(machine)
     wait_for("the end of Ray on the node", lambda: not cluster.runs_ray(machine))
-    cluster.start_node(machine)
-    wait_for("the node", lambda: len(cluster.nodes()) == len(nodes[0]))
+    cluster.join([machine])
     nodes.append(cluster.nodes())
     calm = cluster.submit("calm", ["lab", *SETTINGS])
 
