@@ -144,7 +144,7 @@ class Cluster:
         run_id: str,
         words: list[str],
         on_line: Callable[[str], None] = lambda line: None,
-        limit_s: float = 500,
+        limit_s: float = 900,
     ) -> Ended:
         """Submit a job, follow it to its end, and return how it ended.
 
