@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tests.many_nodes.network import GATEWAY, SWITCH, Network
 ROOT = Path(__file__).parents[2]
 RAY = ["-m", "ray.scripts.scripts"]
 AWS_PORT = 5000
-COME_UP_S = 180.0
+COME_UP_S = 300.0
 """Longest wait for processes to be there; a machine that tests may be busy."""
 LOOK_S = 0.02
 """Between two looks at what a driver has printed."""
@@ -93,10 +93,25 @@ class Cluster:
         """Start everything; all nodes, an empty bucket and an empty table are there then."""
         moto = ["-m", "moto.server", "-H", GATEWAY, "-p", str(AWS_PORT)]
         self._start(SWITCH, "moto", moto)
-        for machine in range(len(self.network.addresses)):
-            self.start_node(machine)
+        self.join([0])
         wait_for("the bucket and the table", lambda: self._look("prepare"))
-        wait_for("all nodes", lambda: len(self.nodes()) == len(self.network.addresses))
+        self.join(range(1, len(self.network.addresses)))
+
+    def join(self, machines: Sequence[int]) -> None:
+        """Start Ray on machines, and wait until all of these nodes are there."""
+        for machine in machines:
+            self.start_node(machine)
+
+        def are_there() -> bool:
+            nodes = self.nodes()
+            missing = [i for i in machines if self.network.addresses[i] not in nodes]
+            for machine in missing:
+                # `ray start` waits for a node for 30 seconds; a busy machine takes longer.
+                if not self.runs_ray(machine):
+                    self.start_node(machine)
+            return not missing
+
+        wait_for("the nodes", are_there)
 
     def start_node(self, machine: int) -> None:
         """Start Ray on a machine, with a folder of its own for each life of it."""
@@ -129,7 +144,7 @@ class Cluster:
         run_id: str,
         words: list[str],
         on_line: Callable[[str], None] = lambda line: None,
-        limit_s: float = 500,
+        limit_s: float = 900,
     ) -> Ended:
         """Submit a job, follow it to its end, and return how it ended.
 
@@ -146,7 +161,7 @@ class Cluster:
         command = [*RAY, "job", "submit", "--submission-id", run_id, "--", sys.executable]
         command += ["-m", "ray_detox", "run", *words, "--run-id", run_id]
         command += ["--output", str(self.folder / "runs")]
-        printed = self.folder / f"0-1/session_latest/logs/job-driver-{run_id}.log"
+        printed = self.folder / f"0-{self._lives[0]}/session_latest/logs/job-driver-{run_id}.log"
         ended, began, read = Ended(), time.monotonic(), 0
         process = self._start(SWITCH, f"submit-{run_id}", command)
         over = False

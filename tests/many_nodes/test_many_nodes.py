@@ -15,7 +15,7 @@ import pytest
 from tests.many_nodes.cluster import Cluster, Ended, wait_for
 from tests.many_nodes.network import NoNetworkError, network
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 STEPS, MEASURED, SHARDS, CUT_AFTER = 8, 32, 3, 2
 STORAGE = "s3://bucket/runs"
@@ -110,8 +110,7 @@ def tell(cluster: Cluster) -> Story:
 
     cluster.network.mend(machine)
     wait_for("the end of Ray on the node", lambda: not cluster.runs_ray(machine))
-    cluster.start_node(machine)
-    wait_for("the node", lambda: len(cluster.nodes()) == len(nodes[0]))
+    cluster.join([machine])
     nodes.append(cluster.nodes())
     calm = cluster.submit("calm", ["lab", *SETTINGS])
 
