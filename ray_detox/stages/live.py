@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import __version__, preflight
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
-from ray_detox.room import Bundle, Node, Phase, shortage, shortage_beside
+from ray_detox.room import Bundle, Node, Phase, place, shortage, shortage_beside
 
 T = TypeVar("T")
 
@@ -51,7 +51,12 @@ def free_nodes() -> list[Node]:
 
     total, free = state.total_resources_per_node(), state.available_resources_per_node()
     return [
-        Node(_name(node), _bundle(total[node["NodeID"]]), _bundle(free.get(node["NodeID"], {})))
+        Node(
+            _name(node),
+            _bundle(total[node["NodeID"]]),
+            _bundle(free.get(node["NodeID"], {})),
+            node["NodeID"],
+        )
         for node in _alive()
         if node["NodeID"] in total and _answers(node)
     ]
@@ -60,6 +65,21 @@ def free_nodes() -> list[Node]:
 def staying_nodes() -> set[str]:
     """Ids of the nodes that answer and are not being drained."""
     return {node["NodeID"] for node in _alive() if _answers(node)}
+
+
+def nodes_for_actors(need: preflight.Needs) -> list[str]:
+    """Ids of the nodes for the reward actors that a run must have, one for each.
+
+    They come up before the workers do. Ray would put them on any node with room, such as one of the
+    two that alone are large enough for a worker.
+    """
+    nodes = free_nodes()
+    placement = place(need.training, nodes)
+    return [
+        node.node_id
+        for node, (_, actors) in zip(nodes, placement, strict=True)
+        for _ in range(actors)
+    ]
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
