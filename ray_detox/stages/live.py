@@ -163,6 +163,9 @@ def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> pref
             if (grows or not never) and not waiting:
                 waiting = True
                 say(f"{'':<9} waiting up to {config.cluster.patience_s:g} s for room: {short}")
+            if waiting:
+                # Again and again: a cluster keeps the last request alone, and where Ray Data has
+                # been used before, an actor that it left asks for nothing every 20 seconds.
                 _ask_for(config, need)
             time.sleep(POLL_S)
     finally:
