@@ -134,12 +134,18 @@ def has_autoscaler() -> bool:
     return any(not name.startswith("node_") for name in types.values())
 
 
-def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> preflight.Needs:
+def wait_for_room(
+    config: RunConfig,
+    say: Callable[[str], None] = print,
+    look: Callable[[], object] = lambda: None,
+) -> preflight.Needs:
     """Wait until the cluster has what a run needs, and return what that is.
 
     Args:
         config: of the run.
         say: is told once, if there is something to wait for.
+        look: at the nodes, once there is room. Until it has returned, none is removed that has been
+            idle for too long by then, waiting for the others.
 
     Raises:
         ConfigError: what is short. At once where no wait could help: nothing adds nodes, and those
@@ -153,6 +159,7 @@ def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> pref
             short = shortage(need.phases, nodes)
             waited_s = time.monotonic() - began
             if short is None:
+                look()
                 return need
             never = shortage(need.phases, [node.when_idle() for node in nodes])
             grows = has_autoscaler()

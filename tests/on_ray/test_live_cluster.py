@@ -64,10 +64,14 @@ def test_nodes_are_asked_for_until_they_are_there_and_no_longer(busy, monkeypatc
     killer = threading.Timer(2.5, ray.kill, [busy])
     killer.start()
 
-    live.wait_for_room(load_config("lab", ["cluster.patience_s=30"]), lambda text: None)
+    live.wait_for_room(
+        load_config("lab", ["cluster.patience_s=30"]),
+        say=lambda text: None,
+        look=lambda: asked.append("looked at"),
+    )
 
     assert asked[:3] == [[1, 1, 1]] * 3
-    assert asked[-1] == []
+    assert asked[-2:] == ["looked at", []]
     assert asked.count([]) == 1
 
 
