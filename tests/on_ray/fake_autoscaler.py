@@ -13,12 +13,9 @@
     end     actors and workers go                               remove all
 
 The worker group is its placement group alone, the reward the pool of a run with the embedded model.
-No demand is ever as large as what is free, nor is a node idle for as long as `aws.yaml` allows; both
-would make Ray's decisions depend on how fast this machine is:
-
-- Ray counts for a second more what has just been placed, and where it filled a node, adds another.
-- Nodes are idle while the others of a demand start, and on a busy machine that takes long. So the
-  times of `aws.yaml` hold until the load has gone, and are only then divided by FASTER.
+What is decided is the same on a machine of any speed: the pool asks for one actor at a time, and no
+node is idle for too long while others start, as the times of `aws.yaml` hold until the load has gone.
+Only then are they divided by FASTER.
 """
 
 import argparse
@@ -48,7 +45,7 @@ from ray_detox.stages import live
 from ray_detox.stages.pool import RewardPool
 from ray_detox.stages.score import RewardClient
 from ray_detox.storage import write_whole
-from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep
+from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait_for_raylets
 
 ASKED = [
     "train.workers=2",
@@ -324,6 +321,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(sweep, folder)
+        wait_for_raylets()
         cluster = Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)
         ray.init(

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,7 @@ class FakeEC2(FakeMultiNodeProvider):
         autoscaler, _ = options.parse_known_args()
         super().__init__(config | {"gcs_address": autoscaler.gcs_address}, cluster_name)
         self._nodes[FAKE_HEAD_NODE_ID]["tags"][TAG_RAY_USER_NODE_TYPE] = "head"
-        # Ray gives a raylet half a minute. One that comes a moment later would join all the same,
-        # beside the node that the autoscaler starts in its place.
-        services.get_node = patient(services.get_node, COMES_UP_S)
+        wait_for_raylets()
 
     def _next_hex_node_id(self) -> str:
         # Ray's differ in the last characters only, and the first are what people are shown.
@@ -96,20 +93,25 @@ class FakeEC2(FakeMultiNodeProvider):
             super().create_node_with_resources_and_labels(node_config, tags, count, has, labels)
 
 
-def patient(question: Callable[..., Any], limit_s: float) -> Callable[..., Any]:
-    """The same question, asked until it has an answer."""
+def wait_for_raylets() -> None:
+    """Have this process give a raylet that it starts the time that it takes on a busy machine.
 
-    def ask(*arguments: Any) -> Any:
-        deadline = time.monotonic() + limit_s
+    Ray gives it half a minute. One of the autoscaler's that comes a moment later would join all the
+    same, beside the node that is started in its place.
+    """
+    find = services.get_node
+
+    def wait(*arguments: Any) -> Any:
+        deadline = time.monotonic() + COMES_UP_S
         while True:
             try:
-                return question(*arguments)
+                return find(*arguments)
             except RuntimeError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
 
-    return ask
+    services.get_node = wait
 
 
 def forget_gpus() -> None:
