@@ -107,6 +107,9 @@ class Story:
     def __init__(self, as_json: bool, log: Path) -> None:
         self._as_json = as_json
         self._log = log
+        # Ours alone: Ray prints its advice when it likes, in the middle of a line, too.
+        self._out = sys.stdout
+        sys.stdout = sys.stderr
         self._began = time.monotonic()
         self._read = 0
         self._nodes: dict[str, int] = {}
@@ -182,10 +185,10 @@ class Story:
         at = time.monotonic() - self._began
         if self._as_json:
             about = {"at": round(at, 1), "stage": self.stage, "what": what, "text": text}
-            print(json.dumps(about | more), flush=True)
+            print(json.dumps(about | more), file=self._out, flush=True)
             return
         who = {"add": "autoscaler", "remove": "autoscaler", "warning": "autoscaler"}.get(what, what)
-        print(f"{at:6.1f} s  {self.stage:<6} {who:<11} {text}", flush=True)
+        print(f"{at:6.1f} s  {self.stage:<6} {who:<11} {text}", file=self._out, flush=True)
 
 
 def type_of(node: dict[str, Any]) -> str:
