@@ -34,9 +34,7 @@ def cluster(config: RunConfig, console: Console) -> Iterator[preflight.Needs]:
     with connected(config, console):
         from ray_detox.stages import live
 
-        need = live.wait_for_room(config, say=console.line)
-        live.probe_nodes(config)
-        yield need
+        yield live.wait_for_room(config, say=console.line, look=lambda: live.probe_nodes(config))
 
 
 @contextmanager

@@ -197,9 +197,10 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
 @contextmanager
 def _reward_pool(config: RunConfig, need: preflight.Needs) -> Iterator[Any]:
     """The reward actors, loading their model while the caller goes on."""
+    from ray_detox.stages import live
     from ray_detox.stages.pool import RewardPool
 
-    pool = RewardPool(config.reward, need.gpus_per_actor)
+    pool = RewardPool(config.reward, need.gpus_per_actor, live.nodes_for_actors(need))
     try:
         yield pool
     finally:

@@ -41,6 +41,8 @@ class Node:
     address: str
     total: Bundle
     free: Bundle
+    node_id: str = ""
+    """Ray's name for it."""
 
     def when_idle(self) -> "Node":
         """The same node with nothing on it."""

@@ -7,7 +7,7 @@ import pytest
 from ray_detox import preflight
 from ray_detox.config import ConfigError, load_config
 from ray_detox.room import Bundle, Node
-from ray_detox.stages import workers
+from ray_detox.stages import live, workers
 
 CONFIG = load_config(
     "lab",
@@ -158,3 +158,17 @@ def test_room_that_a_lost_reward_actor_needs_is_not_taken(monkeypatch):
 )
 def test_a_group_that_gains_nothing_goes_on_as_it_is(monkeypatch, case):
     assert look(Nodes(monkeypatch, 8), until=60, **case) is None
+
+
+# ---- where reward actors come up ---------------------------------------------------------------
+
+
+def test_reward_actors_leave_the_nodes_to_the_workers_that_fit_on_no_other(monkeypatch):
+    large, small = Bundle(8, 1), Bundle(4, 1)
+    types = {"a": small, "b": large, "c": small, "d": large}
+    nodes = [Node("", has, has, name) for name, has in types.items()]
+    monkeypatch.setattr(live, "free_nodes", lambda: nodes)
+    words = ["train.workers=2", "train.cpus_per_worker=6", "reward.actors=5..9"]
+    config = load_config("lab", [*words, "train.gpus_per_worker=1", "reward.gpus_per_actor=0.25"])
+
+    assert live.nodes_for_actors(preflight.needs(config, 0)) == ["a", "a", "a", "a", "c"]

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import __version__, preflight
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
-from ray_detox.room import Bundle, Node, Phase, shortage, shortage_beside
+from ray_detox.room import Bundle, Node, Phase, place, shortage, shortage_beside
 
 T = TypeVar("T")
 
@@ -51,7 +51,12 @@ def free_nodes() -> list[Node]:
 
     total, free = state.total_resources_per_node(), state.available_resources_per_node()
     return [
-        Node(_name(node), _bundle(total[node["NodeID"]]), _bundle(free.get(node["NodeID"], {})))
+        Node(
+            _name(node),
+            _bundle(total[node["NodeID"]]),
+            _bundle(free.get(node["NodeID"], {})),
+            node["NodeID"],
+        )
         for node in _alive()
         if node["NodeID"] in total and _answers(node)
     ]
@@ -60,6 +65,21 @@ def free_nodes() -> list[Node]:
 def staying_nodes() -> set[str]:
     """Ids of the nodes that answer and are not being drained."""
     return {node["NodeID"] for node in _alive() if _answers(node)}
+
+
+def nodes_for_actors(need: preflight.Needs) -> list[str]:
+    """Ids of the nodes for the reward actors that a run must have, one for each.
+
+    They come up before the workers do. Ray would put them on any node with room, such as one of the
+    two that alone are large enough for a worker.
+    """
+    nodes = free_nodes()
+    placement = place(need.training, nodes)
+    return [
+        node.node_id
+        for node, (_, actors) in zip(nodes, placement, strict=True)
+        for _ in range(actors)
+    ]
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
@@ -114,12 +134,18 @@ def has_autoscaler() -> bool:
     return any(not name.startswith("node_") for name in types.values())
 
 
-def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> preflight.Needs:
+def wait_for_room(
+    config: RunConfig,
+    say: Callable[[str], None] = print,
+    look: Callable[[], object] = lambda: None,
+) -> preflight.Needs:
     """Wait until the cluster has what a run needs, and return what that is.
 
     Args:
         config: of the run.
         say: is told once, if there is something to wait for.
+        look: at the nodes, once there is room. Until it has returned, none is removed that has been
+            idle for too long by then, waiting for the others.
 
     Raises:
         ConfigError: what is short. At once where no wait could help: nothing adds nodes, and those
@@ -133,6 +159,7 @@ def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> pref
             short = shortage(need.phases, nodes)
             waited_s = time.monotonic() - began
             if short is None:
+                look()
                 return need
             never = shortage(need.phases, [node.when_idle() for node in nodes])
             grows = has_autoscaler()
@@ -143,6 +170,9 @@ def wait_for_room(config: RunConfig, say: Callable[[str], None] = print) -> pref
             if (grows or not never) and not waiting:
                 waiting = True
                 say(f"{'':<9} waiting up to {config.cluster.patience_s:g} s for room: {short}")
+            if waiting:
+                # Again and again: a cluster keeps the last request alone, and where Ray Data has
+                # been used before, an actor that it left asks for nothing every 20 seconds.
                 _ask_for(config, need)
             time.sleep(POLL_S)
     finally:

@@ -13,6 +13,7 @@ Ray's autoscaler it is the reason to add a node.
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox.config import RewardConfig
 from ray_detox.router import Listing
@@ -89,10 +91,14 @@ class RewardPool:
     Args:
         config: of the reward.
         gpus_per_actor: resolved for this cluster.
+        nodes: ids of the nodes that the first actors should go to; Ray chooses for all others.
     """
 
-    def __init__(self, config: RewardConfig, gpus_per_actor: float) -> None:
+    def __init__(
+        self, config: RewardConfig, gpus_per_actor: float, nodes: Sequence[str] = ()
+    ) -> None:
         self._config = config
+        self._nodes = list(nodes)
         self._options = {
             "num_cpus": config.cpus_per_actor,
             "num_gpus": gpus_per_actor,
@@ -301,7 +307,14 @@ class RewardPool:
         """Ask Ray for the actors that are wanted and not there."""
         staying = sum(a.leaving_s is None for a in self._actors)
         for _ in range(self._wanted - staying if now >= self._retry_s else 0):
-            handle = RewardActor.options(**self._options).remote(  # type: ignore[attr-defined]
+            options = self._options
+            if self._numbers < len(self._nodes):
+                # Elsewhere, if the node has gone or is full by then: also for a later life.
+                there = NodeAffinitySchedulingStrategy(
+                    self._nodes[self._numbers], soft=True, _spill_on_unavailable=True
+                )
+                options = options | {"scheduling_strategy": there}
+            handle = RewardActor.options(**options).remote(  # type: ignore[attr-defined]
                 self._config, max(1, int(self._config.cpus_per_actor))
             )
             actor = _Actor(self._numbers, handle, handle.live.remote().future())

@@ -58,6 +58,23 @@ def test_room_that_is_made_meanwhile_is_taken(busy):
     assert need.cpus == 3
 
 
+def test_nodes_are_asked_for_until_they_are_there_and_no_longer(busy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(live, "_request", lambda bundles: asked.append([b.cpus for b in bundles]))
+    killer = threading.Timer(2.5, ray.kill, [busy])
+    killer.start()
+
+    live.wait_for_room(
+        load_config("lab", ["cluster.patience_s=30"]),
+        say=lambda text: None,
+        look=lambda: asked.append("looked at"),
+    )
+
+    assert asked[:3] == [[1, 1, 1]] * 3
+    assert asked[-2:] == ["looked at", []]
+    assert asked.count([]) == 1
+
+
 def test_what_no_wait_could_mend_is_refused_at_once(busy):
     began = time.monotonic()
 

@@ -347,6 +347,14 @@ def test_shrinking_takes_back_at_once_what_has_not_come(config):
         assert pool.figures()["wanted"] == 1
 
 
+def test_an_actor_whose_node_has_gone_comes_up_elsewhere(config):
+    one = dataclasses.replace(config, actors=1)
+    with contextlib.closing(RewardPool(one, 0.0, [ray.NodeID.from_random().hex()])) as pool:
+        (about,) = pool.wait(timeout_s=240)
+
+    assert about["node"] == ray.get_runtime_context().get_node_id()[:8]
+
+
 def test_across_workers_texts_share_forward_passes(config, expected):
     shared = dataclasses.replace(
         config, actors=1, across_workers=True, batch_wait_ms=500.0, batch_tokens=10_000

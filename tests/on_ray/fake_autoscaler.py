@@ -1,0 +1,351 @@
+"""What a run asks of `cluster/aws.yaml`, answered by Ray's own autoscaler with nodes of this machine.
+
+    python -m tests.on_ray.fake_autoscaler [--json] [FOLDER]     a line for each event, with its second
+
+    this process     head node, and on it what a run does: wait_for_room, RewardPool, RewardClient
+    Ray's monitor    the autoscaler: what waits for room ---> FakeEC2 ---> raylets of this machine
+
+    stage   what happens                                        what the autoscaler should do
+    room    the run waits for what it must have                 add a node for each, and no other
+    start   a reward actor comes up, the worker group is placed nothing
+    load    texts wait: 1 actor .. 8                            add a reward node, once 4 are full
+    quiet   nothing waits: 8 actors .. 1                        remove the reward node that is empty
+    end     actors and workers go                               remove all
+
+The worker group is its placement group alone, the reward the pool of a run with the embedded model.
+What is decided is the same on a machine of any speed: the pool asks for one actor at a time, and no
+node is idle for too long while others start, as the times of `aws.yaml` hold until the load has gone.
+Only then are they divided by FASTER.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from ray_detox.config import RunConfig, load_config
+from ray_detox.preflight import Needs
+from ray_detox.stages import live
+from ray_detox.stages.pool import RewardPool
+from ray_detox.stages.score import RewardClient
+from ray_detox.storage import write_whole
+from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait_for_raylets
+
+ASKED = [
+    "train.workers=2",
+    "train.cpus_per_worker=6",
+    "train.gpus_per_worker=1",
+    "reward.actors=1..8",
+    "reward.gpus_per_actor=0.25",
+]
+"""Words of the README."""
+HERE = [
+    "cluster.patience_s=600",
+    "reward.grow_after_s=1",
+    "reward.shrink_after_s=1",
+    "reward.batch_size=8",
+    "reward.silence_s=600",
+    "reward.deadline_s=600",
+    "reward.terms=[{function: tests.on_ray.reward_terms.pause}]",
+]
+"""A queue of seconds, and patience with a busy machine."""
+FASTER = 300
+"""10 minutes of being idle become 2 seconds."""
+LIMIT_S = 600
+"""Longest wait for one thing to happen."""
+SETTLE_S = 4
+"""Some looks of the autoscaler, in which a decision too many would be taken."""
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_FAKE_CLUSTER": "1",
+    # What `ray up` sets on the head.
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_NODE_TYPE_NAME": "head",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    # A process for each CPU of a node ahead of its use: 20 of them on this machine.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # A busy machine is slow, and nothing has died.
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_health_check_failure_threshold": "60",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+class Story:
+    """Tells what happens, as lines for people or as JSON.
+
+    Args:
+        as_json: for a program that reads it.
+        log: the autoscaler's decisions.
+    """
+
+    def __init__(self, as_json: bool, log: Path) -> None:
+        self._as_json = as_json
+        self._log = log
+        # Ours alone: Ray prints its advice when it likes, in the middle of a line, too.
+        self._out = sys.stdout
+        sys.stdout = sys.stderr
+        self._began = time.monotonic()
+        self._read = 0
+        self._nodes: dict[str, int] = {}
+        self._pool_was: tuple[int, int] | None = None
+        self.pool: RewardPool | None = None
+        self.stage = ""
+
+    def enter(self, stage: str, text: str) -> None:
+        """What is told from now on belongs to this stage."""
+        self.look()
+        self.stage = stage
+        self._tell("stage", text)
+
+    def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
+        """Wait for something, and tell what happens meanwhile."""
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.stage}: waited {limit_s:g} s; nodes {self._nodes}")
+            self.look()
+            time.sleep(0.1)
+        self.look()
+
+    def settle(self) -> None:
+        """Give the autoscaler time for a decision that it should not take."""
+        until = time.monotonic() + SETTLE_S
+        self.until(lambda: time.monotonic() > until)
+
+    def look(self) -> None:
+        """Tell what is new."""
+        self._look_at_decisions()
+        nodes = node_counts()
+        changes = [
+            f"{name} {self._nodes.get(name, 0)} -> {nodes.get(name, 0)}"
+            for name in sorted({*nodes, *self._nodes})
+            if nodes.get(name, 0) != self._nodes.get(name, 0)
+        ]
+        if changes:
+            self._nodes = nodes
+            self._tell("nodes", ", ".join(changes), nodes=nodes)
+        if self.pool is not None:
+            figures = {name: int(value) for name, value in self.pool.figures().items()}
+            now = (figures["wanted"], figures["actors"])
+            if now != self._pool_was:
+                self._pool_was = now
+                text = "queue {waiting} texts: {wanted} actors wanted, {actors} up"
+                self._tell("pool", text.format(**figures), **figures)
+
+    def placed(self, what: str, nodes: list[str]) -> None:
+        """Tell on which nodes something is, by the ids of nodes or their beginnings."""
+        types = {n["NodeID"][:8]: type_of(n) for n in ray.nodes()}
+        where = Counter(node[:8] for node in nodes)
+        text = ", ".join(f"{count} on {types[n]} {int(n)}" for n, count in sorted(where.items()))
+        self._tell(what, text, where=[[types[n], count] for n, count in sorted(where.items())])
+
+    def scores(self, texts: int) -> None:
+        """Tell how many texts were scored."""
+        self._tell("scores", f"{texts} texts scored", texts=texts)
+
+    def _look_at_decisions(self) -> None:
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        for line in lines[self._read :]:
+            said = json.loads(line)["message"]
+            if match := re.fullmatch(r"Adding (\d+) node\(s\) of type (\S+)\.", said):
+                self._tell("add", said, type=match[2], count=int(match[1]))
+            elif match := re.fullmatch(r"Removing (\d+) nodes of type (\S+) \((.+)\)\.", said):
+                self._tell("remove", said, type=match[2], count=int(match[1]), why=match[3])
+            elif not said.startswith(("Resized to", "Current cluster resources")):
+                self._tell("warning", said)
+        self._read = len(lines)
+
+    def _tell(self, what: str, text: str, **more: Any) -> None:
+        at = time.monotonic() - self._began
+        if self._as_json:
+            about = {"at": round(at, 1), "stage": self.stage, "what": what, "text": text}
+            print(json.dumps(about | more), file=self._out, flush=True)
+            return
+        who = {"add": "autoscaler", "remove": "autoscaler", "warning": "autoscaler"}.get(what, what)
+        print(f"{at:6.1f} s  {self.stage:<6} {who:<11} {text}", file=self._out, flush=True)
+
+
+def type_of(node: dict[str, Any]) -> str:
+    """The type that a node says to be of."""
+    return str(node["Labels"].get("ray.io/node-group"))
+
+
+def node_counts() -> dict[str, int]:
+    """Live nodes besides the head, by type."""
+    types = [type_of(node) for node in ray.nodes() if node["Alive"]]
+    return dict(Counter(name for name in types if name != "head"))
+
+
+class Load:
+    """Batches that wait for their scores, as many as there must be for some to find no actor."""
+
+    BATCH = 80
+
+    def __init__(self, client: RewardClient) -> None:
+        self._client = client
+        self._waiting: list[Any] = []
+        self.scored = 0
+
+    def top_up(self) -> None:
+        """Hand in more for what is done."""
+        self._take(lambda pending: pending.scores.done())
+        while len(self._waiting) < 5:
+            self._waiting.append(self.submit(self.BATCH))
+
+    def finish(self) -> None:
+        """Wait for what is left."""
+        self._take(lambda pending: True)
+
+    def submit(self, texts: int) -> Any:
+        """One batch, of which every chunk takes half a second."""
+        rows = [f"text {i}" for i in range(texts)]
+        return self._client.submit(rows, rows, [[1]] * texts, {"seconds": [0.5] * texts})
+
+    def _take(self, which: Callable[[Any], bool]) -> None:
+        for pending in [one for one in self._waiting if which(one)]:
+            self._waiting.remove(pending)
+            self.scored += len(pending.result().rewards)
+
+
+def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None:
+    """Go through the stages.
+
+    Args:
+        story: is told.
+        config: of the run.
+        hurry: lets idle nodes go soon, from now on.
+    """
+    story.enter("room", "the run waits for what it must have")
+    need = wait_for_room(story, config)
+    story.settle()
+
+    story.enter("start", "a reward actor comes up, the worker group is placed")
+    worker = {"CPU": need.worker.cpus, "GPU": need.worker.gpus}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(
+            contextlib.closing(
+                RewardPool(config.reward, need.gpus_per_actor, live.nodes_for_actors(need))
+            )
+        )
+        story.pool = pool
+        group = placement_group([worker] * config.train.least_workers)
+        story.until(lambda: group.wait(0))
+        story.placed("workers", list(placement_group_table(group)["bundles_to_node_id"].values()))
+        story.until(lambda: pool.figures()["actors"] == config.reward.least_actors)
+        story.placed("actors", [actor["node"] for actor in pool.describe()])
+        client = stack.enter_context(
+            contextlib.closing(RewardClient(pool.directory, config.reward))
+        )
+        load = Load(client)
+        story.settle()
+
+        story.enter("load", "texts wait")
+
+        def all_are_up() -> bool:
+            load.top_up()
+            return pool.figures()["actors"] == config.reward.most_actors
+
+        story.until(all_are_up)
+        story.placed("actors", [actor["node"] for actor in pool.describe()])
+        story.settle()
+
+        story.enter("quiet", f"no text waits; idle nodes may stay {FASTER} times shorter")
+        hurry()
+        load.finish()
+        story.until(lambda: pool.figures()["actors"] == config.reward.least_actors)
+        story.until(lambda: node_counts()["reward_gpu_spot"] == 1)
+        story.settle()
+        story.placed("actors", [actor["node"] for actor in pool.describe()])
+        story.scores(load.scored + len(load.submit(8).result().rewards))
+
+        story.enter("end", "workers and actors go")
+        story.pool = None
+        remove_placement_group(group)
+    story.until(lambda: not node_counts())
+    story.settle()
+
+
+def wait_for_room(story: Story, config: RunConfig) -> Needs:
+    """What a run does first, with the story going on beside it."""
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(live.wait_for_room, config, lambda text: None)
+        story.until(waiting.done, LIMIT_S + config.cluster.patience_s)
+        return waiting.result()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--json", action="store_true")
+    options.add_argument("folder", nargs="?", type=Path)
+    said = options.parse_args()
+    # Short, for the paths of Ray's sockets may have 107 characters.
+    folder = said.folder or Path(tempfile.mkdtemp(prefix="ray-"))
+    # Ray notes the address of its newest cluster in this folder, and expects it to be there.
+    (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
+    told = folder / "autoscaling.json"
+    write_whole(told, json.dumps(autoscaling_config()))
+    head: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "object_store_memory": OBJECTS,
+        "include_dashboard": False,
+        "temp_dir": str(folder),
+        "autoscaling_config": str(told),
+        "env_vars": dict.fromkeys(
+            ("RAY_OVERRIDE_NODE_ID_FOR_TESTING", "RAY_CLOUD_INSTANCE_ID"), FAKE_HEAD_NODE_ID
+        ),
+    }
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(sweep, folder)
+        wait_for_raylets()
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        stack.callback(cluster.shutdown)
+        ray.init(
+            address=cluster.address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"worker_process_setup_hook": "tests.on_ray.fake_ec2.forget_gpus"},
+        )
+        stack.callback(ray.shutdown)
+        log = Path(cluster.head_node.get_logs_dir_path()) / "events/event_AUTOSCALER.log"
+        tell_run(
+            Story(said.json, log),
+            load_config("lab", ASKED + HERE),
+            hurry=lambda: write_whole(told, json.dumps(autoscaling_config(FASTER))),
+        )
+
+
+if __name__ == "__main__":
+    if os.environ.get("RAY_FAKE_CLUSTER") is None:
+        # Ray reads some of it once, when it is imported.
+        token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        words = [sys.executable, "-m", "tests.on_ray.fake_autoscaler", *sys.argv[1:]]
+        os.execve(sys.executable, words, os.environ | ENVIRONMENT | token)
+    main()
