@@ -70,13 +70,29 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
     check_store(config.results, folder, new_run=not resume)
     settings = json.dumps(config.to_dict(), indent=2) + "\n"
     if config.train.storage is not None:
+        kept = run_storage(config, folder)
         try:
-            run_storage(config, folder).write("config.json", settings.encode())
+            # A retry on another machine goes on from there, as it is meant to.
+            begun = kept.read("config.json")
+            if begun is not None:
+                _require_the_same_run(config, config_from_dict(json.loads(begun)), folder.run_id)
+            kept.write("config.json", settings.encode())
         except StorageError as error:
             raise ConfigError(f"train.storage: {error}") from error
     folder.path.mkdir(parents=True, exist_ok=resume)
     write_whole(folder.path / "config.json", settings)
     return source
+
+
+def _require_the_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
+    """Refuse to go on from the checkpoints of a run with other data, another policy or seed."""
+    for name in ("recipe", "data", "policy", "seed"):
+        if getattr(config, name) != getattr(begun, name):
+            raise ConfigError(
+                f"train.storage={config.train.storage} keeps a run {run_id!r} with other settings "
+                f"({name}). Choose another --run-id, or go on with that run: "
+                f"ray-detox run --resume {run_id} train.storage={config.train.storage}."
+            )
 
 
 def adopt(folder: RunFolder, storage: str) -> None:

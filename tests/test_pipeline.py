@@ -93,3 +93,19 @@ def test_every_run_keeps_its_checkpoints_apart(tmp_path):
     places = [pipeline.run_storage(config, RunFolder(tmp_path, name)).address for name in "ab"]
 
     assert places == ["s3://bucket/runs/a", "s3://bucket/runs/b"]
+
+
+@pytest.mark.parametrize("other", ["seed=1", "data.limit=300", "policy.lora_rank=4"])
+def test_another_run_of_the_same_name_is_not_gone_on_with(tmp_path, other):
+    words = [f"train.storage={tmp_path / 'kept'}"]
+    config = load_config("lab", words)
+    pipeline.prepare_run(config, RunFolder(tmp_path / "one", "first"), resume=False)
+
+    # A retry on another machine is the same run, whatever changes that leaves it so.
+    retried = load_config("lab", [*words, "train.steps=50"])
+    pipeline.prepare_run(retried, RunFolder(tmp_path / "two", "first"), resume=False)
+    changed = load_config("lab", [*words, other])
+    with pytest.raises(ConfigError, match=rf"a run 'first' with .* \({other[:4]}"):
+        pipeline.prepare_run(changed, RunFolder(tmp_path / "three", "first"), resume=False)
+
+    assert not (tmp_path / "three/first").exists()
