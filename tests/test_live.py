@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import namedtuple
 
 import pytest
@@ -64,3 +65,31 @@ def test_reaching_a_model_needs_no_weights_and_no_torch(tmp_path):
     words = [f"{name}.model={tmp_path / name}" for name in ("policy", "reward")]
 
     preflight.check_reach(load_config("lab", words))
+
+
+def test_an_autoscaler_is_asked_for_all_workers_until_training_ends(monkeypatch):
+    asked, often = [], threading.Event()
+
+    def request(bundles):
+        asked.append(bundles)
+        if len(asked) == 3:
+            often.set()
+        if len(asked) == 2:
+            raise RuntimeError("the head is busy")
+
+    monkeypatch.setattr(live, "_request", request)
+    monkeypatch.setattr(live, "ASK_S", 0.01)
+    monkeypatch.setattr(live, "has_autoscaler", lambda: True)
+    config = load_config("lab", ["train.workers=2..4", "reward.actors=1..8"])
+    need = preflight.needs(config, 0)
+
+    with live.asking_for_workers(config, need):
+        assert often.wait(30)
+
+    assert asked[0] == asked[2] == [need.worker] * 4 + [need.actor]
+    assert asked[-1] == []
+    asked.clear()
+    monkeypatch.setattr(live, "has_autoscaler", lambda: False)
+    with live.asking_for_workers(config, need):
+        pass
+    assert asked == []

@@ -6,6 +6,7 @@
     probe_nodes     every node at once: look at what the run names, versions, disk
                                             --> the first fault, with its node
     free_nodes, draining_nodes              what `stages/workers.py` goes by when nodes come and go
+    asking_for_workers                      an autoscaler brings nodes for as many workers as may be
 
 No wait here is without an end.
 """
@@ -16,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +39,8 @@ SETTLE_S = 1.0
 """A node that has just joined is seen by all of Ray within this time."""
 PROBE_S = 60.0
 """Longest wait for the nodes to answer; a first process on a busy node takes seconds to start."""
+ASK_S = 5.0
+"""Between two requests for the same nodes; see `wait_for_room` on why one is not enough."""
 KNOCK_S = 1.0
 """Longest wait for a node to take a connection."""
 
@@ -183,6 +187,38 @@ def wait_for_room(
 
 def _ask_for(config: RunConfig, need: preflight.Needs) -> None:
     _request([need.worker] * config.train.least_workers + [need.actor] * config.reward.least_actors)
+
+
+@contextmanager
+def asking_for_workers(config: RunConfig, need: preflight.Needs) -> Iterator[None]:
+    """Inside, an autoscaler keeps nodes for as many workers as may be, and for the least actors.
+
+    A group waits for its room before it starts, so nothing of it is ever pending: without this
+    nobody would bring another node for one that was lost, nor those for more workers than the least.
+    Actors above the least are pending until they have a node, which is asking enough.
+    """
+    if not has_autoscaler():
+        yield
+        return
+    bundles = [need.worker] * config.train.most_workers + [need.actor] * config.reward.least_actors
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            # Where the head is lost, who trains will say so.
+            with suppress(RayError, RuntimeError):
+                _request(bundles)
+            over.wait(ASK_S)
+
+    asking = threading.Thread(target=ask, name="asking-for-workers", daemon=True)
+    asking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        asking.join(ASK_S)
+        with suppress(RayError, RuntimeError):
+            _request([])
 
 
 def _request(bundles: list[Bundle]) -> None:
