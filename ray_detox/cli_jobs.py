@@ -81,7 +81,8 @@ def add_verbs(add: Add) -> None:
         default=[],
         type=Path,
         metavar="PATH",
-        help="send a file or folder along, such as a module with reward functions; may be repeated",
+        help="send a file or folder along, such as a module with reward functions (with --resume, too); "
+        "may be repeated",
     )
     sub.add_argument(
         "--env",

@@ -1,7 +1,9 @@
 """`ray-detox submit`: what it refuses before anything is sent, and whole runs through a real head."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from ray_detox import cli, cli_jobs
@@ -246,11 +249,14 @@ class Head:
         ).stdout
 
     def close(self) -> None:
+        started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.terminate()
-        try:
-            self.process.wait(60)
-        finally:
-            self.log.close()
+        _, left = psutil.wait_procs([psutil.Process(self.process.pid), *started], timeout=5)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(60)
+        self.log.close()
 
 
 def free_port() -> int:
@@ -268,33 +274,57 @@ def head() -> Iterator[Head]:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def test_a_run_is_submitted_with_a_recipe_and_a_reward_function_of_its_own(head, tmp_path):
+def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path):
     (tmp_path / "own_rewards.py").write_text(
         "def brief(prompts, completions, **_):\n    return [-len(c) / 100 for c in completions]\n"
     )
     terms = "reward:\n  terms: [{function: own_rewards.brief, weight: 0.1}]\n"
     lab = (ROOT / "ray_detox" / "recipes" / "lab.yaml").read_text()
     (tmp_path / "own.yaml").write_text(lab.replace("reward:\n", terms))
-    recipe, own = str(tmp_path / "own.yaml"), str(tmp_path / "own_rewards.py")
+    own = ["--with", str(tmp_path / "own_rewards.py")]
+    longer = [*SMALL, "train.steps=400", "--run-id", "own"]
 
-    code, out, err = head.submitted(recipe, *SMALL, "--with", own, "--run-id", "own")
-
-    assert code == 0, out + err
-    assert out.startswith("run       own\n")
-    assert "\r" not in out
-    assert "\x1b" not in out
-    assert [line[:8] for line in out.splitlines() if line.startswith("step ")] == [
-        f"step {step}/4" for step in range(1, 5)
-    ]
-    report = json.loads((head.home / "runs" / "own" / "report.json").read_text())
-    assert (report["status"], report["n"]) == ("complete", 8)
-    rows = (head.home / "runs" / "own" / "metrics.jsonl").read_text().splitlines()
-    assert all("brief" in json.loads(row)["terms"] for row in rows)
+    process = head.submit(str(tmp_path / "own.yaml"), *longer, *own, bufsize=1)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step   2/"):
+            break
+    assert lines[0] == "run       own\n"
+    assert lines[-1].startswith("step   2/400"), "".join(lines)
 
     code, _, err = head.submitted("lab", "--run-id", "own")
     assert code == 2
-    assert "A job has had run 'own' (succeeded)" in err
-    assert "bash scripts/submit.sh --resume own --address" in err
+    assert "is being worked on (job own, running)" in err
+    head.ray("job", "stop", "own", "--no-wait")
+    rest, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, rest
+    assert "stopping after this step, with a checkpoint" in rest
+    assert "Stopped after step" in rest
+    assert "job       stopped; go on with bash scripts/submit.sh --resume own" in rest
+    code, _, err = head.submitted("lab", "--run-id", "own")
+    assert code == 2
+    assert "A job has had run 'own' (stopped)" in err
+
+    # It goes on where it was, to an end that has come nearer; followed from the beginning of its log.
+    folder = head.home / "runs" / "own"
+    done = len((folder / "metrics.jsonl").read_text().splitlines())
+    code, out, err = head.submitted("--resume", "own", f"train.steps={done + 2}", "--no-wait", *own)
+    assert code == 0, err
+    assert "submit.sh --stop own" in out
+    code, out, err = head.submitted("--follow", "own")
+    assert code == 0, out + err
+    assert "\r" not in out
+    assert "\x1b" not in out
+    assert [int(step) for step in re.findall(rf"^step +(\d+)/{done + 2} ", out, re.MULTILINE)] == [
+        done + 1,
+        done + 2,
+    ]
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, done + 3))
+    assert all("brief" in row["terms"] for row in rows)
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["status"], report["n"]) == ("complete", 8)
 
 
 def test_the_drivers_own_refusal_comes_through(head):
@@ -303,41 +333,6 @@ def test_the_drivers_own_refusal_comes_through(head):
     assert code == 2
     assert "ray-detox: The run needs" in out
     assert "--resume" not in out
-
-
-def test_a_job_that_is_stopped_leaves_a_checkpoint_and_goes_on(head):
-    longer = [*SMALL, "train.steps=400"]
-    process = head.submit("lab", *longer, "--run-id", "stopped", bufsize=1)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step   2/"):
-            break
-    assert lines[-1].startswith("step"), "".join(lines)
-
-    code, _, err = head.submitted("lab", "--run-id", "stopped")
-    assert code == 2
-    assert "is being worked on (job stopped, running)" in err
-    head.ray("job", "stop", "stopped", "--no-wait")
-    rest, _ = process.communicate(timeout=300)
-
-    assert process.returncode == 143
-    assert "stopping after this step, with a checkpoint" in rest
-    assert "Stopped after step" in rest
-    assert "job       stopped; go on with bash scripts/submit.sh --resume stopped" in rest
-
-    # It goes on where it was, to an end that has come nearer; following starts at the beginning.
-    folder = head.home / "runs" / "stopped"
-    done = len((folder / "metrics.jsonl").read_text().splitlines())
-    words = ["--resume", "stopped", f"train.steps={done + 2}", "--no-wait"]
-    code, out, err = head.submitted(*words)
-    assert code == 0, err
-    assert "submit.sh --stop stopped" in out
-    code, out, _ = head.submitted("--follow", "stopped")
-    assert code == 0, out
-    assert f"going on after step {done}" in out or f"step {done + 1}/{done + 2}" in out
-    steps = [json.loads(row)["step"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, done + 3))
 
 
 def test_a_job_that_is_stopped_before_training_says_so(head):

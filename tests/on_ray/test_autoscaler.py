@@ -108,6 +108,8 @@ def test_the_run_is_started_as_the_readme_says():
     from tests.on_ray.fake_autoscaler import ASKED
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = text[text.index("ray job submit --address http://localhost") :].split("```")[0]
+    command = text[text.index("bash scripts/submit.sh flan-t5-base \\\n     train") :].split("```")[
+        0
+    ]
 
     assert [word for word in ASKED if word not in command.split()] == []
