@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import math
 import re
 import shutil
 import tempfile
@@ -48,17 +47,16 @@ QUICK = {
 
 @dataclass
 class Story:
-    """What happened to the run `cut`, and to the node; the run `calm` came after, undisturbed."""
+    """What happened to a run, and to a node."""
 
     cut_off: int
     """The machine whose cable was pulled."""
     address: str
-    cut: Ended
-    calm: Ended
-    left: dict[str, dict[str, Any]]
-    """What look.py finds of each run."""
-    adapters: dict[str, bytes]
-    """What each run left on the head."""
+    ended: Ended
+    left: dict[str, Any]
+    """What look.py finds of the run."""
+    adapter: bytes
+    """What it left on the head."""
     nodes: list[dict[str, str]]
     """Alive for Ray, by address: before the cut, after the run, and once the node was back."""
     lived_on: bool
@@ -102,9 +100,9 @@ def tell(cluster: Cluster) -> Story:
     cluster.start()
     nodes = [cluster.nodes()]
     cutter = Cutter(cluster, nodes[0])
-    cut = cluster.submit("cut", ["lab", *SETTINGS], cutter.hear)
+    ended = cluster.submit("cut", ["lab", *SETTINGS], cutter.hear)
     machine = cutter.cut_off
-    assert machine is not None, cut.text
+    assert machine is not None, ended.text
     lived_on = cluster.runs_ray(machine)
     nodes.append(cluster.nodes())
 
@@ -112,34 +110,21 @@ def tell(cluster: Cluster) -> Story:
     wait_for("the end of Ray on the node", lambda: not cluster.runs_ray(machine))
     cluster.join([machine])
     nodes.append(cluster.nodes())
-    calm = cluster.submit("calm", ["lab", *SETTINGS])
-
-    weights = "adapter/adapter_model.safetensors"
     return Story(
         cut_off=machine,
         address=cluster.network.addresses[machine],
-        cut=cut,
-        calm=calm,
-        left={run: cluster.left(STORAGE, run) for run in ("cut", "calm")},
-        adapters={
-            run: (cluster.folder / "runs" / run / weights).read_bytes() for run in ("cut", "calm")
-        },
+        ended=ended,
+        left=cluster.left(STORAGE, "cut"),
+        adapter=(cluster.folder / "runs/cut/adapter/adapter_model.safetensors").read_bytes(),
         nodes=nodes,
         lived_on=lived_on,
     )
 
 
-def figures(left: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was computed in each step, without the clock's and the pool's figures."""
-    drop = lambda name: name.startswith("seconds") or name == "pool"
-    return [{n: value for n, value in row.items() if not drop(n)} for row in left["curves"]]
-
-
 def test_a_run_that_loses_a_node_to_the_network_ends_with_code_0(story):
-    for ended in (story.cut, story.calm):
-        assert ended.code == 0, ended.text
-        assert ended.job["status"] == "SUCCEEDED"
-        assert ended.job["driver_exit_code"] == 0
+    assert story.ended.code == 0, story.ended.text
+    assert story.ended.job["status"] == "SUCCEEDED"
+    assert story.ended.job["driver_exit_code"] == 0
 
 
 def test_ray_found_out_by_itself_while_the_node_lived_on(story):
@@ -150,21 +135,21 @@ def test_ray_found_out_by_itself_while_the_node_lived_on(story):
 
 
 def test_the_run_went_on_with_fewer_workers_from_where_it_was(story):
-    first, _, _ = story.cut.text.partition("going on from step")
-    ((step, workers),) = re.findall(r"going on from step (\d+) with (\d) work", story.cut.text)
+    said = story.ended.text
+    first, _, _ = said.partition("going on from step")
+    ((step, workers),) = re.findall(r"going on from step (\d+) with (\d) work", said)
 
     placed = re.findall(r"worker (\d) on node (\w+)", first)
     assert sorted(rank for rank, _ in placed) == ["0", "1", "2"]
     assert len({node for _, node in placed}) > 1
     assert CUT_AFTER <= int(step) < STEPS
     assert int(workers) == 1
-    assert story.left["calm"]["report"]["training"]["lost"] == 0
 
 
 def test_its_result_is_in_the_table_once_and_whole(story):
-    left = story.left["cut"]
+    left = story.left
 
-    assert sorted(left["runs"]) == ["calm", "cut"]
+    assert left["runs"] == ["cut"]
     assert left["report"]["status"] == "complete"
     assert left["report"]["training"]["lost"] == 1
     assert [row["step"] for row in left["curves"]] == list(range(1, STEPS + 1))
@@ -172,27 +157,16 @@ def test_its_result_is_in_the_table_once_and_whole(story):
 
 
 def test_its_checkpoints_and_shards_are_in_the_bucket(story):
-    left = story.left["cut"]
+    left = story.left
 
     assert left["newest"] == STEPS
-    assert left["adapter"] == hashlib.sha256(story.adapters["cut"]).hexdigest()
+    assert left["adapter"] == hashlib.sha256(story.adapter).hexdigest()
     assert left["shards"] == [f"shard-{number:05d}.json" for number in range(SHARDS)]
 
 
-def test_its_figures_are_those_of_a_run_that_lost_nothing(story):
-    rows, calm = figures(story.left["cut"]), figures(story.left["calm"])
-
-    # With as many workers to the last bit; with fewer, rounding may flip a token, no more.
-    assert rows[:CUT_AFTER] == calm[:CUT_AFTER]
-    for row, other in zip(rows, calm, strict=True):
-        for name in ("score", "toxicity", "kl", "length", "entropy"):
-            assert math.isclose(row[name], other[name], rel_tol=0.15, abs_tol=0.25), (row, other)
-
-
-def test_a_node_that_comes_back_is_a_new_one_and_is_made_use_of(story):
+def test_a_node_that_comes_back_is_a_new_one(story):
     before, _, again = story.nodes
 
     # What is told that it was given up ends itself; it was started again by hand.
     assert set(again) == set(before)
     assert again[story.address] != before[story.address]
-    assert f"on node {again[story.address][:8]}" in story.calm.text
