@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -156,6 +157,13 @@ class Server:
         return "step 1\nstep 2\nstep 3\n"
 
 
+def follow(server: Server, *words: str) -> int:
+    """The exit code of following a job, in a thread: the tests' own may have an event loop."""
+    args = cli._parser().parse_args(["submit", *words])
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(cli_jobs._follow, server, "r", "r", args).result(60)
+
+
 @pytest.mark.parametrize(
     ("status", "driver", "code", "sentence"),
     [
@@ -173,9 +181,8 @@ def test_the_log_is_printed_once_and_the_drivers_code_passed_on(
     monkeypatch.delenv("RAY_DETOX_SUBMIT", raising=False)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     job = SimpleNamespace(status=status, driver_exit_code=driver, message="why")
-    args = cli._parser().parse_args(["submit"])
 
-    assert cli_jobs._follow(Server(job, breaks=3), "r", "r", args) == code
+    assert follow(Server(job, breaks=3)) == code
 
     printed = capsys.readouterr().out
     assert printed.startswith("step 1\nstep 2\nstep 3\n")
@@ -187,9 +194,9 @@ def test_the_log_is_printed_once_and_the_drivers_code_passed_on(
 def test_a_job_server_that_stays_away_is_not_waited_for(monkeypatch, capsys):
     monkeypatch.setattr(cli_jobs, "LOST_S", 0.0)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    args = cli._parser().parse_args(["submit", "--address", "http://far:8265"])
 
-    assert cli_jobs._follow(Server(SimpleNamespace(), breaks=10**6), "r", "r", args) == 1
+    away = Server(SimpleNamespace(), breaks=10**6)
+    assert follow(away, "--address", "http://far:8265") == 1
 
     said = capsys.readouterr().out
     assert "has not answered for 0 s (ConnectionResetError)" in said
