@@ -393,3 +393,25 @@ def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
     assert "already" in loser or "another process" in loser
     assert stored(store) == runs[outcomes.index(True)]
     assert json.dumps(store.get_run("first")) == json.dumps(runs[outcomes.index(True)][0])
+
+
+def test_many_who_make_the_results_file_at_once_all_can_use_it(tmp_path):
+    problems = []
+
+    def use(store, start):
+        start.wait()
+        try:
+            store.check()
+        except StoreError as error:
+            problems.append(str(error))
+
+    for i in range(40):
+        start = threading.Barrier(6)
+        stores = [SQLiteStore(tmp_path / f"{i}.sqlite") for _ in range(6)]
+        threads = [threading.Thread(target=use, args=(store, start)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert problems == []

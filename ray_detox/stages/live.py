@@ -395,4 +395,4 @@ def find_fault(settings: dict[str, Any], expected: dict[str, str]) -> str | None
 def one_line(error: BaseException) -> str:
     """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1] if lines else "no message"

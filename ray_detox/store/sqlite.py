@@ -7,6 +7,7 @@ other processes. Writers queue up (one transaction per run), readers never wait.
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -244,8 +245,7 @@ class SQLiteStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect("rwc")) as db:
                 if self._version(db) == 0:
-                    # Kept in the file; readers then see the last whole state while one writes.
-                    db.execute("PRAGMA journal_mode = WAL")
+                    self._share(db)
                 db.execute("BEGIN IMMEDIATE")
                 try:
                     self._bring_up_to_date(db)
@@ -255,6 +255,21 @@ class SQLiteStore:
                         db.execute("ROLLBACK")
                     raise
                 db.execute("COMMIT")
+
+    def _share(self, db: sqlite3.Connection) -> None:
+        """Have readers see the last whole state while one writes; kept in the file.
+
+        SQLite waits for other writers everywhere but here, where two may make a file at once.
+        """
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _bring_up_to_date(self, db: sqlite3.Connection) -> None:
         """Make the tables, or what those of an earlier version lack; within a transaction."""
