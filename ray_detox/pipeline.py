@@ -402,12 +402,18 @@ def end_on_sigterm() -> Iterator[None]:
         yield
         return
 
+    asked: list[int] = []
+
     def end(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(number)
+        asked.append(number)
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt:
+        # Ray's calls raise one of their own in its place, so the signal is told here.
+        raise KeyboardInterrupt(*asked) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -641,9 +641,15 @@ def test_sigterm_ends_a_run_as_ctrl_c_does():
     before = signal.getsignal(signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
-        signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray's calls do
 
     assert ended.value.args == (signal.SIGTERM,)
+    with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
+        raise KeyboardInterrupt
+    assert ended.value.args == ()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
