@@ -640,11 +640,14 @@ def test_another_python_and_a_missing_package_are_named(monkeypatch, capsys, out
 def test_sigterm_ends_a_run_as_ctrl_c_does():
     before = signal.getsignal(signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
+    def wait_as_ray_does():
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt from None  # as Ray's calls do
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
+        wait_as_ray_does()
 
     assert ended.value.args == (signal.SIGTERM,)
     with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
