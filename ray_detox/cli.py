@@ -24,6 +24,7 @@ from ray_detox.config import (
     config_from_dict,
     load_config,
     recipe_names,
+    split_words,
 )
 from ray_detox.run_folder import RunFolder, new_run_id
 from ray_detox.store import StoreError
@@ -122,13 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(words: Sequence[str]) -> RunConfig:
     """The run that words such as `lab train.steps=2` describe."""
-    recipes = [word for word in words if "=" not in word]
-    if len(recipes) > 1:
-        raise ConfigError(
-            f"Two recipes, {recipes[0]!r} and {recipes[1]!r}; give one. "
-            "Settings have the form section.name=value."
-        )
-    return load_config(recipes[0] if recipes else "lab", [word for word in words if "=" in word])
+    return load_config(*split_words(words))
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_detox.config import ConfigError, apply_override, load_config
+from ray_detox.config import ConfigError, apply_override, load_config, split_words
 from ray_detox.run_folder import new_run_id
 from ray_detox.store import check_run_id
 
@@ -169,11 +169,7 @@ def _read(args: argparse.Namespace) -> tuple[str, list[str], list[Path]]:
         for word in args.words:
             apply_override({}, word)
         return check_run_id(args.resume), ["--resume", args.resume, *args.words], files
-    recipes = [word for word in args.words if "=" not in word] or ["lab"]
-    settings = [word for word in args.words if "=" in word]
-    if len(recipes) > 1:
-        raise ConfigError(f"Two recipes, {recipes[0]!r} and {recipes[1]!r}; give one.")
-    recipe = recipes[0]
+    recipe, settings = split_words(args.words)
     config = load_config(recipe, settings)
     if config.cluster.address != "auto":
         raise ConfigError(

@@ -547,6 +547,21 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     return config_from_dict(tree)
 
 
+def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe and the settings among words such as `lab train.steps=2`; `lab` if none is there.
+
+    Raises:
+        ConfigError: there are two recipes.
+    """
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise ConfigError(
+            f"Two recipes, {recipes[0]!r} and {recipes[1]!r}; give one. "
+            "Settings have the form section.name=value."
+        )
+    return recipes[0] if recipes else "lab", [word for word in words if "=" in word]
+
+
 def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:
     """Make a run from nested plain values, as in a recipe or a stored config.json."""
     return build(RunConfig, tree)

@@ -288,6 +288,7 @@ def _train(
     need: preflight.Needs,
 ) -> dict[str, Any]:
     """Train, showing every step; leave the trained adapter and all figures in the run's folder."""
+    from ray_detox.stages.live import asking_for_workers
     from ray_detox.stages.train import run_training
 
     said = lambda text: console.line(f"{'':<9} {text}")
@@ -318,7 +319,8 @@ def _train(
         if writer.newest is not None and writer.newest.step >= config.train.steps:
             outcome = {"step": writer.newest.step, "stopped": False}
         else:
-            outcome = run_training(config, lanes, pool, need, writer, on_event, stop.event)
+            with asking_for_workers(config, need):
+                outcome = run_training(config, lanes, pool, need, writer, on_event, stop.event)
         if outcome["stopped"] and writer.newest is None:
             raise Stopped(0, stop.signal_number)
         assert writer.newest is not None

@@ -27,6 +27,7 @@ from cfnlint.decode import cfn_yaml
 from ray_detox.config import load_config
 from ray_detox.storage import Storage
 from ray_detox.store.dynamodb import DynamoDBStore
+from tests.autoscaler import nodes_asked_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY_RUN = ROOT / "scripts/aws_dry_run.py"
@@ -177,28 +178,13 @@ def test_every_number_is_explained():
 
 def launches(cluster, demands):
     """Nodes by type that Ray's autoscaler asks for, for `(count, resources)` that nothing has room for."""
-    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-    from ray.autoscaler.v2.utils import ResourceRequestUtil
-
     types = cluster["available_node_types"]
     golden = json.loads(tool["GOLDEN"].read_text(encoding="utf-8"))
     for name, node in types.items():
         # With memory and the kind of GPU, as the launcher fills them in.
         node["resources"] = golden["resources"][name]
-    config = AutoscalingConfig(
-        cluster | {"head_setup_commands": [], "cluster_synced_files": []}, skip_content_hash=True
-    )
-    requests = [ResourceRequestUtil.make(each) for count, each in demands for _ in range(count)]
-    reply = ResourceDemandScheduler().schedule(
-        SchedulingRequest(
-            disable_launch_config_check=True,
-            node_type_configs=config.get_node_type_configs(),
-            max_num_nodes=config.get_max_num_nodes(),
-            resource_requests=ResourceRequestUtil.group_by_count(requests),
-        )
-    )
-    return {launch.instance_type: launch.count for launch in reply.to_launch}
+    given = cluster | {"head_setup_commands": [], "cluster_synced_files": []}
+    return nodes_asked_for(given, demands)
 
 
 WORKER, ACTOR = {"CPU": 6, "GPU": 1}, {"CPU": 1, "GPU": 0.25}

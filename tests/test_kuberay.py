@@ -5,6 +5,7 @@ that it agrees with `cluster/aws.yaml`, with `constraints.txt` and with our own 
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import pytest
 import yaml
 
 from ray_detox import cli, preflight
+from tests.autoscaler import nodes_asked_for
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "cluster/kuberay.yaml"
@@ -206,28 +208,9 @@ def launches(spec):
     from ray.autoscaler._private.kuberay.autoscaling_config import (
         _derive_autoscaling_config_from_ray_cr as derive,
     )
-    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-    from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-    config = AutoscalingConfig(
-        derive({"metadata": {"name": "detox", "namespace": "default"}, "spec": spec}),
-        skip_content_hash=True,
-    )
-
-    def ask(demands):
-        wanted = [ResourceRequestUtil.make(each) for count, each in demands for _ in range(count)]
-        reply = ResourceDemandScheduler().schedule(
-            SchedulingRequest(
-                disable_launch_config_check=True,
-                node_type_configs=config.get_node_type_configs(),
-                max_num_nodes=config.get_max_num_nodes(),
-                resource_requests=ResourceRequestUtil.group_by_count(wanted),
-            )
-        )
-        return {launch.instance_type: launch.count for launch in reply.to_launch}
-
-    return ask
+    settings = derive({"metadata": {"name": "detox", "namespace": "default"}, "spec": spec})
+    return functools.partial(nodes_asked_for, settings)
 
 
 def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):

@@ -177,7 +177,7 @@ def wait_for_room(
             if waiting:
                 # Again and again: a cluster keeps the last request alone, and where Ray Data has
                 # been used before, an actor that it left asks for nothing every 20 seconds.
-                _ask_for(config, need)
+                _ask_for(config, need, config.train.least_workers)
             time.sleep(POLL_S)
     finally:
         if waiting:
@@ -185,8 +185,8 @@ def wait_for_room(
             _request([])
 
 
-def _ask_for(config: RunConfig, need: preflight.Needs) -> None:
-    _request([need.worker] * config.train.least_workers + [need.actor] * config.reward.least_actors)
+def _ask_for(config: RunConfig, need: preflight.Needs, workers: int) -> None:
+    _request([need.worker] * workers + [need.actor] * config.reward.least_actors)
 
 
 @contextmanager
@@ -200,14 +200,13 @@ def asking_for_workers(config: RunConfig, need: preflight.Needs) -> Iterator[Non
     if not has_autoscaler():
         yield
         return
-    bundles = [need.worker] * config.train.most_workers + [need.actor] * config.reward.least_actors
     over = threading.Event()
 
     def ask() -> None:
         while not over.is_set():
             # Where the head is lost, who trains will say so.
             with suppress(RayError, RuntimeError):
-                _request(bundles)
+                _ask_for(config, need, config.train.most_workers)
             over.wait(ASK_S)
 
     asking = threading.Thread(target=ask, name="asking-for-workers", daemon=True)

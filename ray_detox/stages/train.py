@@ -41,13 +41,7 @@ from ray_detox.config import RunConfig, config_from_dict
 from ray_detox.preflight import Needs
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.live import (
-    asking_for_workers,
-    draining_nodes,
-    on_this_node,
-    one_line,
-    staying_nodes,
-)
+from ray_detox.stages.live import draining_nodes, on_this_node, one_line, staying_nodes
 from ray_detox.stages.workers import RoomForOneMore, workers_with_room
 
 T = TypeVar("T")
@@ -223,20 +217,6 @@ def run_training(
         ConfigError: there is no room for `train.workers`, and has not been for `cluster.patience_s`.
         StorageError: the last checkpoint could not be kept.
     """
-    with asking_for_workers(config, need):
-        return _train_in_groups(config, lanes, pool, need, writer, on_event, stop_requested)
-
-
-def _train_in_groups(
-    config: RunConfig,
-    lanes: Sequence[Any],
-    pool: Any,
-    need: Needs,
-    writer: CheckpointWriter,
-    on_event: Callable[[dict[str, Any]], None],
-    stop_requested: threading.Event,
-) -> dict[str, Any]:
-    """One group of workers after another, until there is an end."""
     progress = start_progress()
     scratch = tempfile.mkdtemp(prefix="ray-detox-train-")
     job = {

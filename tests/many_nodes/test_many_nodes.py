@@ -49,9 +49,8 @@ QUICK = {
 class Story:
     """What happened to a run, and to a node."""
 
-    cut_off: int
-    """The machine whose cable was pulled."""
     address: str
+    """Of the machine whose cable was pulled."""
     ended: Ended
     left: dict[str, Any]
     """What look.py finds of the run."""
@@ -111,7 +110,6 @@ def tell(cluster: Cluster) -> Story:
     cluster.join([machine])
     nodes.append(cluster.nodes())
     return Story(
-        cut_off=machine,
         address=cluster.network.addresses[machine],
         ended=ended,
         left=cluster.left(STORAGE, "cut"),
