@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections import namedtuple
 
 import pytest
@@ -65,6 +66,29 @@ def test_reaching_a_model_needs_no_weights_and_no_torch(tmp_path):
     words = [f"{name}.model={tmp_path / name}" for name in ("policy", "reward")]
 
     preflight.check_reach(load_config("lab", words))
+
+
+class Interrupted:
+    """A patience that ends as Ctrl-C or a signal does."""
+
+    def check(self):
+        raise KeyboardInterrupt
+
+
+def test_who_is_not_waited_for_any_more_leaves_ray_alone():
+    left = threading.Event()
+
+    def work():
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            left.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        live.attended(work, Interrupted())
+
+    assert left.is_set()
 
 
 def test_an_autoscaler_is_asked_for_all_workers_until_training_ends(monkeypatch):

@@ -11,6 +11,7 @@
 No wait here is without an end.
 """
 
+import ctypes
 import json
 import socket
 import sys
@@ -43,6 +44,8 @@ ASK_S = 5.0
 """Between two requests for the same nodes; see `wait_for_room` on why one is not enough."""
 KNOCK_S = 1.0
 """Longest wait for a node to take a connection."""
+END_S = 10.0
+"""Longest wait for a thread that was told to end; it may wait within Ray for what is lost."""
 
 
 # ---- room ------------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def attended(work: Callable[[], T], patience: Patience) -> T:
     """What `work` returns; given up where Ray would wait for ever for nodes that are gone.
 
     Raises:
-        ConfigError: from `patience`; `work` is left to its own.
+        ConfigError: from `patience`.
     """
     ended: Future[T] = Future()
 
@@ -289,14 +292,30 @@ def attended(work: Callable[[], T], patience: Patience) -> T:
         except BaseException as error:  # handed to the thread that waits
             ended.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        try:
-            return ended.result(timeout=POLL_S)
-        except TimeoutError:
-            if ended.done():  # it is what the work raised
-                raise
-            patience.check()
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    try:
+        while True:
+            try:
+                return ended.result(timeout=POLL_S)
+            except TimeoutError:
+                if ended.done():  # it is what the work raised
+                    raise
+                patience.check()
+    except BaseException:
+        _end(worker)
+        raise
+
+
+def _end(worker: threading.Thread) -> None:
+    """Have a thread leave what it does: were it to call Ray after Ray's shutdown, the process would end.
+
+    It leaves Ray Data as Ctrl-C would, which ends the threads below it.
+    """
+    if worker.ident is not None and worker.is_alive():
+        thread, reason = ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, reason)
+        worker.join(END_S)
 
 
 # ---- nodes -----------------------------------------------------------------------------------
