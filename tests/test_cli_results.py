@@ -369,7 +369,13 @@ def test_a_run_id_that_could_name_no_run_is_refused_by_every_command(folder, mis
 
 def test_view_serves_the_page_until_it_is_interrupted(results):
     command = [sys.executable, "-m", "ray_detox", "view", "first", "--port", "0", "--no-browser"]
-    process = subprocess.Popen([*command, "--output", results], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--output", results],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts what it has in the background with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
 
     with urllib.request.urlopen(f"{address}api/runs", timeout=20) as answer:

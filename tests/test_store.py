@@ -842,10 +842,13 @@ def test_what_aws_refuses_is_said_without_its_message(dynamo, monkeypatch, code,
 
     monkeypatch.setattr(dynamo.client, "describe_table", refuse)
 
-    with pytest.raises(StoreError, match=words) as caught:
-        dynamo.check()
-    assert SECRET not in str(caught.value)
-    assert caught.value.__suppress_context__
+    monkeypatch.setattr(dynamo.client, "create_table", lambda **_: {})
+
+    for act in (dynamo.check, dynamo.create_table):
+        with pytest.raises(StoreError, match=words) as caught:
+            act()
+        assert SECRET not in str(caught.value)
+        assert caught.value.__suppress_context__
 
 
 # Opening.

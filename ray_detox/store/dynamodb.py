@@ -431,7 +431,10 @@ class DynamoDBStore:
         try:
             waiter = self.client.get_waiter("table_exists")
             waiter.wait(TableName=self.table, WaiterConfig={"Delay": 2, "MaxAttempts": 60})
-        except botocore.exceptions.WaiterError:
+        except botocore.exceptions.WaiterError as error:
+            if "Error" in error.last_response:
+                refusal = botocore.exceptions.ClientError(error.last_response, "DescribeTable")
+                raise self._in_words(refusal, "describe_table") from None
             raise StoreError(
                 f"Table {self.table!r} was not ready after two minutes; look at it in AWS."
             ) from None
