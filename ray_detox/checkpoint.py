@@ -12,10 +12,9 @@ data as well. Where checkpoints are kept is `checkpoint_store.py`.
 """
 
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -23,8 +22,6 @@ from ray_detox import __version__
 from ray_detox.config import RunConfig
 from ray_detox.learner import Learner
 from ray_detox.policy import Policy
-
-T = TypeVar("T")
 
 FORMAT = 1
 
@@ -82,30 +79,3 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{FORMAT}. Go on with ray-detox {state.get('version')}."
         )
     return state
-
-
-def pack(write: Callable[[Path], None]) -> dict[str, bytes]:
-    """The files that `write` puts into an empty folder, by name; the folder is gone again."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write(folder)
-        return {
-            file.relative_to(folder).as_posix(): file.read_bytes()
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
-
-
-def unpack(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
-    """What `read` makes of a folder with these files."""
-    with tempfile.TemporaryDirectory() as name:
-        write_files(files, Path(name))
-        return read(Path(name))
-
-
-def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write packed files into a folder."""
-    for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)

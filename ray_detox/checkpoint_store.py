@@ -14,15 +14,19 @@ storage is slower than steps are, only the newest checkpoint waits, in memory.
 import hashlib
 import json
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from ray_detox.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FOLDER = "checkpoints"
 WHOLE = "whole.json"
@@ -241,3 +245,33 @@ def _folder(step: int) -> str:
 
 def _digest(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+# ---- a folder in memory -------------------------------------------------------------------------
+
+
+def pack_folder(write: Callable[[Path], None]) -> dict[str, bytes]:
+    """The files that `write` puts into an empty folder, by name; the folder is gone again."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder)
+        return {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+
+def unpack_folder(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
+    """What `read` makes of a folder with these files."""
+    with tempfile.TemporaryDirectory() as name:
+        write_files(files, Path(name))
+        return read(Path(name))
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write packed files into a folder."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)

@@ -10,9 +10,13 @@ the step.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from ray_detox.config import RunConfig
 from ray_detox.prompts import lane_rows
-from ray_detox.records import PromptBatch, pad_rows
+from ray_detox.records import PromptBatch
 
 Row = Mapping[str, Any]
 OWN_COLUMNS = ("prompt_id", "prompt", "query_ids")
@@ -62,3 +66,13 @@ class Lanes:
             for _, index in lane_rows(self.seed, step, lane, len(rows), self.rows_per_lane)
         ]
         return make_batch(chosen, self.pad_id)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to ids and mask, both [B, longest], padded on the right."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max()) if len(rows) else 0
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(np.asarray(row), dtype=torch.long)
+    return ids, torch.arange(width) < lengths[:, None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ray_detox import checkpoint, ppo
-from ray_detox.checkpoint_store import Checkpoint, CheckpointStore
+from ray_detox.checkpoint_store import Checkpoint, CheckpointStore, pack_folder, unpack_folder
 from ray_detox.config import RunConfig
 from ray_detox.lanes import Lanes
 from ray_detox.learner import Learner, Update
@@ -94,12 +94,12 @@ class LocalRuntime:
         self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
     ) -> None:
         """Keep a checkpoint at once."""
-        self.store.save(Checkpoint(step, checkpoint.pack(write), objective))
+        self.store.save(Checkpoint(step, pack_folder(write), objective))
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
         """Read the newest checkpoint that is whole, if there is one."""
         found = self.store.newest()
-        return checkpoint.unpack(found.files, read) if found else None
+        return unpack_folder(found.files, read) if found else None
 
     def should_stop(self) -> bool:
         """Nobody asks a process by itself to stop."""

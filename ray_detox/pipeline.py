@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_detox import preflight
-from ray_detox.checkpoint_store import CheckpointStore, CheckpointWriter
+from ray_detox.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
 from ray_detox.config import ConfigError, RunConfig, config_from_dict
 from ray_detox.connect import cluster, count_gpus, is_local
 from ray_detox.data import Source
@@ -374,8 +374,6 @@ def _finish(
 
 def _write_adapter(files: Mapping[str, bytes], target: Path) -> None:
     """Write the adapter of a checkpoint, whole or not at all."""
-    from ray_detox.checkpoint import write_files
-
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     of_adapter = {name: content for name, content in files.items() if name.startswith("adapter/")}

@@ -9,13 +9,16 @@ A mask is True where a token counts. Per-token tensors are `[B, R]` and zero out
 Log-probabilities are natural logarithms. Scores are higher for less toxic text.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # who has but numbers and names to pass on loads no torch
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -51,7 +54,7 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def select(self, rows: Sequence[int]) -> "PromptBatch":
+    def select(self, rows: Sequence[int]) -> PromptBatch:
         """The given rows, in that order, padded no further than the longest of them."""
         mask = self.query_mask[list(rows)]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
@@ -96,7 +99,7 @@ class Scores:
     """Each extra term by name, [B] float32, before its weight."""
 
     @staticmethod
-    def concatenate(parts: Sequence["Scores"]) -> "Scores":
+    def concatenate(parts: Sequence[Scores]) -> Scores:
         """Several batches as one, in the order given."""
         join = lambda name: np.concatenate([getattr(part, name) for part in parts])
         return Scores(
@@ -110,7 +113,7 @@ class Scores:
             },
         )
 
-    def select(self, rows: Sequence[int] | np.ndarray) -> "Scores":
+    def select(self, rows: Sequence[int] | np.ndarray) -> Scores:
         """The given rows, in that order."""
         return Scores(
             rewards=self.rewards[rows],
@@ -171,7 +174,7 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.response_ids)
 
-    def select(self, rows: Tensor) -> "Rollout":
+    def select(self, rows: Tensor) -> Rollout:
         """The given rows (int64 [N]), padded no further than the longest of them."""
         queries = int(self.query_mask[rows].sum(dim=1).max())
         responses = int(self.response_mask[rows].sum(dim=1).max())
@@ -202,7 +205,7 @@ class Targets:
     returns: Tensor
     """What the value head should have said."""
 
-    def select(self, rows: Tensor, responses: int) -> "Targets":
+    def select(self, rows: Tensor, responses: int) -> Targets:
         """The given rows (int64 [N]), cut to `responses` tokens."""
         return Targets(*(getattr(self, f.name)[rows, :responses] for f in fields(self)))
 
@@ -259,11 +262,12 @@ class UpdateStats:
     """The whole step, mean over workers."""
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids to ids and mask, both [B, longest], padded on the right."""
-    lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max()) if len(rows) else 0
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(np.asarray(row), dtype=torch.long)
-    return ids, torch.arange(width) < lengths[:, None]
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One actor, as the pool tells the workers."""
+
+    name: str
+    node: str
+    handle: Any
+    down: str | None = None
+    """Why it takes no chunks now, for people; None where it does."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ray_detox.config import RewardConfig
-from ray_detox.records import Columns, Scores
+from ray_detox.records import Columns, Listing, Scores
 from ray_detox.reward import read_by
 
 IN_FLIGHT = 2
@@ -36,17 +36,6 @@ GRACE_S = 10.0
 
 class RewardError(RuntimeError):
     """No actor gave scores in time, or none could be started; the message is one sentence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """One actor, as the pool tells the workers."""
-
-    name: str
-    node: str
-    handle: Any
-    down: str | None = None
-    """Why it takes no chunks now, for people; None where it does."""
 
 
 @dataclass(eq=False, slots=True)

@@ -27,8 +27,9 @@ from transformers import (
 
 from ray_detox import prompts
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.lanes import pad_rows
 from ray_detox.policy import Policy, load_policy
-from ray_detox.records import PromptBatch, Rollout, pad_rows
+from ray_detox.records import PromptBatch, Rollout
 
 torch.set_num_threads(1)
 # The same examples in every run, and no clock: a busy machine is no failure.

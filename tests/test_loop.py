@@ -11,6 +11,7 @@ from safetensors.torch import load
 from torch.testing import assert_close
 
 from ray_detox import checkpoint
+from ray_detox.checkpoint_store import unpack_folder
 from ray_detox.config import (
     DataConfig,
     PolicyConfig,
@@ -275,7 +276,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(go, uninterrupted, tmp_pat
 
 
 def test_a_checkpoint_says_what_it_is_and_holds_no_number_of_workers(uninterrupted, config):
-    state = checkpoint.unpack(uninterrupted.store.newest().files, checkpoint.read_state)
+    state = unpack_folder(uninterrupted.store.newest().files, checkpoint.read_state)
 
     assert state.keys() == {"format", "version", "step", "seed", "kl_coef", "config"}
     assert state["step"] == 5

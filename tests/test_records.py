@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
-from ray_detox.records import PromptBatch, Rollout, Sample, Scores, Targets, pad_rows
+from ray_detox.lanes import pad_rows
+from ray_detox.records import PromptBatch, Rollout, Sample, Scores, Targets
 
 
 def rollout(rows=2, queries=3, responses=4, **changes):

@@ -54,3 +54,15 @@ def test_results_and_statistics_need_no_torch():
     ended = run_python(code)
 
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_actors_that_only_pass_things_on_load_no_torch():
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['ray.train'] = sys.modules['ray.data'] = None\n"
+        "import ray_detox.stages.directory, ray_detox.stages.events, ray_detox.stages.evaluate\n"
+    )
+
+    ended = run_python(code)
+
+    assert ended.returncode == 0, ended.stderr

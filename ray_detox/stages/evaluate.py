@@ -22,8 +22,8 @@ import ray
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.preflight import Needs
 from ray_detox.run_folder import RunFolder
+from ray_detox.stages.events import ANSWER_S, POLL_S, start_progress
 from ray_detox.stages.live import Patience
-from ray_detox.stages.train import ANSWER_S, POLL_S, start_progress
 from ray_detox.storage import Storage, StorageError
 
 AdapterFiles = dict[str, bytes]

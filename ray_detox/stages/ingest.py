@@ -80,11 +80,11 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     data = config.data
 
-    # One task per CPU, also where everything is in a single file; but where there are few rows a
-    # process that loads a tokenizer takes longer than the rows.
-    blocks = max(2, int(ray.cluster_resources().get("CPU", 2)) - 1)
+    # One task per CPU, also where everything is in a single file; but a process that loads a
+    # tokenizer takes as long as some thousand rows.
+    blocks = max(1, int(ray.cluster_resources().get("CPU", 2)) - 1)
     at_most = [n for n in (data.limit, LAB_ROWS if source.kind == "lab" else None) if n]
-    blocks = min([blocks, *(max(2, n // 1000) for n in at_most)])
+    blocks = min([blocks, *(max(1, n // 4000) for n in at_most)])
     rows = read(source, data)
     if data.limit is not None:
         rows = rows.limit(data.limit)

@@ -24,12 +24,12 @@ from ray.exceptions import ActorDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox.config import RewardConfig
-from ray_detox.router import Listing
+from ray_detox.records import Listing
+from ray_detox.stages.directory import RewardDirectory
 from ray_detox.stages.live import on_this_node, one_line
 from ray_detox.stages.score import (
     REFRESH_S,
     RewardActor,
-    RewardDirectory,
     RewardError,
     is_lost,
 )

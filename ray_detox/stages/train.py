@@ -35,56 +35,20 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ray_detox import checkpoint
-from ray_detox.checkpoint_store import Checkpoint, CheckpointWriter
+from ray_detox.checkpoint_store import Checkpoint, CheckpointWriter, pack_folder, unpack_folder
 from ray_detox.config import RunConfig, config_from_dict
 from ray_detox.preflight import Needs
 from ray_detox.prompts import unpack
 from ray_detox.records import UpdateStats
-from ray_detox.stages.live import draining_nodes, on_this_node, one_line, staying_nodes
+from ray_detox.stages.events import ANSWER_S, POLL_S, start_progress
+from ray_detox.stages.live import draining_nodes, one_line, staying_nodes
 from ray_detox.stages.workers import RoomForOneMore, workers_with_room
 
 T = TypeVar("T")
 
-POLL_S = 0.2
-ANSWER_S = 60.0
-"""Longest wait for an actor on this very node."""
-
 
 class TrainingError(RuntimeError):
     """Training ended with an error; the newest checkpoint is kept."""
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class Progress:
-    """What workers tell the driver, and what the driver tells them.
-
-    Begins anew if it is killed: figures come with the next checkpoint again, and the driver
-    repeats its wish to stop for as long as it has it.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._stop = False
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Add an event for the driver."""
-        self._events.append(event)
-
-    def take(self, stop: bool = False) -> list[dict[str, Any]]:
-        """Hand over all events since the last call; `stop` asks workers to end after their step."""
-        self._stop = stop
-        events, self._events = self._events, []
-        return events
-
-    def should_stop(self) -> bool:
-        """Whether the driver wants the workers to end."""
-        return self._stop
-
-
-def start_progress() -> Any:
-    """A `Progress` on the driver's node: it is lost with the driver only."""
-    return Progress.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
 
 
 class RayRuntime:
@@ -122,7 +86,7 @@ class RayRuntime:
         self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
     ) -> None:
         """Send a checkpoint to the driver, waiting only for that of the last step."""
-        files = checkpoint.pack(write)
+        files = pack_folder(write)
         event = {"kind": "checkpoint", "checkpoint": Checkpoint(step, files, objective)}
         sent = self.tell(event)
         if last:
@@ -130,7 +94,7 @@ class RayRuntime:
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
         """Read the checkpoint that this group began with, if there was one."""
-        return checkpoint.unpack(self._start, read) if self._start else None
+        return unpack_folder(self._start, read) if self._start else None
 
     def should_stop(self) -> bool:
         """Ask the driver's side."""

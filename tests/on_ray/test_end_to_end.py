@@ -29,6 +29,7 @@ from ray_detox.progress import Console, read_metrics
 from ray_detox.records import UpdateStats
 from ray_detox.run_folder import RunFolder
 from ray_detox.stages import train
+from ray_detox.stages.events import start_progress
 from ray_detox.storage import Storage
 from ray_detox.store.dynamodb import DynamoDBStore
 
@@ -289,7 +290,7 @@ def test_what_an_earlier_group_says_late_is_not_heard(tmp_path):
     # A worker on a node that was cut off goes on for a while, and is heard once the node is back.
     config, heard = load_config("lab"), []
     kept = SimpleNamespace(newest=None, put=lambda checkpoint: heard.append(checkpoint))
-    told = train.start_progress()
+    told = start_progress()
     job = {"progress": told}
     group = train._Group(config, needs(config, 0), None, job, 1, kept, str(tmp_path), heard.append)
     step = {"kind": "step", "stats": {"step": 9, "seconds": 1.0}, "group": group.name}

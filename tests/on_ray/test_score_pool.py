@@ -13,8 +13,9 @@ import ray
 from ray_detox.config import RewardConfig, RewardTerm
 from ray_detox.records import Scores
 from ray_detox.reward import Reward
+from ray_detox.stages.directory import RewardDirectory
 from ray_detox.stages.pool import RewardPool
-from ray_detox.stages.score import RewardClient, RewardDirectory, RewardError
+from ray_detox.stages.score import RewardClient, RewardError
 
 pytestmark = pytest.mark.ray
 
