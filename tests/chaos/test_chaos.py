@@ -45,11 +45,11 @@ def test_a_node_a_full_disk_a_driver_and_a_damaged_checkpoint_change_nothing(hou
 
 
 def test_a_run_goes_on_with_fewer_workers_and_grows_back(tmp_path):
-    blows = [Blow("actor_node", 2, 0.3), Blow("return", 10, 0.0), Blow("controller", 25, 0.1)]
+    blows = [Blow("actor_node", 2, 0.3), Blow("return", 5, 0.0), Blow("controller", 14, 0.1)]
 
     with chaos(tmp_path, cpus=2) as small:
         small.return_s = 600.0  # or when it is told to
-        ended = small.go("fewer", [*FEWER, "train.steps=40"], blows)
+        ended = small.go("fewer", [*FEWER, "train.steps=20"], blows)
 
     assert ended.codes == [0], ended.text
     # Two nodes of 2 CPUs: the reward actor and three workers. One: the actor and one worker.
@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_fewer_workers_and_grows_back(tmp_path):
     assert re.search("train .* on 1..3 worker", ended.text)
     # What a controller held that was killed is free again, or there would be room for none.
     assert counts == [1, 3, 3]
-    assert [row["step"] for row in small.rows("fewer")] == list(range(1, 41))
+    assert [row["step"] for row in small.rows("fewer")] == list(range(1, 21))
 
 
 # ---- the schedule ------------------------------------------------------------------------------
