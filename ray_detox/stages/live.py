@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import __version__, preflight
@@ -151,8 +151,9 @@ def wait_for_room(
     Args:
         config: of the run.
         say: is told once, if there is something to wait for.
-        look: at the nodes, once there is room. Until it has returned, none is removed that has been
-            idle for too long by then, waiting for the others.
+        look: at the nodes, once there is room; again where one of them went away meanwhile. Until
+            it has returned, none is removed that has been idle for too long by then, waiting for
+            the others.
 
     Raises:
         ConfigError: what is short. At once where no wait could help: nothing adds nodes, and those
@@ -166,8 +167,14 @@ def wait_for_room(
             short = shortage(need.phases, nodes)
             waited_s = time.monotonic() - began
             if short is None:
-                look()
-                return need
+                try:
+                    look()
+                    return need
+                except NodeGoneError:
+                    if waited_s >= config.cluster.patience_s:
+                        raise
+                    time.sleep(POLL_S)
+                    continue
             never = shortage(need.phases, [node.when_idle() for node in nodes])
             grows = has_autoscaler()
             if never and not grows and waited_s >= SETTLE_S:
@@ -330,6 +337,10 @@ class Probe:
     seconds: float
 
 
+class NodeGoneError(ConfigError):
+    """A node went away while it was asked."""
+
+
 def probe_nodes(config: RunConfig) -> list[Probe]:
     """Have every node look at what the run asks of it; nothing where this process's node is alone.
 
@@ -339,6 +350,7 @@ def probe_nodes(config: RunConfig) -> list[Probe]:
 
     Raises:
         ConfigError: a node's fault, with its address, or that it did not answer.
+        NodeGoneError: Ray had listed it for some moments after its end.
     """
     nodes = [node for node in _alive() if {"CPU", "GPU"} & node["Resources"].keys()]
     here = ray.get_runtime_context().get_node_id()
@@ -348,18 +360,18 @@ def probe_nodes(config: RunConfig) -> list[Probe]:
     asked = {
         _look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(config.to_dict(), versions()): _name(node)
+        ).remote(config.to_dict(), versions()): node
         for node in nodes
     }
     probes, waiting = [], list(asked)
     while waiting and (left_s := PROBE_S - (time.monotonic() - began)) > 0:
         done, waiting = ray.wait(waiting, timeout=left_s)
         seconds = time.monotonic() - began
-        probes += [Probe(asked[ref], _answer(ref), seconds) for ref in done]
+        probes += [Probe(_name(asked[ref]), _answer(ref, asked[ref]), seconds) for ref in done]
     for ref in waiting:
         ray.cancel(ref, force=True)
         fault = f"it did not answer within {PROBE_S:g} s."
-        probes.append(Probe(asked[ref], fault, PROBE_S))
+        probes.append(Probe(_name(asked[ref]), fault, PROBE_S))
     faulty = [probe for probe in probes if probe.fault]
     if faulty:
         more = f" (and {len(faulty) - 1} more)" if len(faulty) > 1 else ""
@@ -367,13 +379,13 @@ def probe_nodes(config: RunConfig) -> list[Probe]:
     return probes
 
 
-def _answer(ref: Any) -> str | None:
+def _answer(ref: Any, node: dict[str, Any]) -> str | None:
     try:
         fault: str | None = ray.get(ref)
     except RayError as error:
-        # Such as a node without this package, or one that has just died.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"{(lines or [type(error).__name__])[-1]}"
+        if isinstance(error, NodeDiedError | TaskUnschedulableError) or not _answers(node):
+            raise NodeGoneError(f"Node {_name(node)} went away while it was asked.") from None
+        return one_line(error)  # such as that of a node without this package
     return fault
 
 

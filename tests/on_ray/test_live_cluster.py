@@ -89,6 +89,29 @@ def test_a_cluster_of_this_node_alone_is_not_asked_what_was_looked_at_already():
     assert not live.has_autoscaler()
 
 
+def test_a_node_that_has_just_gone_is_no_fault(monkeypatch):
+    # Ray lists a node for some moments after its end; here one that never was.
+    config = load_config("lab", ["cluster.patience_s=30"])
+    there = live._alive()
+    listed = [[*there, there[0] | {"NodeID": "1" * 56}], there]
+    said = []
+
+    def look():
+        with monkeypatch.context() as patch:
+            patch.setattr(live, "_alive", lambda: listed.pop(0))
+            try:
+                live.probe_nodes(config)
+            except live.NodeGoneError as error:
+                said.append(str(error))
+                raise
+
+    need = live.wait_for_room(config, say=lambda text: None, look=look)
+
+    assert need.cpus == 3
+    assert listed == []
+    assert [sentence[-40:] for sentence in said] == ["(11111111) went away while it was asked."]
+
+
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
     """What each of the commands below said: a cluster of nodes with 1, 2 (and 1 GPU) and 3 CPUs."""
