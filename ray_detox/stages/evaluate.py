@@ -12,13 +12,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from ray_detox.checkpoint_store import unpack_folder
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.preflight import Needs
 from ray_detox.run_folder import RunFolder
@@ -56,10 +56,7 @@ def measure_shard(
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     device = "cuda" if ray.get_gpu_ids() else "cpu"
     policy = _load_policy(config.policy, config.sampling, config.seed, device)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in adapter.items():
-            (Path(folder) / name).write_bytes(content)
-        policy.load_adapter(Path(folder))
+    unpack_folder(adapter, policy.load_adapter)
     folder_of_model = local_folder(config.policy.model, config.policy.revision, "policy.model")
     tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
     scorer = RewardClient(directory, config.reward)

@@ -82,9 +82,9 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
 
     # One task per CPU, also where everything is in a single file; but a process that loads a
     # tokenizer takes as long as some thousand rows.
-    blocks = max(1, int(ray.cluster_resources().get("CPU", 2)) - 1)
     at_most = [n for n in (data.limit, LAB_ROWS if source.kind == "lab" else None) if n]
-    blocks = min([blocks, *(max(1, n // 4000) for n in at_most)])
+    cpus = int(ray.cluster_resources().get("CPU", 2))
+    blocks = max(1, min([cpus - 1, *(n // 4000 for n in at_most)]))
     rows = read(source, data)
     if data.limit is not None:
         rows = rows.limit(data.limit)

@@ -27,12 +27,7 @@ from ray_detox.config import RewardConfig
 from ray_detox.records import Listing
 from ray_detox.stages.directory import RewardDirectory
 from ray_detox.stages.live import on_this_node, one_line
-from ray_detox.stages.score import (
-    REFRESH_S,
-    RewardActor,
-    RewardError,
-    is_lost,
-)
+from ray_detox.stages.score import REFRESH_S, RewardActor, RewardError, is_lost
 
 WATCH_S = 0.2
 """Between two looks at what the actors have answered."""
