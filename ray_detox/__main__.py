@@ -10,6 +10,6 @@ if __name__ == "__main__":
             f"ray-detox: needs Python 3.11 to 3.13; {sys.executable} is {version}.", file=sys.stderr
         )
         sys.exit(2)
-    from ray_detox.cli import main
+    from ray_detox.cli.main import main
 
     sys.exit(main())

@@ -11,27 +11,30 @@ What a run writes, and where, is `run_folder.py`.
 import json
 import secrets
 import shutil
-import signal
 import statistics
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ray_detox import preflight
-from ray_detox.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
-from ray_detox.config import ConfigError, RunConfig, config_from_dict
-from ray_detox.connect import cluster, count_gpus, is_local
-from ray_detox.data import Source
-from ray_detox.progress import Console, MetricsLog, step_line
-from ray_detox.publish import check_store
-from ray_detox.run_folder import RunFolder
-from ray_detox.sources import fingerprint, folder_fingerprint
-from ray_detox.storage import Storage, StorageError, write_whole
-from ray_detox.store import check_run_id
+from ray_detox import resources
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.data.files import Source
+from ray_detox.models.sources import fingerprint, folder_fingerprint
+from ray_detox.recipes.loading import config_from_dict
+from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
+from ray_detox.runs.console import Console, step_line
+from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.metrics_log import MetricsLog
+from ray_detox.runs.publish import check_store
+from ray_detox.runs.resume import require_same_run, run_storage
+from ray_detox.runs.storage import StorageError, write_whole
+from ray_detox.signals import end_on_sigterm, stop_on_signal
+from ray_detox.stages import preflight
+from ray_detox.stages.cluster.connect import cluster, count_gpus, is_local
+from ray_detox.stages.errors import StageError, causes_in_one_sentence
+from ray_detox.store.protocol import check_run_id
 
 
 class Stopped(Exception):
@@ -41,10 +44,6 @@ class Stopped(Exception):
         super().__init__(f"stopped after step {step}")
         self.step = step
         self.signal_number = signal_number
-
-
-class StageError(RuntimeError):
-    """A Ray task failed; the message is its cause, in one line."""
 
 
 class NotStored(RuntimeError):
@@ -75,52 +74,13 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
             # A retry on another machine goes on from there, as it is meant to.
             begun = kept.read("config.json")
             if begun is not None:
-                _require_the_same_run(config, config_from_dict(json.loads(begun)), folder.run_id)
+                require_same_run(config, config_from_dict(json.loads(begun)), folder.run_id)
             kept.write("config.json", settings.encode())
         except StorageError as error:
             raise ConfigError(f"train.storage: {error}") from error
     folder.path.mkdir(parents=True, exist_ok=resume)
     write_whole(folder.path / "config.json", settings)
     return source
-
-
-def _require_the_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
-    """Refuse to go on from the checkpoints of a run with other data, another policy or seed."""
-    for name in ("recipe", "data", "policy", "seed"):
-        if getattr(config, name) != getattr(begun, name):
-            raise ConfigError(
-                f"train.storage={config.train.storage} keeps a run {run_id!r} with other settings "
-                f"({name}). Choose another --run-id, or go on with that run: "
-                f"ray-detox run --resume {run_id} train.storage={config.train.storage}."
-            )
-
-
-def adopt(folder: RunFolder, storage: str) -> None:
-    """Make the folder of a run that was begun on another machine, from what its storage holds.
-
-    Args:
-        folder: of the run, on this machine.
-        storage: the `train.storage` that the run was begun with.
-
-    Raises:
-        ConfigError: there is no such run.
-    """
-    check_run_id(folder.run_id)
-    preflight.check_storage(storage)
-    kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
-    try:
-        settings, newest = kept.read("config.json"), CheckpointStore(kept).newest()
-    except StorageError as error:
-        raise ConfigError(f"train.storage: {error}") from error
-    if settings is None:
-        raise ConfigError(
-            f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
-        )
-    config_from_dict(json.loads(settings))
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if newest is not None:
-        write_whole(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
-    write_whole(folder.path / "config.json", settings.decode())
 
 
 def run(
@@ -186,7 +146,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     """
     folder.require_adapter()
     source = preflight.check(config)
-    from ray_detox.evaluation import summarise
+    from ray_detox.evaluation.summarise import summarise
 
     with (
         causes_in_one_sentence(),
@@ -211,10 +171,10 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
 
 
 @contextmanager
-def _reward_pool(config: RunConfig, need: preflight.Needs) -> Iterator[Any]:
+def _reward_pool(config: RunConfig, need: resources.Needs) -> Iterator[Any]:
     """The reward actors, loading their model while the caller goes on."""
-    from ray_detox.stages import live
-    from ray_detox.stages.pool import RewardPool
+    from ray_detox.stages.cluster import nodes as live
+    from ray_detox.stages.rewards.pool import RewardPool
 
     pool = RewardPool(config.reward, need.gpus_per_actor, live.nodes_for_actors(need))
     try:
@@ -224,14 +184,15 @@ def _reward_pool(config: RunConfig, need: preflight.Needs) -> Iterator[Any]:
 
 
 def _ingest(
-    config: RunConfig, source: Source, console: Console, pool: Any, need: preflight.Needs
+    config: RunConfig, source: Source, console: Console, pool: Any, need: resources.Needs
 ) -> Any:
     """Prepare the prompts, while the reward actors load their model; wait for both."""
-    from ray_detox.stages import ingest, live
+    from ray_detox.stages import ingest
+    from ray_detox.stages.cluster import admission
 
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
-        patience = live.Patience(config, need.preparation)
-        data = live.attended(lambda: ingest.ingest(config, source), patience)
+        patience = admission.Patience(config, need.preparation)
+        data = admission.attended(lambda: ingest.ingest(config, source), patience)
         made += _describe_rows(data.counts)
     with console.stage(
         "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
@@ -247,7 +208,7 @@ def _measure(
     console: Console,
     rows: list[dict[str, Any]],
     pool: Any,
-    need: preflight.Needs,
+    need: resources.Needs,
     keep: bool = True,
 ) -> list[dict[str, Any]]:
     """Answer and score the held-out prompts before and after."""
@@ -285,10 +246,10 @@ def _train(
     console: Console,
     lanes: list[Any],
     pool: Any,
-    need: preflight.Needs,
+    need: resources.Needs,
 ) -> dict[str, Any]:
     """Train, showing every step; leave the trained adapter and all figures in the run's folder."""
-    from ray_detox.stages.live import asking_for_workers
+    from ray_detox.stages.cluster.admission import asking_for_workers
     from ray_detox.stages.train import run_training
 
     said = lambda text: console.line(f"{'':<9} {text}")
@@ -332,13 +293,6 @@ def _train(
     return outcome | {"best_step": store.best(), "checkpoint_seconds": _median(writer.seconds)}
 
 
-def run_storage(config: RunConfig, folder: RunFolder) -> Storage:
-    """What is kept of a run for its next process: a place of its own, or runs would mix."""
-    if config.train.storage is None:
-        return Storage(str(folder.path.resolve()))
-    return Storage(f"{config.train.storage.rstrip('/')}/{folder.run_id}")
-
-
 def _finish(
     config: RunConfig,
     folder: RunFolder,
@@ -349,8 +303,8 @@ def _finish(
     """Run the final task."""
     import ray
 
-    from ray_detox.stages.evaluate import store_result
-    from ray_detox.stages.live import on_this_node
+    from ray_detox.stages.cluster.nodes import on_this_node
+    from ray_detox.stages.finish import store_result
 
     # The run's folder and the embedded store are on this machine.
     task = store_result.options(scheduling_strategy=on_this_node())
@@ -386,82 +340,6 @@ def _median(seconds: Sequence[float]) -> float | None:
     return statistics.median(seconds) if seconds else None
 
 
-@dataclass(slots=True)
-class _Stop:
-    event: threading.Event
-    signal_number: int = signal.SIGINT
-
-
-@contextmanager
-def end_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the run as Ctrl-C does, in its order and with its sentence.
-
-    Set once Ray is connected, for Ray sets a handler of its own.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    asked: list[int] = []
-
-    def end(number: int, frame: Any) -> None:
-        asked.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except KeyboardInterrupt:
-        # Ray's calls raise one of their own in its place, so the signal is told here.
-        raise KeyboardInterrupt(*asked) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def stop_on_signal(console: Console) -> Iterator[_Stop]:
-    """Inside, Ctrl-C and SIGTERM ask for a checkpoint first; a second Ctrl-C does not wait."""
-    stop = _Stop(threading.Event())
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal_number = number
-        stop.event.set()
-        console.line(f"{'':<9} stopping after this step, with a checkpoint (again to stop at once)")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def causes_in_one_sentence() -> Iterator[None]:
-    """Turn what failed in Ray, or on the disk, into its cause; Ray's own is a page of traceback."""
-    try:
-        yield
-    except Exception as error:
-        ray = sys.modules.get("ray")
-        # Some errors of Ray are OSErrors, too: its silence is a TimeoutError.
-        if ray is not None and isinstance(error, ray.exceptions.RayError):
-            from ray_detox.stages.live import one_line
-            from ray_detox.stages.train import innermost
-
-            cause = innermost(error)
-            if isinstance(cause, ConfigError):
-                raise ConfigError(str(cause)) from error
-            raise StageError(f"{type(cause).__name__}: {one_line(cause)}") from error
-        if isinstance(error, OSError):
-            raise StageError(f"{type(error).__name__}: {error}") from error
-        raise
-
-
 # ---- words -----------------------------------------------------------------------------------
 
 
@@ -479,7 +357,7 @@ def _describe_rows(counts: Any) -> list[str]:
     return lines
 
 
-def _describe_training(config: RunConfig, need: preflight.Needs) -> str:
+def _describe_training(config: RunConfig, need: resources.Needs) -> str:
     on = (
         f"{need.gpus_per_worker:g} GPU"
         if need.gpus_per_worker

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from ray_detox.config import RewardConfig
 
 if TYPE_CHECKING:
     from torch import Tensor  # who has but numbers and names to pass on loads no torch
@@ -262,12 +264,41 @@ class UpdateStats:
     """The whole step, mean over workers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """One actor, as the pool tells the workers."""
+class Pending(Protocol):
+    """Scores that were asked for and may not be there yet."""
 
-    name: str
-    node: str
-    handle: Any
-    down: str | None = None
-    """Why it takes no chunks now, for people; None where it does."""
+    def result(self) -> Scores:
+        """Wait for the scores."""
+
+
+class Scorer(Protocol):
+    """Anything that scores responses: the reward in this process, or a pool of actors."""
+
+    def submit(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        response_ids: Sequence[Sequence[int]],
+        columns: Columns,
+    ) -> Pending:
+        """Ask for the scores of a batch, in the order given, without waiting for them.
+
+        Args:
+            prompts: [B] texts that were answered.
+            responses: [B] answers, as text without special tokens.
+            response_ids: [B] answers as token ids, for reward functions that count tokens.
+            columns: the data's other columns, [B] each.
+        """
+
+
+def read_by(
+    config: RewardConfig, prompts: Sequence[str], responses: Sequence[str]
+) -> Sequence[str]:
+    """The texts that the classifier reads, by `reward.reads`."""
+    if config.reads == "response":
+        return responses
+    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+class RewardError(RuntimeError):
+    """No actor gave scores in time, or none could be started; the message is one sentence."""

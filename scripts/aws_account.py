@@ -29,7 +29,8 @@ import yaml
 from botocore import exceptions
 from botocore.config import Config
 
-from ray_detox.config import ConfigError, RunConfig, load_config
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.recipes.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUOTAS = {

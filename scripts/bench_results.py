@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ray_detox.store import ResultStore
 from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.protocol import ResultStore
 from ray_detox.store.sqlite import SQLiteStore
 from ray_detox.viewer.handler import respond
 from tests.emulators import emulator

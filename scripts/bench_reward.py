@@ -29,9 +29,10 @@ import ray
 
 from ray_detox.config import RewardConfig
 from ray_detox.lab import corpus
-from ray_detox.reward import Reward, Scorer
-from ray_detox.stages.pool import RewardPool
-from ray_detox.stages.score import RewardClient
+from ray_detox.records import Scorer
+from ray_detox.rewards.reward import Reward
+from ray_detox.stages.rewards.client import RewardClient
+from ray_detox.stages.rewards.pool import RewardPool
 
 ACTORS = (1, 2, 4)
 CALLERS = (1, 2, 4)

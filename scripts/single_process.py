@@ -19,14 +19,15 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ray_detox.config import load_config
+from ray_detox.data.prompts import prepare, unpack
+from ray_detox.data.shards import Lanes
 from ray_detox.lab import corpus
-from ray_detox.lanes import Lanes
-from ray_detox.loop import LocalRuntime, train
-from ray_detox.policy import load_policy
-from ray_detox.prompts import prepare, unpack
-from ray_detox.reward import Reward
-from ray_detox.sources import local_folder
+from ray_detox.models.loading import load_policy
+from ray_detox.models.sources import local_folder
+from ray_detox.recipes.loading import load_config
+from ray_detox.rewards.reward import Reward
+from ray_detox.rl.loop import train
+from ray_detox.runs.local import LocalRuntime
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ A run would fetch the same when it first needs it, on every node at once and wit
 import sys
 import time
 
-from ray_detox.config import ConfigError, load_config
-from ray_detox.data import load_hub, locate
-from ray_detox.sources import local_folder
+from ray_detox.config import ConfigError
+from ray_detox.data.files import load_hub, locate
+from ray_detox.models.sources import local_folder
+from ray_detox.recipes.loading import load_config
 
 
 def main(words: list[str]) -> int:

@@ -25,10 +25,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ray_detox import prompts
+from ray_detox import draws
 from ray_detox.config import PolicyConfig, SamplingConfig
-from ray_detox.lanes import pad_rows
-from ray_detox.policy import Policy, load_policy
+from ray_detox.data import prompts
+from ray_detox.data.shards import pad_rows
+from ray_detox.models.loading import load_policy
+from ray_detox.models.policy import Policy
 from ray_detox.records import PromptBatch, Rollout
 
 torch.set_num_threads(1)
@@ -231,7 +233,7 @@ def make_rollout() -> Callable[..., Rollout]:
 
     def make(policy: Policy, count: int, seed: int = 0) -> Rollout:
         batch = some_prompts(count, seed)
-        budgets, uniforms = prompts.draw(batch.ids, policy.sampling, seed, step=0)
+        budgets, uniforms = draws.draw(batch.ids, policy.sampling, seed, step=0)
         sample = policy.sample(
             batch.query_ids,
             batch.query_mask,

@@ -16,7 +16,7 @@ import yaml
 from botocore import exceptions
 from moto import mock_aws
 
-from ray_detox.config import load_config
+from ray_detox.recipes.loading import load_config
 from ray_detox.store.dynamodb import DynamoDBStore
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ray_detox.batching import ModelThread
 from ray_detox.config import RewardConfig, RewardTerm
-from ray_detox.reward import Reward
+from ray_detox.rewards.batching import ModelThread
+from ray_detox.rewards.reward import Reward
 
 CALLERS = 4
 

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from ray_detox.checkpoint_store import Checkpoint, CheckpointStore, CheckpointWriter
-from ray_detox.storage import Storage, StorageError
+from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore, CheckpointWriter
+from ray_detox.runs.storage import Storage, StorageError
 
 
 def made(step, objective=None):

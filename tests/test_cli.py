@@ -21,9 +21,11 @@ from peft import LoraConfig, get_peft_model
 from pyarrow import parquet
 from transformers import AutoModelForSeq2SeqLM
 
-from ray_detox import cli, pipeline
-from ray_detox.config import config_from_dict, load_config, recipe_names
-from ray_detox.run_folder import RunFolder
+from ray_detox import pipeline, signals
+from ray_detox.cli import main as cli
+from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
+from ray_detox.runs.folder import RunFolder
+from ray_detox.stages import errors
 
 LONG = "#Person1#: Did you see the match?\n#Person2#: I did, and what a match it was!\n" * 4
 ROWS = [{"dialogue": f"{LONG}{i}", "summary": "A match."} for i in range(3)]
@@ -646,11 +648,11 @@ def test_sigterm_ends_a_run_as_ctrl_c_does():
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 
-    with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
+    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_sigterm():
         wait_as_ray_does()
 
     assert ended.value.args == (signal.SIGTERM,)
-    with pytest.raises(KeyboardInterrupt) as ended, pipeline.end_on_sigterm():
+    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_sigterm():
         raise KeyboardInterrupt
     assert ended.value.args == ()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -793,7 +795,7 @@ def test_a_hub_model_with_pickled_weights_alone_is_refused_before_it_is_fetched(
                 (folder / file.name).write_bytes(file.read_bytes())
         return folder
 
-    monkeypatch.setattr("ray_detox.sources._from_hub", only_description)
+    monkeypatch.setattr("ray_detox.models.sources._from_hub", only_description)
     # What the hub would fetch of a repository without safetensors: nothing.
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **asked: [])
 
@@ -807,7 +809,7 @@ def test_an_evaluation_that_fails_while_it_runs_is_told_in_one_line(
     monkeypatch, stored_run, output, capsys
 ):
     def fails(*args):
-        raise pipeline.StageError("ValueError: The reward term gave nothing.")
+        raise errors.StageError("ValueError: The reward term gave nothing.")
 
     stored_run("first")
     monkeypatch.setattr(pipeline, "evaluate_run", fails)

@@ -23,7 +23,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ray_detox import cli, cli_jobs
+from ray_detox.cli import jobs as cli_jobs
+from ray_detox.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]

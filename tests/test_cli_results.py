@@ -14,9 +14,9 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from ray_detox import cli
-from ray_detox.config import load_config
-from ray_detox.run_folder import RunFolder
+from ray_detox.cli import main as cli
+from ray_detox.recipes.loading import load_config
+from ray_detox.runs.folder import RunFolder
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.sqlite import SQLiteStore
 from tests.faultproxy import FOR_EVER, FaultProxy

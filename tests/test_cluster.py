@@ -24,8 +24,8 @@ import pytest
 import yaml
 from cfnlint.decode import cfn_yaml
 
-from ray_detox.config import load_config
-from ray_detox.storage import Storage
+from ray_detox.recipes.loading import load_config
+from ray_detox.runs.storage import Storage
 from ray_detox.store.dynamodb import DynamoDBStore
 from tests.autoscaler import nodes_asked_for
 

@@ -10,17 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_detox import config as config_module
-from ray_detox.config import (
-    ConfigError,
-    DataConfig,
-    PPOConfig,
-    RewardTerm,
-    RunConfig,
-    build,
-    config_from_dict,
-    load_config,
-    recipe_names,
-)
+from ray_detox.config import ConfigError, DataConfig, PPOConfig, RewardTerm, RunConfig
+from ray_detox.recipes.loading import build, config_from_dict, load_config, recipe_names
 
 SECTIONS = [field.type for field in dataclasses.fields(RunConfig) if inspect.isclass(field.type)]
 SECTIONS = [section for section in SECTIONS if dataclasses.is_dataclass(section)]

@@ -13,9 +13,10 @@ import pytest
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from ray_detox import connect
-from ray_detox.config import ConfigError, load_config
-from ray_detox.progress import Console
+from ray_detox.config import ConfigError
+from ray_detox.recipes.loading import load_config
+from ray_detox.runs.console import Console
+from ray_detox.stages.cluster import connect
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from ray_detox.config import ConfigError, DataConfig
-from ray_detox.data import Source, check_rows, locate, parse_json_row, peek
+from ray_detox.data.files import Source, check_rows, locate, parse_json_row, peek
 
 LONG = "#Person1#: Did you see the match?\n#Person2#: I did, and what a match it was!\n" * 4
 QUOTED = f'He said: "no, never", and left;\r\n{LONG}'

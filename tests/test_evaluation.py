@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from ray_detox.config import ConfigError, load_config
-from ray_detox.evaluation import summarise
-from ray_detox.judge import check_judge, load_judge
+from ray_detox.config import ConfigError
+from ray_detox.evaluation.judges import check_judge, load_judge
+from ray_detox.evaluation.summarise import summarise
+from ray_detox.recipes.loading import load_config
 
 
 def sample(index: int, before: float, after: float, **changes: object) -> dict[str, object]:

@@ -6,7 +6,7 @@ import re
 import runpy
 from pathlib import Path
 
-from ray_detox.config import recipe_names
+from ray_detox.recipes.loading import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,10 +22,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ray_detox import ppo
 from ray_detox.config import PolicyConfig, SamplingConfig
-from ray_detox.lanes import pad_rows
-from ray_detox.policy import load_policy
+from ray_detox.data.shards import pad_rows
+from ray_detox.models.loading import load_policy
+from ray_detox.rl import ppo
 
 GOLDEN = torch.load(Path(__file__).parent / "data" / "golden.pt", weights_only=True)
 PRE = GOLDEN["cases"]["default"]["pre"]

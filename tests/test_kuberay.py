@@ -25,7 +25,8 @@ import psutil
 import pytest
 import yaml
 
-from ray_detox import cli, preflight
+from ray_detox import resources
+from ray_detox.cli import main as cli
 from tests.autoscaler import nodes_asked_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +216,7 @@ def launches(spec):
 
 def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):
     config = config_of(job)
-    need = preflight.needs(config, cluster_gpus=8)
+    need = resources.needs(config, cluster_gpus=8)
     worker, actor = (
         {"CPU": bundle.cpus, "GPU": bundle.gpus} for bundle in (need.worker, need.actor)
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ray_detox.config import DataConfig, PPOConfig, RunConfig, TrainConfig
-from ray_detox.lanes import Lanes, lanes_of_worker, make_batch
-from ray_detox.prompts import prompt_id
+from ray_detox.data.prompts import prompt_id
+from ray_detox.data.shards import Lanes, lanes_of_worker, make_batch
 
 LANES = 8
 

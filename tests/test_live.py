@@ -8,14 +8,16 @@ from collections import namedtuple
 
 import pytest
 
-from ray_detox import preflight
-from ray_detox.config import load_config
-from ray_detox.stages import live
+from ray_detox import resources
+from ray_detox.recipes.loading import load_config
+from ray_detox.stages import preflight
+from ray_detox.stages.cluster import admission, probe
+from ray_detox.stages.cluster import nodes as live
 
 
 def fault(*settings, **expected):
     """What this node finds wrong with a run, whose driver has these versions."""
-    return live.find_fault(load_config("lab", settings).to_dict(), live.versions() | expected)
+    return probe.find_fault(load_config("lab", settings).to_dict(), probe.versions() | expected)
 
 
 def test_a_node_that_can_do_its_part_finds_nothing():
@@ -24,7 +26,7 @@ def test_a_node_that_can_do_its_part_finds_nothing():
 
 @pytest.mark.parametrize("name", ["Python", "Ray", "ray-detox"])
 def test_another_version_is_named(name):
-    mine = live.versions()[name]
+    mine = probe.versions()[name]
 
     sentence = fault(**{name: "0.1.2.3"})
 
@@ -32,9 +34,9 @@ def test_another_version_is_named(name):
 
 
 def test_settings_of_another_version_are_not_even_read():
-    expected = live.versions() | {"ray-detox": "99"}
+    expected = probe.versions() | {"ray-detox": "99"}
 
-    assert "ray-detox 99" in live.find_fault({"unheard": "of"}, expected)
+    assert "ray-detox 99" in probe.find_fault({"unheard": "of"}, expected)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_who_is_not_waited_for_any_more_leaves_ray_alone():
             left.set()
 
     with pytest.raises(KeyboardInterrupt):
-        live.attended(work, Interrupted())
+        admission.attended(work, Interrupted())
 
     assert left.is_set()
 
@@ -105,15 +107,15 @@ def test_an_autoscaler_is_asked_for_all_workers_until_training_ends(monkeypatch)
     monkeypatch.setattr(live, "ASK_S", 0.01)
     monkeypatch.setattr(live, "has_autoscaler", lambda: True)
     config = load_config("lab", ["train.workers=2..4", "reward.actors=1..8"])
-    need = preflight.needs(config, 0)
+    need = resources.needs(config, 0)
 
-    with live.asking_for_workers(config, need):
+    with admission.asking_for_workers(config, need):
         assert often.wait(30)
 
     assert asked[0] == asked[2] == [need.worker] * 4 + [need.actor]
     assert asked[-1] == []
     asked.clear()
     monkeypatch.setattr(live, "has_autoscaler", lambda: False)
-    with live.asking_for_workers(config, need):
+    with admission.asking_for_workers(config, need):
         pass
     assert asked == []

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load
 from torch.testing import assert_close
 
-from ray_detox import checkpoint
-from ray_detox.checkpoint_store import unpack_folder
 from ray_detox.config import (
     DataConfig,
     PolicyConfig,
@@ -22,11 +20,14 @@ from ray_detox.config import (
     SamplingConfig,
     TrainConfig,
 )
-from ray_detox.lanes import Lanes
-from ray_detox.learner import Learner, NonFiniteError
-from ray_detox.loop import LocalRuntime, Outcome, check_start, train
-from ray_detox.policy import load_policy
-from ray_detox.reward import Reward
+from ray_detox.data.shards import Lanes
+from ray_detox.models.loading import load_policy
+from ray_detox.rewards.reward import Reward
+from ray_detox.rl import checkpoint
+from ray_detox.rl.learner import Learner, NonFiniteError
+from ray_detox.rl.loop import Outcome, check_start, train
+from ray_detox.runs.checkpoint_store import unpack_folder
+from ray_detox.runs.local import LocalRuntime
 
 LANES = 4
 CLOCK = {"seconds", "seconds_sample", "seconds_score", "seconds_reference", "seconds_update"}

@@ -10,8 +10,9 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from ray_detox.store import StoreError, notebook
+from ray_detox.store import notebook
 from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.errors import StoreError
 from tests.faultproxy import FOR_EVER, FaultProxy
 
 REPORT = {

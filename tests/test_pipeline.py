@@ -6,9 +6,12 @@ import pytest
 import ray.exceptions
 
 from ray_detox import pipeline
-from ray_detox.config import ConfigError, load_config
-from ray_detox.progress import Console
-from ray_detox.run_folder import RunFolder
+from ray_detox.config import ConfigError
+from ray_detox.recipes.loading import load_config
+from ray_detox.runs import resume
+from ray_detox.runs.console import Console
+from ray_detox.runs.folder import RunFolder
+from ray_detox.stages import errors
 
 
 def run_where(stages, tmp_path, monkeypatch):
@@ -41,7 +44,7 @@ def test_what_was_trained_is_kept_whatever_fails_after_it(tmp_path, monkeypatch)
         raise from_a_task(ConfigError("policy.model is '/gone', and no such folder is here."))
 
     # No mistake of the person's any more, for there is something to go on with.
-    with pytest.raises(pipeline.StageError) as failed:
+    with pytest.raises(errors.StageError) as failed:
         run_where(trained_and_then_no_model, tmp_path, monkeypatch)
 
     assert str(failed.value) == "policy.model is '/gone', and no such folder is here."
@@ -52,7 +55,7 @@ def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
     def broken(folder):
         raise from_a_task(ValueError("The reward term length gave 3 values for 4 responses."))
 
-    with pytest.raises(pipeline.StageError) as failed:
+    with pytest.raises(errors.StageError) as failed:
         run_where(broken, tmp_path, monkeypatch)
 
     expected = "ValueError: The reward term length gave 3 values for 4 responses."
@@ -73,7 +76,7 @@ def test_a_full_disk_and_a_silent_ray_are_told_in_one_line(tmp_path, monkeypatch
     def fails(folder):
         raise error
 
-    with pytest.raises(pipeline.StageError, match=sentence) as failed:
+    with pytest.raises(errors.StageError, match=sentence) as failed:
         run_where(fails, tmp_path, monkeypatch)
 
     assert "\n" not in str(failed.value)
@@ -84,13 +87,13 @@ def test_storage_that_cannot_be_read_is_a_sentence_for_who_takes_up_a_run(tmp_pa
     (tmp_path / "kept/first").write_text("in the way")
 
     with pytest.raises(ConfigError, match=r"^train.storage: .*first cannot be read"):
-        pipeline.adopt(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
+        resume.adopt(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
 
 
 def test_every_run_keeps_its_checkpoints_apart(tmp_path):
     config = load_config("lab", ["train.storage=s3://bucket/runs/"])
 
-    places = [pipeline.run_storage(config, RunFolder(tmp_path, name)).address for name in "ab"]
+    places = [resume.run_storage(config, RunFolder(tmp_path, name)).address for name in "ab"]
 
     assert places == ["s3://bucket/runs/a", "s3://bucket/runs/b"]
 

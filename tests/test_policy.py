@@ -8,23 +8,17 @@ from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ray_detox import prompts
+from ray_detox import draws
 from ray_detox.config import PolicyConfig, SamplingConfig
-from ray_detox.policy import (
-    Policy,
-    _invert_cdf,
-    compute_dtype,
-    export_model,
-    load_policy,
-    lora_config,
-)
+from ray_detox.models.loading import compute_dtype, export_model, load_policy, lora_config
+from ray_detox.models.policy import Policy, _invert_cdf
 
 EOS = 1
 
 
 def answer(policy, batch, budgets=None, uniforms=None, step=0):
     """Sample one answer per prompt, with the draws that a run would use."""
-    drawn, numbers = prompts.draw(batch.ids, policy.sampling, seed=0, step=step)
+    drawn, numbers = draws.draw(batch.ids, policy.sampling, seed=0, step=step)
     budgets = torch.from_numpy(drawn) if budgets is None else budgets
     uniforms = torch.from_numpy(numbers).float() if uniforms is None else uniforms
     return policy.sample(batch.query_ids, batch.query_mask, budgets, uniforms)
@@ -113,7 +107,7 @@ def test_dropping_finished_rows_changes_nothing(make_policy, make_prompts, monke
 
     samples = []
     for share in (0.0, 0.75, 1.1):  # never, as usual, at every token
-        monkeypatch.setattr("ray_detox.policy.COMPACT_BELOW", share)
+        monkeypatch.setattr("ray_detox.models.policy.COMPACT_BELOW", share)
         samples.append(answer(policy, batch))
 
     kept = samples[0]

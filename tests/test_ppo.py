@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torch.testing import assert_close
 
-from ray_detox import ppo
+from ray_detox.rl import ppo
 
 JUNK = [0.0, 7.0, -1e30, math.inf, -math.inf, math.nan]
 junk = st.sampled_from(JUNK)

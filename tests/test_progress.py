@@ -4,8 +4,9 @@ import dataclasses
 import io
 import json
 
-from ray_detox.progress import Console, MetricsLog, read_metrics, step_line
 from ray_detox.records import UpdateStats
+from ray_detox.runs.console import Console, step_line
+from ray_detox.runs.metrics_log import MetricsLog, read_metrics
 
 
 def stats(step: int, **changes: object) -> dict[str, object]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_detox import quality
+from ray_detox.evaluation import metrics as quality
 
 texts = st.text(alphabet="ab c.", max_size=12)
 

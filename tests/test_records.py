@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
-from ray_detox.lanes import pad_rows
+from ray_detox.data.shards import pad_rows
 from ray_detox.records import PromptBatch, Rollout, Sample, Scores, Targets
 
 

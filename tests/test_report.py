@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_detox import report as text
-from ray_detox.toxicity import compare, verdict
+from ray_detox.evaluation.statistics import compare
+from ray_detox.evaluation.verdict import verdict
+from ray_detox.runs import report_text as text
 
 BEFORE = np.linspace(0.1, 0.9, 60)
 AFTER = BEFORE * (0.3 + 0.1 * np.sin(np.arange(60)))

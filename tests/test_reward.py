@@ -6,13 +6,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ray_detox.config import ConfigError, RewardConfig, RewardTerm
-from ray_detox.reward import (
-    Classifier,
-    Reward,
-    label_index,
-    load_reward_function,
-    longest_input,
-)
+from ray_detox.models.classifier import Classifier, label_index, longest_input
+from ray_detox.rewards.reward import Reward, load_reward_function
 
 TEXTS = ["you are kind", "you fool", "", "what a long and winding text this is, my friend", "ü?"]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ray_detox import prompts
+from ray_detox import draws
 from ray_detox.records import Scores
-from ray_detox.reward import Ready
-from ray_detox.rollout import collect, decode
+from ray_detox.rewards.reward import Ready
+from ray_detox.rl.rollout import collect, decode
 
 PER_TOKEN = ("response_ids", "response_mask", "logprobs", "ref_logprobs", "values")
 
@@ -135,7 +135,7 @@ def test_the_chunk_size_changes_nothing(policy, tokenizer, make_prompts, chunk_s
 
 def test_a_rollout_is_what_the_policy_says_when_called_directly(policy, tokenizer, make_prompts):
     batch = make_prompts(6)
-    budgets, uniforms = prompts.draw(batch.ids, policy.sampling, seed=0, step=3)
+    budgets, uniforms = draws.draw(batch.ids, policy.sampling, seed=0, step=3)
     pair = (batch.query_ids, batch.query_mask)
     sample = policy.sample(*pair, torch.from_numpy(budgets), torch.from_numpy(uniforms).float())
     direct = {

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_detox import preflight
-from ray_detox.config import ConfigError, load_config
-from ray_detox.room import Bundle, Node, Part, Phase, place, shortage, table, workers_that_fit
+from ray_detox import resources
+from ray_detox.config import ConfigError
+from ray_detox.recipes.loading import load_config
+from ray_detox.resources import Bundle, Node, Part, Phase, place, shortage, table, workers_that_fit
 
 
 def node(cpus, gpus=0.0, *, free=None):
@@ -138,7 +139,7 @@ def test_pieces_that_are_too_small_are_told_with_the_largest():
 
 
 def needs(*settings, gpus=0.0):
-    return preflight.needs(load_config("lab", settings), gpus)
+    return resources.needs(load_config("lab", settings), gpus)
 
 
 def test_a_run_needs_what_it_holds_while_it_trains():

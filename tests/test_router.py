@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_detox.config import RewardConfig
-from ray_detox.records import Listing, Scores
-from ray_detox.router import COOL_S, IN_FLIGHT, PONG_S, Batch, RewardError, Router
+from ray_detox.records import RewardError, Scores
+from ray_detox.rewards.router import COOL_S, IN_FLIGHT, PONG_S, Batch, Listing, Router
 
 CONFIG = RewardConfig(batch_size=2, deadline_s=100.0, silence_s=10.0)
 

@@ -3,7 +3,7 @@
 import shutil
 
 from ray_detox import lab
-from ray_detox.sources import fingerprint, folder_fingerprint
+from ray_detox.models.sources import fingerprint, folder_fingerprint
 
 
 def test_a_models_fingerprint_changes_with_its_content_and_not_with_its_place(tmp_path):
@@ -21,6 +21,6 @@ def test_a_models_fingerprint_changes_with_its_content_and_not_with_its_place(tm
 def test_a_hub_models_fingerprint_is_its_commit(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--a--b/snapshots/0123abcd"
     snapshot.mkdir(parents=True)
-    monkeypatch.setattr("ray_detox.sources._from_hub", lambda *arguments: snapshot)
+    monkeypatch.setattr("ray_detox.models.sources._from_hub", lambda *arguments: snapshot)
 
     assert fingerprint("a/b", None, "policy.model") == "commit:0123abcd"

@@ -19,19 +19,14 @@ from botocore.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_detox.store import (
-    SUMMARY_KEYS,
-    BadCursor,
-    SampleQuery,
-    StoreError,
-    check_run_id,
-    open_store,
-)
 from ray_detox.store import dynamodb as dynamodb_module
 from ray_detox.store import sqlite as sqlite_module
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_items import table_schema
-from ray_detox.store.pages import SHOWS, SORTS, Limits, as_row, limits_of, matches
+from ray_detox.store.errors import BadCursor, StoreError
+from ray_detox.store.opening import open_store
+from ray_detox.store.pages import SHOWS, SORTS, Limits, SampleQuery, as_row, limits_of, matches
+from ray_detox.store.protocol import SUMMARY_KEYS, check_run_id
 from ray_detox.store.sqlite import SQLiteStore
 from tests.emulators import emulator
 

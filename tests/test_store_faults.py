@@ -13,12 +13,12 @@ import types
 import pytest
 from botocore.config import Config
 
-from ray_detox.config import load_config
-from ray_detox.publish import publish
-from ray_detox.run_folder import RunFolder
-from ray_detox.store import StoreError
+from ray_detox.recipes.loading import load_config
+from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.publish import publish
 from ray_detox.store import dynamodb as dynamodb_module
 from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.errors import StoreError
 from ray_detox.store.sqlite import SQLiteStore
 from tests.emulators import emulator
 from tests.faultproxy import FOR_EVER, FaultProxy

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_detox import toxicity
-from ray_detox.toxicity import QualityFloors, compare, verdict
+from ray_detox.evaluation import statistics as toxicity
+from ray_detox.evaluation.statistics import compare
+from ray_detox.evaluation.verdict import QualityFloors, verdict
 
 NAN = math.nan
 

@@ -8,7 +8,8 @@ import ray.util
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
-from ray_detox.stages.train import choose_interface, describe
+from ray_detox.stages.errors import describe
+from ray_detox.stages.train import choose_interface
 
 
 class Died(Exception):

@@ -15,8 +15,9 @@ from urllib.parse import quote, urlencode
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ray_detox.store import StoreError, open_store
 from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.errors import StoreError
+from ray_detox.store.opening import open_store
 from ray_detox.store.pages import as_row
 from ray_detox.store.sqlite import SQLiteStore
 from ray_detox.viewer import handler as handler_module

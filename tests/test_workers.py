@@ -4,16 +4,18 @@ import threading
 
 import pytest
 
-from ray_detox import preflight
-from ray_detox.config import ConfigError, load_config
-from ray_detox.room import Bundle, Node
-from ray_detox.stages import live, workers
+from ray_detox import resources
+from ray_detox.config import ConfigError
+from ray_detox.recipes.loading import load_config
+from ray_detox.resources import Bundle, Node
+from ray_detox.stages.cluster import elastic as workers
+from ray_detox.stages.cluster import nodes as live
 
 CONFIG = load_config(
     "lab",
     ["train.workers=2..4", "train.grow_after_s=10", "cluster.patience_s=60", "train.steps=100"],
 )
-NEED = preflight.needs(CONFIG, cluster_gpus=0)
+NEED = resources.needs(CONFIG, cluster_gpus=0)
 
 
 class Nodes:
@@ -171,4 +173,4 @@ def test_reward_actors_leave_the_nodes_to_the_workers_that_fit_on_no_other(monke
     words = ["train.workers=2", "train.cpus_per_worker=6", "reward.actors=5..9"]
     config = load_config("lab", [*words, "train.gpus_per_worker=1", "reward.gpus_per_actor=0.25"])
 
-    assert live.nodes_for_actors(preflight.needs(config, 0)) == ["a", "a", "a", "a", "c"]
+    assert live.nodes_for_actors(resources.needs(config, 0)) == ["a", "a", "a", "a", "c"]

@@ -18,13 +18,12 @@ from typing import Any
 
 import ray
 
-from ray_detox.checkpoint_store import unpack_folder
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
-from ray_detox.preflight import Needs
-from ray_detox.run_folder import RunFolder
-from ray_detox.stages.events import ANSWER_S, POLL_S, start_progress
-from ray_detox.stages.live import Patience
-from ray_detox.storage import Storage, StorageError
+from ray_detox.resources import Needs
+from ray_detox.runs.checkpoint_store import unpack_folder
+from ray_detox.runs.storage import Storage, StorageError
+from ray_detox.stages.cluster.admission import Patience
+from ray_detox.stages.progress import ANSWER_S, POLL_S, start_progress
 
 AdapterFiles = dict[str, bytes]
 Samples = list[dict[str, Any]]
@@ -49,9 +48,9 @@ def measure_shard(
     import torch
     from transformers import AutoTokenizer
 
-    from ray_detox.evaluation import measure
-    from ray_detox.sources import local_folder
-    from ray_detox.stages.score import RewardClient
+    from ray_detox.evaluation.measure import measure
+    from ray_detox.models.sources import local_folder
+    from ray_detox.stages.rewards.client import RewardClient
 
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     device = "cuda" if ray.get_gpu_ids() else "cpu"
@@ -76,7 +75,7 @@ def measure_shard(
 @functools.lru_cache(maxsize=1)
 def _load_policy(policy: PolicyConfig, sampling: SamplingConfig, seed: int, device: str) -> Any:
     """The policy; a process that measures several shards loads it once."""
-    from ray_detox.policy import load_policy
+    from ray_detox.models.loading import load_policy
 
     return load_policy(policy, sampling, seed, device)
 
@@ -179,40 +178,3 @@ class _KeptShards:
 
     def _name(self, number: int) -> str:
         return f"{self._folder}/shard-{number:05d}.json"
-
-
-@ray.remote(num_cpus=0, max_retries=3)
-def store_result(
-    config: RunConfig,
-    folder: RunFolder,
-    samples: list[dict[str, Any]],
-    facts: Mapping[str, Any],
-    *,
-    attempt: str,
-    overwrite: bool,
-) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
-    """The final task: deltas, report, both written to the run's folder and then to the store.
-
-    A store that fails must not lose a run: the report comes back all the same, with the store's
-    sentence as the third value.
-
-    Args:
-        config: of the run.
-        folder: of the run, on this machine.
-        samples: from `run_evaluation`.
-        facts: further arguments of `summarise`.
-        attempt: a name that is the same when Ray runs this task again after a crash; a store lets
-            an attempt write again what it had begun, and nobody else.
-        overwrite: replace a stored run of the same id; for runs that were resumed.
-    """
-    from ray_detox.evaluation import summarise
-    from ray_detox.publish import publish
-    from ray_detox.store import StoreError
-
-    report = summarise(samples, config, **facts)
-    folder.write_result(report, samples)
-    try:
-        publish(config.results, folder, attempt=attempt, overwrite=overwrite)
-    except StoreError as error:
-        return report, samples, str(error)
-    return report, samples, None

@@ -22,9 +22,9 @@ from ray.data.datasource import FileBasedDatasource
 from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
-from ray_detox.data import LAB_ROWS, Source, load_hub, rows_of
-from ray_detox.prompts import held_out_count, prepare, unpack
-from ray_detox.sources import local_folder
+from ray_detox.data.files import LAB_ROWS, Source, load_hub, rows_of
+from ray_detox.data.prompts import held_out_count, prepare, unpack
+from ray_detox.models.sources import local_folder
 
 EXAMPLES_SHOWN = 3
 

@@ -35,20 +35,18 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from ray_detox.checkpoint_store import Checkpoint, CheckpointWriter, pack_folder, unpack_folder
-from ray_detox.config import RunConfig, config_from_dict
-from ray_detox.preflight import Needs
-from ray_detox.prompts import unpack
+from ray_detox.config import RunConfig
+from ray_detox.data.prompts import unpack
+from ray_detox.recipes.loading import config_from_dict
 from ray_detox.records import UpdateStats
-from ray_detox.stages.events import ANSWER_S, POLL_S, start_progress
-from ray_detox.stages.live import draining_nodes, one_line, staying_nodes
-from ray_detox.stages.workers import RoomForOneMore, workers_with_room
+from ray_detox.resources import Needs
+from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointWriter, pack_folder, unpack_folder
+from ray_detox.stages.cluster.elastic import RoomForOneMore, workers_with_room
+from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
+from ray_detox.stages.errors import TrainingError, describe
+from ray_detox.stages.progress import ANSWER_S, POLL_S, start_progress
 
 T = TypeVar("T")
-
-
-class TrainingError(RuntimeError):
-    """Training ended with an error; the newest checkpoint is kept."""
 
 
 class RayRuntime:
@@ -108,12 +106,12 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from ray_detox.lanes import Lanes, lanes_of_worker
-    from ray_detox.learner import NonFiniteError
-    from ray_detox.loop import StartError, train
-    from ray_detox.policy import load_policy
-    from ray_detox.sources import local_folder
-    from ray_detox.stages.score import RewardClient
+    from ray_detox.data.shards import Lanes, lanes_of_worker
+    from ray_detox.models.loading import load_policy
+    from ray_detox.models.sources import local_folder
+    from ray_detox.rl.learner import NonFiniteError
+    from ray_detox.rl.loop import StartError, train
+    from ray_detox.stages.rewards.client import RewardClient
 
     config = config_from_dict(job["config"])
     device = ray.train.torch.get_device()
@@ -370,27 +368,3 @@ def _placement_groups() -> set[str]:
     job = ray.get_runtime_context().get_job_id()
     table = placement_group_table()
     return {i for i, about in table.items() if i.endswith(job) and about["state"] != "REMOVED"}
-
-
-def describe(error: BaseException) -> str:
-    """What ended a worker group, in one line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        # Those that went on without it fail as well, and say less.
-        died = getattr(failure, "health_check_failure", None)
-        if died is not None:
-            return f"worker {rank} died ({type(died).__name__})"
-    for rank, failure in sorted(failures.items()):
-        cause = innermost(failure)
-        if "onnection" in str(cause) and "peer" in str(cause):  # in gloo's words, or NCCL's
-            return f"worker {rank} lost its connection to another worker"
-        return f"worker {rank} failed with {type(cause).__name__}: {one_line(cause)}"
-    cause = innermost(error)
-    return f"{type(cause).__name__}: {one_line(cause)}"
-
-
-def innermost(error: BaseException) -> BaseException:
-    """What an error comes from in the end: Ray wraps it, in the worker and on the way."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    return error

@@ -23,7 +23,6 @@ import boto3
 import botocore.exceptions
 from botocore.config import Config
 
-from ray_detox.store import SCHEMA, check_run_id, prepare
 from ray_detox.store.dynamodb_errors import in_words, too_busy
 from ray_detox.store.dynamodb_items import (
     BY_TIME,
@@ -48,6 +47,8 @@ from ray_detox.store.pages import (
     limits_of,
     matches,
 )
+from ray_detox.store.prepare import prepare
+from ray_detox.store.protocol import SCHEMA, check_run_id
 
 _BATCH = 25  # DynamoDB takes no more in one request
 _ROUNDS = 8

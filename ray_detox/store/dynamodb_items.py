@@ -21,9 +21,10 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from ray_detox.store import SCHEMA, PreparedRun, to_text
 from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import difference
+from ray_detox.store.prepare import PreparedRun, to_text
+from ray_detox.store.protocol import SCHEMA
 
 Item = dict[str, dict[str, Any]]
 """An item in DynamoDB's own notation: `{"n": {"N": "512"}, "report": {"S": "{...}"}}`."""

@@ -18,12 +18,14 @@ from typing import Any
 import boto3
 import botocore.exceptions
 
-from ray_detox.store import ResultStore, check_run_id, dynamodb, prepare
+from ray_detox.store import dynamodb
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_errors import in_words, too_busy
 from ray_detox.store.dynamodb_items import number
 from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import as_row
+from ray_detox.store.prepare import prepare
+from ray_detox.store.protocol import ResultStore, check_run_id
 
 KEY = "conversation_id"
 

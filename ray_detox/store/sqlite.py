@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_detox.store import SCHEMA, check_run_id, prepare, to_text
 from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import (
     MOST_LOOKED_AT,
@@ -25,6 +24,8 @@ from ray_detox.store.pages import (
     encode_cursor,
     limits_of,
 )
+from ray_detox.store.prepare import prepare, to_text
+from ray_detox.store.protocol import SCHEMA, check_run_id
 
 # How long a writer waits for other writers.
 _PATIENCE_S = 30.0

@@ -24,17 +24,11 @@ from itertools import accumulate
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from ray_detox.store import (
-    BadCursor,
-    Page,
-    ResultStore,
-    SampleQuery,
-    StoreError,
-    check_run_id,
-    open_store,
-    to_text,
-)
-from ray_detox.store.pages import SHOWS, SORTS, as_row
+from ray_detox.store.errors import BadCursor, StoreError
+from ray_detox.store.opening import open_store
+from ray_detox.store.pages import SHOWS, SORTS, Page, SampleQuery, as_row
+from ray_detox.store.prepare import to_text
+from ray_detox.store.protocol import ResultStore, check_run_id
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ray_detox.store import ResultStore, StoreError
+from ray_detox.store.errors import StoreError
+from ray_detox.store.protocol import ResultStore
 from ray_detox.viewer.handler import SECURITY_HEADERS, respond
 
 log = logging.getLogger(__name__)

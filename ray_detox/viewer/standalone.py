@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_detox.store import prepare, to_text
 from ray_detox.store.pages import as_row
+from ray_detox.store.prepare import prepare, to_text
 
 STATIC = Path(__file__).with_name("static")
 

@@ -1,6 +1,7 @@
 """Runs to be shown."""
 
-from ray_detox import toxicity
+from ray_detox.evaluation import statistics as toxicity
+from ray_detox.evaluation import verdict
 
 CURVES = [
     {
@@ -58,7 +59,7 @@ def make_report(run_id, samples, created="2026-01-31T12:00:00+00:00"):
         "status": "complete",
         "created": created,
         "n": len(samples),
-        "verdict": toxicity.verdict(compared).to_json(),
+        "verdict": verdict.verdict(compared).to_json(),
         "toxicity": figures | {"histogram": toxicity.histogram(before, after)},
         "reward": {"before": -1.0, "after": 0.5},
         "rouge_l": {"before": 0.8, "after": 0.81},

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ray_detox import cli
+from ray_detox.cli import main as cli
 
 
 class ChaosFileSystem(LocalFileSystem):

@@ -45,8 +45,8 @@ def nodes() -> list[dict[str, Any]]:
 
 def left(storage: str, run_id: str) -> dict[str, Any]:
     """The checkpoints, shards, report and samples of a run, and its adapter's digest."""
-    from ray_detox.checkpoint_store import CheckpointStore
-    from ray_detox.storage import Storage
+    from ray_detox.runs.checkpoint_store import CheckpointStore
+    from ray_detox.runs.storage import Storage
     from ray_detox.store.dynamodb import DynamoDBStore
 
     kept = Storage(f"{storage}/{run_id}")

@@ -39,12 +39,14 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from ray_detox.config import RunConfig, load_config
-from ray_detox.preflight import Needs
-from ray_detox.stages import live
-from ray_detox.stages.pool import RewardPool
-from ray_detox.stages.score import RewardClient
-from ray_detox.storage import write_whole
+from ray_detox.config import RunConfig
+from ray_detox.recipes.loading import load_config
+from ray_detox.resources import Needs
+from ray_detox.runs.storage import write_whole
+from ray_detox.stages.cluster import admission
+from ray_detox.stages.cluster import nodes as live
+from ray_detox.stages.rewards.client import RewardClient
+from ray_detox.stages.rewards.pool import RewardPool
 from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait_for_raylets
 
 ASKED = [
@@ -294,7 +296,7 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
 def wait_for_room(story: Story, config: RunConfig) -> Needs:
     """What a run does first, with the story going on beside it."""
     with ThreadPoolExecutor(1) as beside:
-        waiting = beside.submit(live.wait_for_room, config, lambda text: None)
+        waiting = beside.submit(admission.wait_for_room, config, lambda text: None)
         story.until(waiting.done, LIMIT_S + config.cluster.patience_s)
         return waiting.result()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from ray_detox import cli
+from ray_detox.cli import main as cli
 
 NODES = [{"num_cpus": 1}, {"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 3}]
 

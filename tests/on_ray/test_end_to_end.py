@@ -20,17 +20,21 @@ from peft import PeftModel
 from pyarrow import fs, parquet
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ray_detox import cli, lab, pipeline, progress
-from ray_detox.checkpoint_store import CheckpointStore
-from ray_detox.config import load_config
+from ray_detox import lab, pipeline
+from ray_detox.cli import main as cli
 from ray_detox.lab import corpus
-from ray_detox.preflight import needs
-from ray_detox.progress import Console, read_metrics
+from ray_detox.recipes.loading import load_config
 from ray_detox.records import UpdateStats
-from ray_detox.run_folder import RunFolder
+from ray_detox.resources import needs
+from ray_detox.runs import console as progress
+from ray_detox.runs import resume
+from ray_detox.runs.checkpoint_store import CheckpointStore
+from ray_detox.runs.console import Console
+from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.metrics_log import read_metrics
+from ray_detox.runs.storage import Storage
 from ray_detox.stages import train
-from ray_detox.stages.events import start_progress
-from ray_detox.storage import Storage
+from ray_detox.stages.progress import start_progress
 from ray_detox.store.dynamodb import DynamoDBStore
 
 pytestmark = pytest.mark.ray
@@ -141,7 +145,7 @@ def test_the_files_of_a_run_agree_with_its_report(finished):
         np.mean([sample["toxicity_after"] for sample in samples])
     )
     assert list((folder.path / "tensorboard").iterdir())
-    store = CheckpointStore(pipeline.run_storage(load_config("lab", SHORT), folder))
+    store = CheckpointStore(resume.run_storage(load_config("lab", SHORT), folder))
     assert store.steps() == [2, 4]
     assert store.newest().step == STEPS
     assert (

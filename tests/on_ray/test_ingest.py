@@ -10,11 +10,12 @@ import pytest
 import ray
 from pyarrow import parquet
 
-from ray_detox.config import ConfigError, load_config
-from ray_detox.data import locate
+from ray_detox.config import ConfigError
+from ray_detox.data.files import locate
+from ray_detox.data.prompts import prompt_text, unpack
+from ray_detox.data.shards import Lanes, lanes_of_worker
 from ray_detox.lab import corpus
-from ray_detox.lanes import Lanes, lanes_of_worker
-from ray_detox.prompts import prompt_text, unpack
+from ray_detox.recipes.loading import load_config
 from ray_detox.stages.ingest import ingest
 
 pytestmark = pytest.mark.ray

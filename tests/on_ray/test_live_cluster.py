@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_detox.config import ConfigError, load_config
-from ray_detox.stages import live
+from ray_detox.config import ConfigError
+from ray_detox.recipes.loading import load_config
+from ray_detox.stages.cluster import admission, probe
+from ray_detox.stages.cluster import nodes as live
 
 pytestmark = pytest.mark.ray
 
@@ -42,7 +44,7 @@ def test_what_is_busy_is_waited_for_and_not_longer_than_asked(busy):
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match="the cluster has 4 CPUs, of which 1 free"):
-        live.wait_for_room(load_config("lab", ["cluster.patience_s=2"]), said.append)
+        admission.wait_for_room(load_config("lab", ["cluster.patience_s=2"]), said.append)
 
     assert 2 <= time.monotonic() - began < 4
     assert "waiting up to 2 s for room: The run needs 3 CPUs" in said[0]
@@ -53,7 +55,7 @@ def test_room_that_is_made_meanwhile_is_taken(busy):
     killer = threading.Timer(1.5, ray.kill, [busy])
     killer.start()
 
-    need = live.wait_for_room(load_config("lab", ["cluster.patience_s=30"]), lambda text: None)
+    need = admission.wait_for_room(load_config("lab", ["cluster.patience_s=30"]), lambda text: None)
 
     assert need.cpus == 3
 
@@ -64,7 +66,7 @@ def test_nodes_are_asked_for_until_they_are_there_and_no_longer(busy, monkeypatc
     killer = threading.Timer(2.5, ray.kill, [busy])
     killer.start()
 
-    live.wait_for_room(
+    admission.wait_for_room(
         load_config("lab", ["cluster.patience_s=30"]),
         say=lambda text: None,
         look=lambda: asked.append("looked at"),
@@ -79,14 +81,14 @@ def test_what_no_wait_could_mend_is_refused_at_once(busy):
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match=r"needs 7 CPUs .* and the cluster has 4 CPUs\."):
-        live.wait_for_room(load_config("lab", ["train.workers=6", "cluster.patience_s=60"]))
+        admission.wait_for_room(load_config("lab", ["train.workers=6", "cluster.patience_s=60"]))
 
     assert time.monotonic() - began < 3
 
 
 def test_a_cluster_of_this_node_alone_is_not_asked_what_was_looked_at_already():
-    assert live.probe_nodes(load_config("lab")) == []
-    assert not live.has_autoscaler()
+    assert probe.probe_nodes(load_config("lab")) == []
+    assert not admission.has_autoscaler()
 
 
 def test_a_node_that_has_just_gone_is_no_fault(monkeypatch):
@@ -100,12 +102,12 @@ def test_a_node_that_has_just_gone_is_no_fault(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(live, "_alive", lambda: listed.pop(0))
             try:
-                live.probe_nodes(config)
-            except live.NodeGoneError as error:
+                probe.probe_nodes(config)
+            except probe.NodeGoneError as error:
                 said.append(str(error))
                 raise
 
-    need = live.wait_for_room(config, say=lambda text: None, look=look)
+    need = admission.wait_for_room(config, say=lambda text: None, look=look)
 
     assert need.cpus == 3
     assert listed == []

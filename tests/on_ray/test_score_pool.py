@@ -11,11 +11,11 @@ import pytest
 import ray
 
 from ray_detox.config import RewardConfig, RewardTerm
-from ray_detox.records import Scores
-from ray_detox.reward import Reward
-from ray_detox.stages.directory import RewardDirectory
-from ray_detox.stages.pool import RewardPool
-from ray_detox.stages.score import RewardClient, RewardError
+from ray_detox.records import RewardError, Scores
+from ray_detox.rewards.reward import Reward
+from ray_detox.stages.rewards.client import RewardClient
+from ray_detox.stages.rewards.directory import RewardDirectory
+from ray_detox.stages.rewards.pool import RewardPool
 
 pytestmark = pytest.mark.ray
 

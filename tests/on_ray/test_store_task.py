@@ -7,9 +7,9 @@ import sys
 import pytest
 import ray
 
-from ray_detox.config import load_config
-from ray_detox.run_folder import RunFolder
-from ray_detox.stages.evaluate import store_result
+from ray_detox.recipes.loading import load_config
+from ray_detox.runs.folder import RunFolder
+from ray_detox.stages.finish import store_result
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.sqlite import SQLiteStore
 

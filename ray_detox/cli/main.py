@@ -1,0 +1,291 @@
+"""The command line: `ray-detox check | run | evaluate | export`; more in `cli_jobs.py`, `cli_results.py`.
+
+A person's mistake ends with one sentence and exit code 2, before anything has started. Verbs
+import what they need when they run, so that `check` and `results` answer at once.
+
+Exit codes: 0 done, 1 failed while running, 2 a mistake in what was asked, 130 or 143 stopped.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_detox import __version__
+from ray_detox.cli import jobs as cli_jobs
+from ray_detox.cli import results as cli_results
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.recipes.loading import (
+    apply_override,
+    config_from_dict,
+    load_config,
+    recipe_names,
+    split_words,
+)
+from ray_detox.runs.folder import RunFolder, new_run_id
+from ray_detox.store.errors import StoreError
+
+FAILED, MISTAKE = 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # Settings may stand before or after options; argparse would refuse the latter.
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; see ray-detox {args.command} --help")
+    if rest and not hasattr(args, "words"):
+        parser.error(f"{args.command} takes no {rest[0]!r}")
+    if rest:
+        args.words += rest
+    try:
+        code: int = args.verb(args)
+        return code
+    except (ConfigError, StoreError) as error:
+        print(f"ray-detox: {error}", file=sys.stderr)
+        return MISTAKE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "ray_detox":
+            raise
+        print(
+            f"ray-detox: {package} is missing in {sys.executable}. Install the package there: "
+            "pip install -c constraints.txt .",
+            file=sys.stderr,
+        )
+        return MISTAKE
+    except KeyboardInterrupt as stopped:
+        print("ray-detox: stopped.", file=sys.stderr)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has gone; it has what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ray-detox",
+        description="Make an encoder-decoder language model less toxic with PPO, on Ray.",
+        epilog="Settings are given as section.name=value, such as ppo.kl_coef=0.1; "
+        "`ray-detox check` shows them all.",
+    )
+    parser.add_argument("--version", action="version", version=f"ray-detox {__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, verb: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=verb)
+        return sub
+
+    def add_output(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--output", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept"
+        )
+
+    recipes = f"recipe ({', '.join(recipe_names())}, or a .yaml file) and section.name=value"
+    sub = add("check", _check, "Show a run in full and what it needs, touching nothing.")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
+    sub.add_argument(
+        "--live", action="store_true", help="look at the cluster, its nodes and the store instead"
+    )
+    add_output(sub)
+    sub = add("run", _run, "Train, measure and store; the main job.")
+    sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
+    sub.add_argument("--run-id", metavar="ID", help="name of the run; made up if not given")
+    sub.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run from its last checkpoint; on another machine, with its train.storage=",
+    )
+    add_output(sub)
+    cli_jobs.add_verbs(add)
+    sub = add(
+        "evaluate", _evaluate, "Measure a run's adapter again, with changed settings if wished."
+    )
+    sub.add_argument("run_id", metavar="RUN")
+    sub.add_argument("words", nargs="*", metavar="SETTING", help="section.name=value")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_output(sub)
+    cli_results.add_verbs(add, add_output)
+    sub = add("export", _export, "Merge a run's adapter into its model, as a plain model.")
+    sub.add_argument("run_id", metavar="RUN")
+    sub.add_argument("folder", type=Path, metavar="FOLDER")
+    add_output(sub)
+    return parser
+
+
+def _load(words: Sequence[str]) -> RunConfig:
+    """The run that words such as `lab train.steps=2` describe."""
+    return load_config(*split_words(words))
+
+
+def _check(args: argparse.Namespace) -> int:
+    import yaml
+
+    from ray_detox.resources import needs, table
+    from ray_detox.stages import preflight
+
+    config = _load(args.words)
+    if args.live:
+        return _check_live(config, args.output)
+    fetched = preflight.check_here(config)
+    need = needs(config, cluster_gpus=0)
+    settings = config.to_dict()
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+    print("---")
+    print(table(need.phases))
+    workers = config.train.least_workers
+    print(
+        f"each step: {config.ppo.prompts_per_step} prompts, "
+        f"about {config.ppo.prompts_per_step // workers} on each of "
+        f"{workers} worker(s); {config.ppo.epochs * config.ppo.minibatches} optimiser "
+        f"steps of {config.ppo.minibatch_size} sequences"
+    )
+    print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
+    for what in fetched:
+        print(f"to be fetched: {what}")
+    return 0
+
+
+def _check_live(config: RunConfig, output: Path) -> int:
+    """Look at everything that a run would use, the cluster first: it is what most often lacks."""
+    from ray_detox.resources import place, table
+    from ray_detox.runs.console import Console
+    from ray_detox.runs.publish import check_store
+    from ray_detox.stages import preflight
+    from ray_detox.stages.cluster.connect import connected, count_gpus, is_local
+
+    began = time.monotonic()
+    console = Console()
+    if is_local(config):
+        preflight.check_local_gpus(config, count_gpus)
+    with connected(config, console):
+        from ray_detox.stages.cluster import admission
+        from ray_detox.stages.cluster.nodes import free_nodes
+        from ray_detox.stages.cluster.probe import probe_nodes
+
+        need = admission.wait_for_room(config, console.line)
+        nodes = free_nodes()
+        console.line(table(need.phases, nodes))
+        for node, (workers, actors) in zip(nodes, place(need.phases[0], nodes), strict=True):
+            console.line(
+                f"node {node.address}: {node.total}, free {node.free}; would take "
+                f"{workers} worker(s) and {actors} actor(s)"
+            )
+        grows = admission.has_autoscaler()
+        console.line(f"autoscaler: {'yes' if grows else 'no, the nodes are those there are'}")
+        preflight.check_output(output)
+        preflight.check(config)
+        console.line("data, models, adapter and storage: looked at from here")
+        check_store(config.results, RunFolder(output, "check"), new_run=False)
+        console.line(f"results: {config.results.store} can be used")
+        for probe in probe_nodes(config):
+            console.line(
+                f"node {probe.address}: models, data, versions and disk looked at, "
+                f"{probe.seconds:.1f} s"
+            )
+    console.line(f"all is there, {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ray_detox import pipeline
+    from ray_detox.runs.console import Console
+    from ray_detox.runs.report_text import describe_run
+    from ray_detox.runs.resume import adopt
+
+    console = Console()
+    if args.resume is not None:
+        if args.run_id is not None:
+            raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
+        folder = RunFolder(args.output, args.resume)
+        storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
+        if storage and not folder.path.exists():
+            adopt(folder, storage[-1])
+        config = _changed(folder.read_config(), args.words)
+    else:
+        config = _load(args.words)
+        run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
+        folder = RunFolder(args.output, run_id)
+    go_on = f"ray-detox run --resume {folder.run_id}"
+    if args.output != Path("runs"):
+        go_on += f" --output {args.output}"
+    try:
+        report = pipeline.run(config, folder, console, resume=args.resume is not None)
+    except pipeline.Stopped as stopped:
+        console.line(f"Stopped after step {stopped.step}, with a checkpoint. Go on with: {go_on}")
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        if folder.path.is_dir():
+            console.line(f"Stopped. Go on from the last checkpoint with: {go_on}")
+        raise
+    except RuntimeError as error:
+        # TrainingError, RewardError: a sentence for people; the details are in Ray's logs.
+        print(f"ray-detox: {error}", file=sys.stderr)
+        print(f"ray-detox: go on from the last checkpoint with: {go_on}", file=sys.stderr)
+        return FAILED
+    samples = (folder.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    console.line()
+    console.line(describe_run(report, [json.loads(line) for line in samples]))
+    console.line()
+    console.line(f"Everything about it is in {folder.path}; the adapter is {folder.adapter}.")
+    console.line(
+        f"Again:  ray-detox results {folder.run_id}    Curves:  tensorboard --logdir {args.output}"
+    )
+    return 0
+
+
+def _changed(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """A stored run with changed settings, of those that leave it the same run."""
+    if any("=" not in word for word in words):
+        raise ConfigError("A run that exists keeps its recipe; give only section.name=value.")
+    fixed = ("data", "policy", "seed", "recipe")
+    for word in words:
+        section = word.partition("=")[0].partition(".")[0]
+        if section in fixed:
+            raise ConfigError(
+                f"{word!r} would make another run of {config.recipe!r}: data, policy and seed of a "
+                "run stay as they are. Start a new run instead."
+            )
+    tree = config.to_dict()
+    for word in words:
+        apply_override(tree, word)
+    return config_from_dict(tree)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ray_detox import pipeline
+    from ray_detox.runs.console import Console
+    from ray_detox.runs.report_text import describe_run
+
+    folder = RunFolder(args.output, args.run_id)
+    config = _changed(folder.read_config(), args.words)
+    console = Console(sys.stderr if args.json else sys.stdout)
+    try:
+        report = pipeline.evaluate_run(config, folder, console)
+    except RuntimeError as error:
+        print(f"ray-detox: {error}", file=sys.stderr)
+        return FAILED
+    print(json.dumps(report, indent=2) if args.json else "\n" + describe_run(report))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    folder = RunFolder(args.output, args.run_id)
+    config = folder.read_config()
+    folder.require_adapter()
+    if args.folder.exists() and any(args.folder.iterdir()):
+        raise ConfigError(f"{args.folder} is not empty. Give a new folder for the model.")
+    from ray_detox.models.loading import export_model
+
+    export_model(config.policy, folder.adapter, args.folder)
+    print(f"Saved to {args.folder}; it loads with AutoModelForSeq2SeqLM.from_pretrained.")
+    return 0

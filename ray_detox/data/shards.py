@@ -1,0 +1,78 @@
+"""Which prompts a worker answers in a step.
+
+All prompts are dealt, once and for good, into a fixed number of lanes of equal length (give or
+take one row). A worker holds some consecutive lanes; every step takes the same number of rows
+from each lane. So the global batch of a step is the same whatever the number of workers, their
+shares are disjoint and differ by one lane at most, and the position in the data is one integer:
+the step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_detox.config import RunConfig
+from ray_detox.draws import lane_rows
+from ray_detox.records import PromptBatch
+
+Row = Mapping[str, Any]
+OWN_COLUMNS = ("prompt_id", "prompt", "query_ids")
+"""Columns that ingest adds to the data's own."""
+
+
+def make_batch(rows: Sequence[Row], pad_id: int) -> PromptBatch:
+    """Rows of prepared data as a batch of prompts."""
+    query_ids, query_mask = pad_rows([row["query_ids"] for row in rows], pad_id)
+    names = [name for name in (rows[0] if rows else {}) if name not in OWN_COLUMNS]
+    return PromptBatch(
+        ids=[row["prompt_id"] for row in rows],
+        texts=[row["prompt"] for row in rows],
+        query_ids=query_ids,
+        query_mask=query_mask,
+        columns={name: [row[name] for row in rows] for name in names},
+    )
+
+
+def lanes_of_worker(lanes: int, rank: int, workers: int) -> range:
+    """The consecutive lanes that worker `rank` of `workers` holds; at most `lanes` workers."""
+    return range(rank * lanes // workers, (rank + 1) * lanes // workers)
+
+
+class Lanes:
+    """The lanes of one worker, in memory.
+
+    Args:
+        config: of the run; gives seed, number of lanes and prompts per step.
+        rows: rows of each lane that this worker holds, by lane, none empty.
+        pad_id: pads the prompts of a batch.
+    """
+
+    def __init__(self, config: RunConfig, rows: Mapping[int, Sequence[Row]], pad_id: int) -> None:
+        self.seed = config.seed
+        self.rows_per_lane = config.ppo.prompts_per_step // config.data.lanes
+        self.rows = dict(sorted(rows.items()))
+        self.pad_id = pad_id
+        self.first_row = min(self.rows) * self.rows_per_lane
+        """Position of this worker's first row in every step's global batch."""
+
+    def batch(self, step: int) -> PromptBatch:
+        """This worker's prompts of a step, in the order of the global batch."""
+        chosen = [
+            rows[index]
+            for lane, rows in self.rows.items()
+            for _, index in lane_rows(self.seed, step, lane, len(rows), self.rows_per_lane)
+        ]
+        return make_batch(chosen, self.pad_id)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to ids and mask, both [B, longest], padded on the right."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max()) if len(rows) else 0
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(np.asarray(row), dtype=torch.long)
+    return ids, torch.arange(width) < lengths[:, None]

@@ -1,0 +1,1 @@
+"""The measurement before and after: metrics, statistics, judges and the verdict. No Ray."""

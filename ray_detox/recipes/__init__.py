@@ -1,0 +1,1 @@
+"""Packaged recipes (YAML files) and the code that loads them."""

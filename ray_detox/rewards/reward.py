@@ -1,0 +1,122 @@
+"""The reward: a hate-speech classifier, and any further functions in TRL's protocol.
+
+The score of a text is the raw logit of one label ("nothate"), looked up by name: a pipeline that
+sorts labels by score, or an index that was right for another model, rewards the wrong one in
+silence. Knows no policy and nothing of Ray.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from ray_detox.config import ConfigError, RewardConfig, RewardTerm
+from ray_detox.models.classifier import Classifier
+from ray_detox.records import Columns, Pending, Scores, read_by
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+class Ready:
+    """Scores that are there already: the `Pending` of a scorer in this process."""
+
+    def __init__(self, scores: Scores) -> None:
+        self._scores = scores
+
+    def result(self) -> Scores:
+        """The scores."""
+        return self._scores
+
+
+def load_reward_function(term: RewardTerm) -> RewardFunction:
+    """The function that a term names, made with its arguments if it has any.
+
+    Raises:
+        ConfigError: nothing is at that import path, or it is not callable so.
+    """
+    module, _, name = term.function.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: ".name"
+        raise ConfigError(
+            f"reward.terms: {term.function} cannot be imported ({error}). Give the import path of "
+            "a function that every node can import."
+        ) from error
+    if term.arguments is not None:
+        try:
+            found = found(**term.arguments)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"reward.terms: {term.function} refuses its arguments {term.arguments}: {error}."
+            ) from error
+    if not callable(found):
+        raise ConfigError(f"reward.terms: {term.function} is no function.")
+    return found
+
+
+class Reward:
+    """The classifier and the extra terms together; itself a `Scorer` for one process."""
+
+    def __init__(self, config: RewardConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.terms = [(term, load_reward_function(term)) for term in config.terms]
+        self.classifier = Classifier(config, device)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        response_ids: Sequence[Sequence[int]],
+        columns: Columns,
+    ) -> Scores:
+        """Score a batch; arguments as in `Scorer.submit`.
+
+        Raises:
+            ValueError: an extra term returned something else than one number per response.
+        """
+        verdict = self.classifier(read_by(self.config, prompts, responses))
+        return self.add_terms(*verdict, prompts, responses, response_ids, columns)
+
+    def add_terms(
+        self,
+        logits: np.ndarray,
+        toxicity: np.ndarray,
+        truncated: np.ndarray,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        response_ids: Sequence[Sequence[int]],
+        columns: Columns,
+    ) -> Scores:
+        """What the classifier said about a batch, with the extra terms; raises as a call does."""
+        rewards = logits.copy()
+        values: dict[str, np.ndarray] = {}
+        for term, function in self.terms:
+            # The keywords of TRL's trainers; a function takes those it knows and ignores the rest.
+            answer = function(
+                prompts=list(prompts),
+                completions=list(responses),
+                completion_ids=[list(row) for row in response_ids],
+                **columns,
+            )
+            # None means "not applicable to this sample" in that protocol, and adds nothing.
+            value = np.array([0.0 if v is None else v for v in answer], dtype=np.float32)
+            if value.shape != logits.shape or not np.isfinite(value).all():
+                raise ValueError(
+                    f"The reward term {term.name} gave {value.shape[0]} values for "
+                    f"{len(responses)} responses, or a value that is no finite number; expected "
+                    "one finite number per response."
+                )
+            values[term.name] = value
+            rewards += np.float32(term.weight) * value
+        return Scores(rewards, logits, toxicity, truncated, values)
+
+    def submit(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        response_ids: Sequence[Sequence[int]],
+        columns: Columns,
+    ) -> Pending:
+        """Score now; there is no other process to hand it to."""
+        return Ready(self(prompts, responses, response_ids, columns))

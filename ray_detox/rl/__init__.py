@@ -1,0 +1,1 @@
+"""One PPO step in one process: mathematics, rollout, update, loop and checkpoint. No Ray."""

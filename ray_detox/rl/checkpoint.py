@@ -1,0 +1,81 @@
+"""Everything a run needs to go on, in one folder of safetensors and JSON.
+
+    adapter/                  LoRA weights and settings; plain peft loads this folder
+    value_head.safetensors
+    optimiser.safetensors     Adam's moments by parameter name
+    metrics.jsonl             the figures of every step so far
+    state.json                step, price of KL, seed, the run's settings
+
+Nothing in it depends on the number of workers. There is no state of a random generator: all that
+is drawn depends on (seed, step, prompt), so seed and step are that state, and the position in the
+data as well. Where checkpoints are kept is `checkpoint_store.py`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ray_detox import __version__
+from ray_detox.config import RunConfig
+from ray_detox.models.policy import Policy
+from ray_detox.rl.learner import Learner
+
+FORMAT = 1
+
+
+def write(
+    folder: Path,
+    policy: Policy,
+    learner: Learner,
+    config: RunConfig,
+    step: int,
+    curves: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the state after `step` steps into an empty folder; `curves` are their figures."""
+    policy.save_adapter(folder / "adapter")
+    policy.save_value_head(folder / "value_head.safetensors")
+    save_file(learner.optimiser_state(), folder / "optimiser.safetensors")
+    lines = "".join(json.dumps(row) + "\n" for row in curves)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    state = {
+        "format": FORMAT,
+        "version": __version__,
+        "step": step,
+        "seed": config.seed,
+        "kl_coef": learner.kl_coef,
+        "config": config.to_dict(),
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[dict[str, Any]]]:
+    """Take up the state that `write` left; its step, and the figures of the steps so far.
+
+    Raises:
+        ValueError: the folder is of another format.
+    """
+    state = read_state(folder)
+    policy.load_adapter(folder / "adapter")
+    policy.load_value_head(folder / "value_head.safetensors")
+    learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
+    learner.kl_coef = float(state["kl_coef"])
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(state["step"]), [json.loads(line) for line in lines]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        ValueError: it is of a format that this version does not know.
+    """
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"The checkpoint {folder} has format {state.get('format')}; this version reads "
+            f"{FORMAT}. Go on with ray-detox {state.get('version')}."
+        )
+    return state

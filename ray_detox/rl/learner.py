@@ -1,0 +1,235 @@
+"""One PPO update of a policy on one rollout: targets, epochs, minibatches, optimiser.
+
+A worker of many differs from a worker alone in one argument, `sum_over_workers`: token counts,
+advantage moments, gradients and figures are added up across workers, so the step taken is the
+step that one worker holding every worker's rows would take. Knows nothing of Ray or of text.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ray_detox.config import PPOConfig
+from ray_detox.draws import minibatch_of_rows
+from ray_detox.models.policy import Policy
+from ray_detox.records import Rollout, Targets
+from ray_detox.rl import ppo
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient was NaN or infinite; the weights were left as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Figures of one update over all workers; means over its optimiser steps."""
+
+    policy_loss: float
+    value_loss: float
+    approx_kl: float
+    clip_fraction: float
+    grad_norm: float
+    ratio: float
+    """Mean ratio of the first minibatch, before any step of this update: 1 if all is well."""
+    minibatches: int
+    """Optimiser steps taken."""
+
+
+# Sums over tokens that ride along with the gradient, in one message.
+_FIGURES = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
+
+
+class Learner:
+    """Owns the optimiser and takes PPO steps on `policy`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: PPOConfig,
+        seed: int,
+        sum_over_workers: ppo.SumOverWorkers = ppo.identity,
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.seed = seed
+        self.sum_over_workers = sum_over_workers
+        self.kl_coef = config.kl_coef
+        self.trainable = policy.trainable()
+        self.optimiser = torch.optim.Adam(self.trainable.values(), lr=config.learning_rate)
+
+    def targets(self, rollout: Rollout) -> Targets:
+        """What the rollout asks the policy to learn, at the price of KL now in force."""
+        config, mask = self.config, rollout.response_mask
+        estimate = ppo.KL_ESTIMATORS[config.kl_estimator]
+        kl = torch.where(mask, estimate(rollout.logprobs, rollout.ref_logprobs), 0.0)
+        price = self.kl_coef if config.kl_in == "reward" else 0.0
+        rewards = ppo.token_rewards(rollout.scores, kl, mask, price)
+        advantages, returns = ppo.gae(
+            rewards, rollout.values, mask, config.gamma, config.gae_lambda
+        )
+        return Targets(
+            kl=kl,
+            rewards=rewards,
+            advantages=ppo.standardise(advantages, mask, self.sum_over_workers),
+            returns=returns,
+        )
+
+    def update(
+        self, rollout: Rollout, targets: Targets, *, step: int, first_row: int = 0
+    ) -> Update:
+        """Take `epochs` passes of `minibatches` optimiser steps over the rollout.
+
+        Args:
+            rollout: this worker's rows of the step's global batch.
+            targets: from `targets(rollout)`.
+            step: of the run; decides the deal into minibatches.
+            first_row: position of this worker's first row in the global batch.
+
+        Raises:
+            NonFiniteError: on every worker alike, before the weights were touched by it.
+        """
+        deals = [
+            self._deal(step, epoch, first_row, len(rollout)) for epoch in range(self.config.epochs)
+        ]
+        lengths = rollout.response_mask.sum(dim=1).cpu().numpy()
+        sizes = lengths + rollout.query_mask.sum(dim=1).cpu().numpy()
+        tokens = self.sum_over_workers(
+            torch.tensor(
+                [lengths[rows].sum() for deal in deals for rows in deal], dtype=torch.float64
+            ).to(self.policy.device)
+        ).tolist()
+
+        figures: list[dict[str, float]] = []
+        for rows, token_count in zip((r for deal in deals for r in deal), tokens, strict=True):
+            self.optimiser.zero_grad(set_to_none=False)
+            # Neighbours in a micro-batch are of like size, so that little of it is padding.
+            by_size = rows[np.argsort(sizes[rows], kind="stable")]
+            sums = self._backward(rollout, targets, by_size, token_count)
+            measured = self._share(sums)
+            if not all(np.isfinite(v) for v in measured.values()):
+                bad = ", ".join(name for name, v in measured.items() if not np.isfinite(v))
+                raise NonFiniteError(
+                    f"Not a finite number in step {step + 1}: {bad}. The weights are those before this "
+                    "minibatch. Lower ppo.learning_rate or ppo.max_grad_norm, or raise ppo.kl_coef."
+                )
+            if self._moved_enough(measured["approx_kl"]):
+                break
+            self.optimiser.step()
+            figures.append(measured)
+
+        return self._summary(figures, measured)
+
+    def _deal(self, step: int, epoch: int, first_row: int, rows: int) -> list[np.ndarray]:
+        """This worker's rows of each minibatch of an epoch."""
+        config = self.config
+        deal = minibatch_of_rows(
+            self.seed, step, epoch, config.prompts_per_step, config.minibatches
+        )
+        mine = deal[first_row : first_row + rows]
+        return [np.flatnonzero(mine == m) for m in range(config.minibatches)]
+
+    def _backward(
+        self, rollout: Rollout, targets: Targets, rows: np.ndarray, token_count: float
+    ) -> Tensor:
+        """Add this worker's gradient of a minibatch to `.grad`; return its sums of `_FIGURES`."""
+        sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self.policy.device)
+        for start in range(0, len(rows), self.config.micro_batch_size):
+            part = torch.from_numpy(rows[start : start + self.config.micro_batch_size])
+            micro = rollout.select(part)
+            loss, figures = self._loss(micro, targets.select(part, micro.response_ids.shape[1]))
+            (loss / token_count).backward()
+            sums += figures
+        return sums / token_count
+
+    def _loss(self, rollout: Rollout, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Loss summed over the tokens of a micro-batch, and sums of `_FIGURES`."""
+        config, mask = self.config, rollout.response_mask
+        new = self.policy.score_tokens(
+            rollout.query_ids,
+            rollout.query_mask,
+            rollout.response_ids,
+            mask,
+            rollout.encoder_states,
+        )
+        policy_loss, held_back = ppo.policy_loss(
+            new.logprobs, rollout.logprobs, targets.advantages, mask, config.clip_range
+        )
+        value_loss = ppo.value_loss(
+            new.values, rollout.values, targets.returns, mask, config.value_clip_range
+        )
+        loss = policy_loss.sum() + config.value_coef * value_loss.sum()
+        if config.kl_in == "loss" and self.kl_coef:
+            estimate = ppo.KL_ESTIMATORS[config.kl_estimator]
+            loss = loss + self.kl_coef * estimate(new.logprobs, rollout.ref_logprobs).sum()
+
+        with torch.no_grad():
+            ratio = torch.where(mask, torch.exp(new.logprobs - rollout.logprobs), 0.0)
+            figures = torch.stack(
+                [
+                    policy_loss.sum(),
+                    value_loss.sum(),
+                    # k3 of the policy that sampled against the one being trained
+                    torch.where(mask, ppo.kl_k3(rollout.logprobs, new.logprobs), 0.0).sum(),
+                    held_back.sum(),
+                    ratio.sum(),
+                ]
+            ).double()
+        return loss, figures
+
+    def _share(self, sums: Tensor) -> dict[str, float]:
+        """Sum gradients and figures over workers in one message, then clip the gradient."""
+        parameters = list(self.trainable.values())
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in gradients] + [sums.to(gradients[0].dtype)])
+        flat = self.sum_over_workers(flat)
+        start = 0
+        for parameter in parameters:
+            size = parameter.numel()
+            parameter.grad = flat[start : start + size].view_as(parameter).clone()
+            start += size
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return dict(zip(_FIGURES, flat[start:].tolist(), strict=True)) | {"grad_norm": float(norm)}
+
+    def _moved_enough(self, approx_kl: float) -> bool:
+        """True where the update should end before taking another step."""
+        limit = self.config.stop_update_kl
+        return limit is not None and approx_kl > limit
+
+    def _summary(self, figures: list[dict[str, float]], last: dict[str, float]) -> Update:
+        steps = len(figures)
+        # Where the very first minibatch was already too far, its figures are all there is.
+        figures = figures or [last]
+        mean = {n: float(np.mean([f[n] for f in figures])) for n in figures[0]}
+        return Update(**(mean | {"ratio": figures[0]["ratio"]}), minibatches=steps)
+
+    def adapt_kl_coef(self, kl: float) -> None:
+        """Let the adaptive controller, if there is one, answer to a step's KL per response."""
+        config = self.config
+        if config.kl_controller == "adaptive":
+            self.kl_coef = ppo.next_kl_coef(
+                self.kl_coef, kl, config.kl_target, config.kl_horizon, config.prompts_per_step
+            )
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by parameter name, flat, for safetensors."""
+        state = {}
+        for name, parameter in self.trainable.items():
+            for key, value in self.optimiser.state[parameter].items():
+                state[f"{key}:{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        return state
+
+    def load_optimiser_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `optimiser_state` gave."""
+        for name, parameter in self.trainable.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            found = {k: state[f"{k}:{name}"] for k in keys if f"{k}:{name}" in state}
+            if found:
+                # Adam keeps its step count on the CPU and its moments beside the weights.
+                self.optimiser.state[parameter] = {
+                    k: v.clone() if k == "step" else v.to(parameter.device)
+                    for k, v in found.items()
+                }

@@ -1,0 +1,220 @@
+r"""The training loop of one worker: collect, learn, count, keep; again.
+
+    lanes.batch(step) -> collect(...) -> learner.targets -> learner.update
+                                                    \-> UpdateStats -> runtime.log
+                               every k steps: checkpoint -> runtime.save (rank 0)
+
+What the loop asks of its surroundings is the small `Runtime` protocol. `stages/train.py` has the
+one for a Ray Train worker; `LocalRuntime` here is a process by itself.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ray_detox.config import RunConfig
+from ray_detox.data.shards import Lanes
+from ray_detox.models.policy import Policy
+from ray_detox.records import Rollout, Scorer, Targets, UpdateStats
+from ray_detox.rl import checkpoint, ppo
+from ray_detox.rl.learner import Learner, Update
+from ray_detox.rl.rollout import Collected, collect
+
+T = TypeVar("T")
+
+START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Nats by which a token's log-probability may differ from the reference's before any training:
+one pass decodes token by token, the other all at once, and they round differently."""
+
+
+class StartError(RuntimeError):
+    """The policy does not start where its reference is."""
+
+
+class Runtime(Protocol):
+    """What a worker needs to know and do beyond itself."""
+
+    rank: int
+    world_size: int
+
+    def sum_over_workers(self, x: Tensor) -> Tensor:
+        """Add `x` up across workers; every worker calls this in the same order."""
+
+    def log(self, stats: UpdateStats) -> None:
+        """Publish the figures of a step; called on rank 0."""
+
+    def save(
+        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+    ) -> None:
+        """Keep a checkpoint; called on rank 0.
+
+        Args:
+            step: steps done.
+            write: fills an empty folder.
+            objective: what PPO maximises, of the step just done; None before the first.
+            last: no step follows, so return once the checkpoint is safe.
+        """
+
+    def restore(self, read: Callable[[Path], T]) -> T | None:
+        """Apply `read` to the newest checkpoint's folder, the same on every worker; None if none."""
+
+    def should_stop(self) -> bool:
+        """True once somebody wants the run to end early; asked on rank 0 only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a worker's training ended."""
+
+    step: int
+    """Steps done in all."""
+    stopped: bool
+    """True where it was asked to end early."""
+
+
+def train(
+    config: RunConfig,
+    runtime: Runtime,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+    lanes: Lanes,
+) -> Outcome:
+    """Run PPO from the newest checkpoint, or from the start, to `train.steps`.
+
+    Raises:
+        NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is kept.
+        StartError: the untrained policy differs from its reference.
+    """
+    learner = Learner(policy, config.ppo, config.seed, runtime.sum_over_workers)
+    found = runtime.restore(lambda folder: checkpoint.read(folder, policy, learner))
+    step, curves = found or (0, [])
+    stop = False
+
+    def save(objective: float | None, last: bool) -> None:
+        if runtime.rank == 0:
+            write = lambda folder: checkpoint.write(folder, policy, learner, config, step, curves)
+            runtime.save(step, write, objective, last)
+
+    if step == 0:
+        save(None, last=False)
+
+    while step < config.train.steps and not stop:
+        began = time.perf_counter()
+        batch = lanes.batch(step)
+        collected = collect(
+            policy,
+            tokenizer,
+            scorer,
+            batch,
+            seed=config.seed,
+            step=step,
+            chunk_size=config.sampling.batch_size,
+        )
+        if step == 0:
+            check_start(collected.rollout, policy.dtype)
+
+        update_began = time.perf_counter()
+        kl_coef = learner.kl_coef
+        targets = learner.targets(collected.rollout)
+        update = learner.update(collected.rollout, targets, step=step, first_row=lanes.first_row)
+        step += 1
+
+        now = time.perf_counter()
+        seconds = collected.seconds | {"update": now - update_began, "total": now - began}
+        stop_here = runtime.rank == 0 and runtime.should_stop()
+        stats, stop = _count(runtime, collected, targets, update, step, kl_coef, seconds, stop_here)
+        learner.adapt_kl_coef(stats.kl)
+        curves.append(dataclasses.asdict(stats))
+        if runtime.rank == 0:
+            runtime.log(stats)
+        last = stop or step == config.train.steps
+        if last or step % config.train.checkpoint_every == 0:
+            save(stats.score - kl_coef * stats.kl, last)
+
+    return Outcome(step=step, stopped=stop and step < config.train.steps)
+
+
+def check_start(rollout: Rollout, dtype: torch.dtype) -> None:
+    """Refuse to train a policy that does not start at its reference.
+
+    Before the first update policy and reference are the same function, so the log-probabilities
+    of the sampled tokens agree, and the KL is 0. Where it is not, every reward that follows would
+    carry a price for something that training never did.
+    """
+    gap = float((rollout.logprobs - rollout.ref_logprobs)[rollout.response_mask].abs().max())
+    if gap > START_TOLERANCE[dtype]:
+        raise StartError(
+            f"Before any training the policy differs from its reference by {gap:.3g} nats on a "
+            f"token (at most {START_TOLERANCE[dtype]} is rounding). The base model or the adapter "
+            "is not the one that sampled."
+        )
+
+
+def _count(
+    runtime: Runtime,
+    collected: Collected,
+    targets: Targets,
+    update: Update,
+    step: int,
+    kl_coef: float,
+    seconds: dict[str, float],
+    stop: bool,
+) -> tuple[UpdateStats, bool]:
+    """The figures of a step over all workers, and whether rank 0 wants to stop; one message."""
+    rollout, scores = collected.rollout, collected.scores
+    mask = rollout.response_mask
+    sums = {
+        "rows": len(rollout),
+        "score": scores.rewards.astype("float64").sum(),
+        "score_square": (scores.rewards.astype("float64") ** 2).sum(),
+        "toxicity": scores.toxicity.astype("float64").sum(),
+        "truncated": scores.truncated.sum(),
+        "kl": ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs)[mask].double().sum().item(),
+        "surprise": -rollout.logprobs[mask].double().sum().item(),
+        "tokens": mask.sum().item(),
+        "workers": 1,
+        "stop": float(stop),
+    }
+    sums |= {f"seconds {name}": value for name, value in seconds.items()}
+    sums |= {f"term {name}": value.astype("float64").sum() for name, value in scores.terms.items()}
+    packed = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
+    total = dict(zip(sums, runtime.sum_over_workers(packed.to(mask.device)).tolist(), strict=True))
+
+    rows, workers = total["rows"], total["workers"]
+    mean = total["score"] / rows
+    stats = UpdateStats(
+        step=step,
+        score=mean,
+        score_std=max(total["score_square"] / rows - mean**2, 0.0) ** 0.5,
+        toxicity=total["toxicity"] / rows,
+        kl=total["kl"] / rows,
+        kl_coef=kl_coef,
+        entropy=total["surprise"] / total["tokens"],
+        length=total["tokens"] / rows,
+        policy_loss=update.policy_loss,
+        value_loss=update.value_loss,
+        approx_kl=update.approx_kl,
+        clip_fraction=update.clip_fraction,
+        ratio=update.ratio,
+        value_explained=ppo.explained_variance(
+            rollout.values, targets.returns, mask, runtime.sum_over_workers
+        ),
+        grad_norm=update.grad_norm,
+        minibatches=update.minibatches,
+        truncated=int(total["truncated"]),
+        terms={name: total[f"term {name}"] / rows for name in scores.terms},
+        seconds_sample=total["seconds sample"] / workers,
+        seconds_score=total["seconds score"] / workers,
+        seconds_reference=total["seconds reference"] / workers,
+        seconds_update=total["seconds update"] / workers,
+        seconds=total["seconds total"] / workers,
+    )
+    return stats, total["stop"] > 0

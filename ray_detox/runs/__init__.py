@@ -1,0 +1,1 @@
+"""The files of a run, its storage, its report as text and its terminal output. No Ray."""

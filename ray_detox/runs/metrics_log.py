@@ -1,0 +1,63 @@
+"""The metrics of every PPO step on disk: `metrics.jsonl` and TensorBoard files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_detox.runs.storage import write_whole
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard files of a run.
+
+    A run that goes on from a checkpoint may do some steps again; their earlier rows are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import SummaryWriter  # the writer alone, without torch or TensorFlow
+
+        self.file = folder / "metrics.jsonl"
+        rows = read_metrics(self.file)
+        self.last_step = max((row["step"] for row in rows), default=0)
+        if rows:
+            self._rewrite(rows)  # without what a process that was killed left of a line
+        self.board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+
+    def add(self, stats: Mapping[str, Any]) -> None:
+        """Store the figures of a step."""
+        if stats["step"] <= self.last_step:
+            self._rewrite([r for r in read_metrics(self.file) if r["step"] < stats["step"]])
+        with self.file.open("a") as file:
+            file.write(json.dumps(dict(stats)) + "\n")
+        self.last_step = stats["step"]
+        flat = {k: v for k, v in stats.items() if isinstance(v, int | float) and k != "step"}
+        for group in ("terms", "pool"):
+            flat |= {f"{group}/{name}": value for name, value in stats.get(group, {}).items()}
+        for name, value in flat.items():
+            self.board.add_scalar(name, value, stats["step"])
+
+    def complete(self, text: str) -> None:
+        """See that every step of `text`, the lines that a checkpoint has, is there once."""
+        rows = [json.loads(line) for line in text.splitlines()]
+        here = {row["step"]: row for row in read_metrics(self.file)}
+        if list(here) != [row["step"] for row in rows]:
+            self._rewrite([here.get(row["step"], row) for row in rows])
+
+    def close(self) -> None:
+        """Flush to disk."""
+        self.board.close()
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; none where there is no file.
+
+    A last line that was cut off, by a process that was killed while it wrote, is no row yet.
+    """
+    if not file.is_file():
+        return []
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line]

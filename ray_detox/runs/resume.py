@@ -1,0 +1,57 @@
+"""Resume a run: find it in its storage, and refuse a different run of the same id."""
+
+import json
+
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.recipes.loading import config_from_dict
+from ray_detox.runs.checkpoint_store import CheckpointStore
+from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.storage import Storage, StorageError, write_whole
+from ray_detox.stages import preflight
+from ray_detox.store.protocol import check_run_id
+
+
+def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
+    """Refuse to go on from the checkpoints of a run with other data, another policy or seed."""
+    for name in ("recipe", "data", "policy", "seed"):
+        if getattr(config, name) != getattr(begun, name):
+            raise ConfigError(
+                f"train.storage={config.train.storage} keeps a run {run_id!r} with other settings "
+                f"({name}). Choose another --run-id, or go on with that run: "
+                f"ray-detox run --resume {run_id} train.storage={config.train.storage}."
+            )
+
+
+def adopt(folder: RunFolder, storage: str) -> None:
+    """Make the folder of a run that was begun on another machine, from what its storage holds.
+
+    Args:
+        folder: of the run, on this machine.
+        storage: the `train.storage` that the run was begun with.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    check_run_id(folder.run_id)
+    preflight.check_storage(storage)
+    kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
+    try:
+        settings, newest = kept.read("config.json"), CheckpointStore(kept).newest()
+    except StorageError as error:
+        raise ConfigError(f"train.storage: {error}") from error
+    if settings is None:
+        raise ConfigError(
+            f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
+        )
+    config_from_dict(json.loads(settings))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if newest is not None:
+        write_whole(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
+    write_whole(folder.path / "config.json", settings.decode())
+
+
+def run_storage(config: RunConfig, folder: RunFolder) -> Storage:
+    """What is kept of a run for its next process: a place of its own, or runs would mix."""
+    if config.train.storage is None:
+        return Storage(str(folder.path.resolve()))
+    return Storage(f"{config.train.storage.rstrip('/')}/{folder.run_id}")

@@ -1,0 +1,1 @@
+"""The Ray cluster: connect, nodes, admission, probes and the number of workers."""

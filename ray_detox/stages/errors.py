@@ -1,0 +1,63 @@
+"""Errors of the Ray stages, and one readable line for each."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray_detox.config import ConfigError
+
+
+class StageError(RuntimeError):
+    """A Ray task failed; the message is its cause, in one line."""
+
+
+@contextmanager
+def causes_in_one_sentence() -> Iterator[None]:
+    """Turn what failed in Ray, or on the disk, into its cause; Ray's own is a page of traceback."""
+    try:
+        yield
+    except Exception as error:
+        ray = sys.modules.get("ray")
+        # Some errors of Ray are OSErrors, too: its silence is a TimeoutError.
+        if ray is not None and isinstance(error, ray.exceptions.RayError):
+            cause = innermost(error)
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from error
+            raise StageError(f"{type(cause).__name__}: {one_line(cause)}") from error
+        if isinstance(error, OSError):
+            raise StageError(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def one_line(error: BaseException) -> str:
+    """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+class TrainingError(RuntimeError):
+    """Training ended with an error; the newest checkpoint is kept."""
+
+
+def describe(error: BaseException) -> str:
+    """What ended a worker group, in one line."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        # Those that went on without it fail as well, and say less.
+        died = getattr(failure, "health_check_failure", None)
+        if died is not None:
+            return f"worker {rank} died ({type(died).__name__})"
+    for rank, failure in sorted(failures.items()):
+        cause = innermost(failure)
+        if "onnection" in str(cause) and "peer" in str(cause):  # in gloo's words, or NCCL's
+            return f"worker {rank} lost its connection to another worker"
+        return f"worker {rank} failed with {type(cause).__name__}: {one_line(cause)}"
+    cause = innermost(error)
+    return f"{type(cause).__name__}: {one_line(cause)}"
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What an error comes from in the end: Ray wraps it, in the worker and on the way."""
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    return error

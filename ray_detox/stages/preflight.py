@@ -1,0 +1,342 @@
+"""What can be found wrong by looking, before any model loads or any node starts.
+
+`config.py` refuses what is wrong in itself; here files, models' descriptions, labels, adapters,
+the store and the output folder are looked at. No weights are read and Ray is not started.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.data.files import Source, check_rows, locate
+from ray_detox.evaluation.judges import check_judge
+from ray_detox.models.sources import hub_has_safetensors, local_folder, looks_like_path
+from ray_detox.resources import Bundle, Node, needs, shortage
+from ray_detox.runs.storage import open_address
+
+FREE_MB = 200
+"""Disk asked for where checkpoints are: one of FLAN-T5-base takes 40 MB, and some are kept."""
+
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
+"""One of these files holds the words of a tokenizer."""
+
+
+def check(config: RunConfig) -> Source:
+    """Look at everything a run names, fetching descriptions of what is on a hub or on S3.
+
+    Raises:
+        ConfigError: in one sentence, what is wrong and how to mend it.
+    """
+    check_judge(config.evaluate.judge)
+    source = locate(config.data)
+    check_rows(source, config.data)
+    check_policy(config)
+    check_reward(config)
+    if config.train.storage is not None:
+        check_storage(config.train.storage)
+    return source
+
+
+def check_here(config: RunConfig) -> list[str]:
+    """Look at what is on this machine alone, and return what a run would fetch.
+
+    Raises:
+        ConfigError: in one sentence, what is wrong and how to mend it.
+    """
+    check_judge(config.evaluate.judge)
+    data, policy, reward = config.data, config.policy, config.reward
+    fetched = []
+
+    def look(setting: str, name: str, revision: str | None, on_hub: bool, check: Any) -> None:
+        if on_hub or name.startswith("s3://"):
+            fetched.append(f"{setting} {name}{'@' + revision if revision else ''}")
+        else:
+            check()
+
+    def is_hub_id(name: str) -> bool:
+        return name != "lab" and not looks_like_path(name)
+
+    on_hub = not data.path.startswith("s3://") and locate(data).kind == "hub"
+    look("data.path", data.path, data.revision, on_hub, lambda: check_rows(locate(data), data))
+    for setting, section, check in (
+        ("policy.model", policy, check_policy),
+        ("reward.model", reward, check_reward),
+    ):
+        name = section.model
+        look(setting, name, section.revision, is_hub_id(name), partial(check, config))
+    return fetched
+
+
+def check_reach(config: RunConfig) -> None:
+    """What a run names is found from this node, too; what is in it, `check` has looked at elsewhere.
+
+    Raises:
+        ConfigError: in one sentence, what is not there.
+    """
+    for setting, section in (("policy.model", config.policy), ("reward.model", config.reward)):
+        folder = local_folder(section.model, section.revision, setting, weights=False)
+        _settings(folder, section.model, setting)
+        _check_safetensors(folder, section.model, setting, section.revision)
+    if config.policy.adapter is not None:
+        local_folder(config.policy.adapter, None, "policy.adapter")
+    if config.reward.terms:
+        from ray_detox.rewards.reward import load_reward_function
+
+        for term in config.reward.terms:
+            load_reward_function(term)
+    locate(config.data)
+
+
+def check_policy(config: RunConfig) -> None:
+    """The policy is an encoder-decoder with a tokenizer, and the adapter fits it."""
+    policy = config.policy
+    folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
+    settings = _settings(folder, policy.model, "policy.model")
+    if not settings.get("is_encoder_decoder"):
+        kind = (settings.get("architectures") or [settings.get("model_type", "unknown")])[0]
+        raise ConfigError(
+            f"policy.model is {policy.model!r}, a {kind}; expected an encoder-decoder such as "
+            "google/flan-t5-base. For decoder-only models use trl's own trainers."
+        )
+    _check_safetensors(folder, policy.model, "policy.model", policy.revision)
+    _check_tokenizer(folder, policy.model, "policy.model")
+    if policy.adapter is not None:
+        _check_adapter(folder, config)
+    else:
+        _check_lora_targets(folder, config)
+
+
+def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{setting} is {name!r}, and no config.json is in that folder. Give the folder of a "
+            "model that save_pretrained wrote."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and its config.json is no JSON: {error}."
+        ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{setting} is {name!r}, and its config.json holds a {type(settings).__name__}; "
+            "expected names with values."
+        )
+    return settings
+
+
+def _check_safetensors(folder: Path, name: str, setting: str, revision: str | None = None) -> None:
+    is_local = name == "lab" or name.startswith("s3://") or Path(name).expanduser().is_dir()
+    if any(folder.glob("*.safetensors")):
+        return
+    if is_local:
+        raise ConfigError(
+            f"{setting} is {name!r}, which has no .safetensors file. Pickled weights can run code "
+            "and are not read; save the model again with save_pretrained."
+        )
+    if not hub_has_safetensors(name, revision):
+        raise ConfigError(
+            f"{setting} is the hub id {name!r}, which has no .safetensors file at this revision. "
+            "Pickled weights can run code and are not read; set "
+            f"{setting.partition('.')[0]}.revision to one that has (conversions often wait as "
+            "refs/pr/NUMBER), or convert it and give its folder."
+        )
+
+
+def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
+    from transformers import AutoTokenizer
+
+    # transformers 5 makes up a tokenizer that knows no words where there is none.
+    if not any(file for pattern in VOCABULARIES for file in folder.glob(pattern)):
+        raise ConfigError(
+            f"{setting} is {name!r}, and no tokenizer is in it ({', '.join(VOCABULARIES)}). "
+            "Save the tokenizer into the same folder with save_pretrained."
+        )
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and no tokenizer can be loaded from it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_adapter(folder: Path, config: RunConfig) -> None:
+    """The starting adapter is a LoRA for this very model: layers, names and shapes fit."""
+    import peft
+    from safetensors import SafetensorError, safe_open
+
+    name = config.policy.adapter
+    assert name is not None
+    adapter = local_folder(name, None, "policy.adapter")
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"policy.adapter is {name!r}, and no adapter_config.json is there. "
+            "Give a folder that peft's save_pretrained wrote."
+        )
+    _check_safetensors(adapter, name, "policy.adapter")
+    try:
+        described = peft.PeftConfig.from_pretrained(str(adapter))
+        if described.peft_type != "LORA":
+            raise ConfigError(
+                f"policy.adapter is {name!r}, an adapter of type "
+                f"{getattr(described.peft_type, 'value', 'unknown')}; expected LORA."
+            )
+        with safe_open(str(adapter / "adapter_model.safetensors"), "np") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"policy.adapter is {name!r}, and it cannot be read: {error}.") from error
+    described.base_model_name_or_path = None  # or peft would warn that the model has moved
+    try:
+        model = peft.get_peft_model(_without_weights(folder), described)
+    except ValueError as error:
+        raise ConfigError(
+            f"policy.adapter is {name!r}, and it does not fit {config.policy.model}: {error}"
+        ) from error
+    # False: what an adapter may hold beside LoRA is not looked at, nor looked up on a hub.
+    weights = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    for key in sorted(key for key in {*found, *expected} if "lora_" in key):
+        if found.get(key) != expected.get(key):
+            raise ConfigError(
+                f"policy.adapter is {name!r}, and it was not trained on {config.policy.model}: "
+                f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}."
+            )
+
+
+def _without_weights(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    with torch.device("meta"):
+        return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def _check_lora_targets(folder: Path, config: RunConfig) -> None:
+    """The LoRA targets name linear layers of the model, found without its weights."""
+    from torch.nn import Linear
+
+    model = _without_weights(folder)
+    linear = {n for n, m in model.named_modules() if isinstance(m, Linear)}
+    for target in config.policy.lora_targets:
+        pattern = re.compile(rf"(.*\.)?{re.escape(target)}$")
+        if not any(pattern.match(name) for name in linear):
+            leaves = sorted({name.rpartition(".")[2] for name in linear})
+            raise ConfigError(
+                f"policy.lora_targets names {target!r}, and {config.policy.model} has no linear "
+                f"layer of that name; it has {', '.join(leaves)}."
+            )
+
+
+def check_reward(config: RunConfig) -> None:
+    """The reward model is a classifier with the label, and extra terms can be imported."""
+    from ray_detox.models.classifier import label_index
+    from ray_detox.rewards.reward import load_reward_function
+
+    reward = config.reward
+    folder = local_folder(reward.model, reward.revision, "reward.model", weights=False)
+    settings = _settings(folder, reward.model, "reward.model")
+    kinds = settings.get("architectures") or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        raise ConfigError(
+            f"reward.model is {reward.model!r}, a {(kinds or ['model of unknown kind'])[0]}; "
+            "expected a sequence classifier such as facebook/roberta-hate-speech-dynabench-r4-target."
+        )
+    label_index(settings, reward.label, reward.model)
+    _check_safetensors(folder, reward.model, "reward.model", reward.revision)
+    _check_tokenizer(folder, reward.model, "reward.model")
+    for term in reward.terms:
+        load_reward_function(term)
+
+
+def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
+    """On this machine alone, GPUs asked for by name are there.
+
+    Raises:
+        ConfigError: more are asked for than there are.
+    """
+    asked = (config.train.gpus_per_worker or 0) + (config.reward.gpus_per_actor or 0)
+    if asked:
+        have = count_gpus()
+        need = needs(config, have)
+        # CPUs of this machine are accounted for and not bound: there are as many as are needed.
+        machine = Bundle(need.cpus, have)
+        short = shortage(need.phases, [Node("this machine", machine, machine)])
+        if short:
+            raise ConfigError(short)
+
+
+def check_output(folder: Path) -> None:
+    """The output folder can be made and written to; nothing is made for the test.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    reason = _why_not_writable(folder) or why_no_room(folder)
+    if reason:
+        raise ConfigError(
+            f"The output folder {folder} cannot be written to ({reason}). Choose another with "
+            "--output."
+        )
+
+
+def check_storage(storage: str) -> None:
+    """Checkpoints can be kept where `train.storage` says.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if "://" in storage:
+        reason = _why_not_reachable(storage)
+    else:
+        reason = _why_not_writable(Path(storage)) or why_no_room(Path(storage))
+    if reason:
+        raise ConfigError(
+            f"train.storage is {storage!r}, and no checkpoint can be kept there: {reason}."
+        )
+
+
+def _why_not_reachable(address: str) -> str | None:
+    from pyarrow import fs
+
+    try:
+        filesystem, root = open_address(address)
+        bucket = root.partition("/")[0]
+        # A bucket must be there; of other file systems it is enough that they answer.
+        kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
+    except (OSError, ValueError, ImportError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
+        return f"there is no bucket {bucket} for you"
+    return None
+
+
+def why_no_room(folder: Path) -> str | None:
+    """Why no checkpoint fits into a folder that may still have to be made; None where one does."""
+    free_mb = shutil.disk_usage(_first_existing(folder)).free / 1e6
+    if free_mb >= FREE_MB:
+        return None
+    return f"{folder} has {free_mb:.0f} MB free, and checkpoints need {FREE_MB} MB"
+
+
+def _first_existing(folder: Path) -> Path:
+    while not os.path.exists(folder):  # not Path.exists, which may raise PermissionError
+        folder = folder.parent
+    return folder
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    existing = _first_existing(folder)
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"{existing} is not a folder you may write to"

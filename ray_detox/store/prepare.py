@@ -1,0 +1,185 @@
+"""Where results of runs are kept: one protocol, two stores.
+
+    report, samples, curves --prepare--> plain JSON values --> SQLiteStore    one file
+                                                           '-> DynamoDBStore  one table
+
+A run is stored whole or not at all: everything is checked and converted before the first
+write, and no reader sees a run that is still being written. What a report looks like on a
+screen is `report.py` and `viewer/`.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from ray_detox.store.errors import BadCursor, StoreError
+from ray_detox.store.opening import open_store
+from ray_detox.store.pages import Page, SampleQuery
+from ray_detox.store.protocol import SCHEMA, SUMMARY_KEYS, ResultStore, check_run_id
+
+__all__ = [
+    "SCHEMA",
+    "SUMMARY_KEYS",
+    "BadCursor",
+    "Page",
+    "PreparedRun",
+    "ResultStore",
+    "SampleQuery",
+    "StoreError",
+    "check_run_id",
+    "open_store",
+    "prepare",
+    "to_text",
+]
+
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A run that has been checked, in plain JSON values."""
+
+    run_id: str
+    created: str
+    """UTC in one fixed format, so that text order is time order; the report keeps its own."""
+    report: dict[str, Any]
+    samples: dict[int, dict[str, Any]]
+    """By index, ascending."""
+    curves: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything: two runs of one digest are the same run."""
+        text = to_text([self.report, list(self.samples.values()), self.curves])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a list of runs shows of this one."""
+        summary = {key: self.report[key] for key in SUMMARY_KEYS}
+        if isinstance(summary["toxicity"], dict):
+            # Half of it by size, and no list draws it.
+            summary["toxicity"] = {
+                key: value for key, value in summary["toxicity"].items() if key != "histogram"
+            }
+        return summary
+
+
+def prepare(
+    report: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]] = (),
+) -> PreparedRun:
+    """Check and convert a run, so that writing it can no longer fail on a value.
+
+    Numbers of numpy and torch become Python's, tuples become lists, and lone surrogates, which
+    no UTF-8 can hold, become U+FFFD.
+
+    Raises:
+        StoreError: names the first thing that cannot be stored.
+    """
+    not_finite: list[str] = []
+    plain = _plain(report, "", not_finite)
+    if not isinstance(plain, dict):
+        raise StoreError(f"The report is a {type(report).__name__}; expected names with values.")
+    missing = [key for key in SUMMARY_KEYS if key not in plain]
+    if missing:
+        raise StoreError(f"The report lacks {', '.join(missing)}.")
+    run_id = check_run_id(plain["run_id"])
+    if not_finite:
+        raise StoreError(
+            f"The report of run {run_id!r} has numbers that are not finite: "
+            f"{', '.join(not_finite)}. Give null where there is no number."
+        )
+    rows: dict[int, dict[str, Any]] = {}
+    for position, sample in enumerate(samples):
+        row = _plain_sample(sample, position)
+        if row["index"] in rows:
+            raise StoreError(f"Two samples of run {run_id!r} have the index {row['index']}.")
+        rows[row["index"]] = row
+    return PreparedRun(
+        run_id=run_id,
+        created=_sortable_time(plain["created"]),
+        report=plain,
+        samples=dict(sorted(rows.items())),
+        curves=[_plain(dict(row), "a training curve", []) for row in curves],
+    )
+
+
+def to_text(value: Any) -> str:
+    """JSON text; `json.loads` gives back an equal value, floats to the last bit."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _plain_sample(sample: Mapping[str, Any], position: int) -> dict[str, Any]:
+    not_finite: list[str] = []
+    try:
+        row = _plain(sample, "", not_finite)
+    except StoreError as error:
+        raise StoreError(f"Sample {position}: {error}") from None
+    index = row.get("index") if isinstance(row, dict) else None
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < 10**8:
+        raise StoreError(
+            f"Sample {position} has the index {index!r}; "
+            "expected a whole number from 0 to 99999999."
+        )
+    if not_finite:
+        earlier = row.get("invalid") or []
+        row["invalid"] = [*earlier, *(name for name in not_finite if name not in earlier)]
+    return dict(row)
+
+
+def _plain(value: Any, name: str, not_finite: list[str]) -> Any:
+    """Convert to JSON values; a number that is not finite becomes None and leaves its name."""
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which need not be installed
+        not_finite.append(name)
+        return None
+    if isinstance(value, str):
+        return _SURROGATES.sub("\ufffd", value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float | Decimal):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        not_finite.append(name)
+        return None
+    if isinstance(value, Mapping):
+        row = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise StoreError(f"{name or 'The top level'} has the key {key!r}; expected text.")
+            row[_plain(key, name, not_finite)] = _plain(
+                item, f"{name}.{key}" if name else key, not_finite
+            )
+        return row
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}[{i}]", not_finite) for i, item in enumerate(value)]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return _plain(value.item(), name, not_finite)  # a scalar of numpy or torch
+    raise StoreError(
+        f"{name or 'The value'} is a {type(value).__name__}; expected text, a number, "
+        "true or false, null, a list, or names with values."
+    )
+
+
+def _sortable_time(created: Any) -> str:
+    try:
+        moment = datetime.fromisoformat(created)
+    except (TypeError, ValueError):
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise StoreError(
+            f"The report's created is {created!r}; expected a time with its zone, "
+            "such as 2026-01-31T12:00:00+00:00."
+        )
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
