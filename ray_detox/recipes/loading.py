@@ -13,7 +13,7 @@ import yaml
 
 from ray_detox.config import ConfigError, RunConfig, T
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent
 
 
 def recipe_names() -> list[str]:
