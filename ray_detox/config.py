@@ -1,59 +1,126 @@
-"""Every knob of a run, in one place, checked when the run is described.
+"""The settings of a run, validated when the run is described.
 
-A run is a recipe (a YAML file, packaged or the user's own) plus overrides such as
-`ppo.kl_coef=0.1`. What can be known to be wrong from the description alone is refused
-here, in one sentence; what needs a look at files, models or the cluster is `preflight.py`.
+A run is a recipe (a YAML file) plus overrides such as `ppo.kl_coef=0.1`; `recipes/loading.py`
+reads both. The sections below hold every setting with its range and its description. A value that
+is wrong by itself, or contradicts another, raises `ConfigError` here; what needs a look at files,
+models or the cluster is checked by `stages/preflight.py`.
+
+    data, policy, sampling, reward, ppo, train, evaluate    what a researcher sets
+    serving, cluster, results                               what the operator of a cluster sets
 """
 
-import dataclasses
-import json
-import math
+import difflib
+import types
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-T = TypeVar("T")
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 
 class ConfigError(ValueError):
-    """A run was described in a way that cannot work; the message is for the person who did."""
+    """A setting is not valid; the message is one sentence for the person who wrote it."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+# ---- types of settings -----------------------------------------------------------------------
 
 
-def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    _require(value in choices, f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What to write instead, for the message about an empty value."""
+
+    text: str
 
 
-def _require_at_least(name: str, value: float, least: float) -> None:
-    _require(value >= least, f"{name} is {value}; expected at least {least}.")
+def _parse_number(value: object) -> object:
+    # YAML 1.1 reads `1e-3` as text, because it has no dot.
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
-def _require_between(name: str, value: float, low: float, high: float) -> None:
-    _require(low <= value <= high, f"{name} is {value}; expected a value from {low} to {high}.")
+def _check_count(value: object) -> object:
+    count_range(value)
+    return value
 
 
-def _span(name: str, value: int | str) -> tuple[int, int]:
-    """Least and most of a count that is fixed (`2`) or may move (`1..4`)."""
-    least, dots, most = str(value).partition("..")
-    ends = (least, most if dots else least)
+def count_range(value: object) -> tuple[int, int]:
+    """Return the smallest and the largest count of a setting such as `2` or `1..4`.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    low, dots, high = str(value).partition("..")
+    ends = (low, high if dots else low)
     if all(end.isascii() and end.isdecimal() for end in ends):
-        low, high = (int(end) for end in ends)
-        if 1 <= low <= high:
-            return low, high
-    raise ConfigError(
-        f"{name} is {value!r}; expected a whole number of at least 1, or a range such as 1..4."
+        smallest, largest = (int(end) for end in ends)
+        if 1 <= smallest <= largest:
+            return smallest, largest
+    raise ValueError("a whole number of at least 1, or a range such as 1..4")
+
+
+_PARSE = BeforeValidator(_parse_number)
+Number = Annotated[float, _PARSE]
+"""A finite number."""
+Positive = Annotated[float, Field(gt=0), _PARSE]
+NonNegative = Annotated[float, Field(ge=0), _PARSE]
+Share = Annotated[float, Field(ge=0, le=1), _PARSE]
+AtLeastOne = Annotated[int, Field(ge=1)]
+CountOrRange = Annotated[int | str, BeforeValidator(_check_count)]
+"""A whole number of at least 1, or a range such as `1..4`."""
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, without unknown names, and with `ConfigError` as its error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        defer_build=True,
     )
 
+    PATH: ClassVar[str] = ""
+    """Name of the section within a run, for messages."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(_first_message(type(self), error)) from None
+
+    # pydantic then builds the sections of a run without this method, so that their errors arrive
+    # at the run with the whole path of the setting.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with changed settings, validated like a new section.
+
+        Raises:
+            ConfigError: the changed section is not valid.
+        """
+        return type(self)(
+            **{name: getattr(self, name) for name in type(self).model_fields} | changes
+        )
+
+
+# ---- what a researcher sets ------------------------------------------------------------------
+
+
+class DataConfig(Section):
     """Where the dialogues come from, and which of them become prompts."""
 
-    path: str = "lab"
+    PATH = "data"
+
+    path: Annotated[
+        str, Field(min_length=1), Remedy("give a file, a folder, a hub id or `lab`")
+    ] = "lab"
     """`lab` (the embedded corpus), a .jsonl, .csv or .parquet file or folder, `s3://...`, or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
@@ -62,292 +129,227 @@ class DataConfig:
     dialogue_column: str = "dialogue"
     """Column with the text that goes into the prompt."""
     summary_column: str | None = "summary"
-    """Column with the reference summary, for ROUGE-L; null where there is none."""
-    min_chars: int = 200
+    """Column with the reference summary, for ROUGE-L; null if there is none."""
+    min_chars: Annotated[int, Field(ge=0)] = 200
     """Dialogues must have more characters than this."""
     max_chars: int = 1000
     """Dialogues may have at most this many characters."""
     template: str = "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n"
-    """Text of a prompt, with `{dialogue}` where the dialogue goes."""
-    max_prompt_tokens: int = 512
-    """Longer prompts are left out, counted and named."""
-    held_out_fraction: float = 0.2
-    """Share of the rows that is never trained on."""
-    held_out_rows: str = "hashed"
+    """Text of a prompt; the dialogue replaces `{dialogue}`."""
+    max_prompt_tokens: AtLeastOne = 512
+    """Longer prompts are left out; the run reports how many and which."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1), _PARSE] = 0.2
+    """Share of the rows that the run never trains on."""
+    held_out_rows: Literal["hashed", "last"] = "hashed"
     """Which rows are held out: `hashed` (by a hash of the text) or `last` (the end of the file)."""
-    limit: int | None = None
-    """Rows read at most; null reads all."""
-    lanes: int = 16
-    """Fixed equal parts that the prompts are dealt into; every worker holds at least one."""
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """Largest number of rows to read; null reads all."""
+    shards: AtLeastOne = 16
+    """Number of fixed, equal parts of the prompts; every worker holds at least one."""
 
-    def __post_init__(self) -> None:
-        _require(bool(self.path), "data.path is empty; give a file, a folder, a hub id or `lab`.")
-        _require(
-            "{dialogue}" in self.template,
-            f"data.template is {self.template!r}; expected text that contains {{dialogue}}.",
-        )
-        _require_at_least("data.min_chars", self.min_chars, 0)
-        _require(
-            self.max_chars > self.min_chars,
-            f"data.max_chars ({self.max_chars}) leaves no length above data.min_chars "
-            f"({self.min_chars}). Raise data.max_chars.",
-        )
-        _require_at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
-        _require(
-            0 < self.held_out_fraction < 1,
-            f"data.held_out_fraction is {self.held_out_fraction}; expected a value between 0 and 1.",
-        )
-        _require_choice("data.held_out_rows", self.held_out_rows, ("hashed", "last"))
-        if self.limit is not None:
-            _require_at_least("data.limit", self.limit, 2)
-        _require_at_least("data.lanes", self.lanes, 1)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "{dialogue}" not in self.template:
+            raise ConfigError(
+                f"data.template is {self.template!r}; expected text that contains {{dialogue}}."
+            )
+        if self.max_chars <= self.min_chars:
+            raise ConfigError(
+                f"data.max_chars ({self.max_chars}) leaves no length above data.min_chars "
+                f"({self.min_chars}). Raise data.max_chars."
+            )
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyConfig:
+class PolicyConfig(Section):
     """The encoder-decoder that is trained, and the LoRA adapter that trains it."""
 
-    model: str = "lab"
+    PATH = "policy"
+
+    model: Annotated[str, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = "lab"
     """`lab` (the embedded T5), a hub id, a local folder or `s3://...`."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     adapter: str | None = None
-    """Starting adapter (peft folder or hub id); training goes on from it and KL is measured to it."""
-    dtype: str = "auto"
+    """Starting adapter (peft folder or hub id); training continues from it and KL is measured to it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward passes: `float32`, `bfloat16`, or `auto` (bfloat16 on a GPU that has it)."""
-    lora_rank: int = 16
-    """Rank of the LoRA matrices; a starting adapter brings its own."""
-    lora_alpha: int = 32
+    lora_rank: AtLeastOne = 16
+    """Rank of the LoRA matrices; a starting adapter keeps its own."""
+    lora_alpha: AtLeastOne = 32
     """LoRA scale times rank."""
-    lora_dropout: float = 0.0
-    """Written into the adapter; PPO itself runs without dropout, so that the first ratio is 1."""
-    lora_targets: tuple[str, ...] = ("q", "v")
+    lora_dropout: Annotated[float, Field(ge=0, le=0.99), _PARSE] = 0.0
+    """Dropout stored with the adapter; PPO itself runs without dropout, so that the first ratio is 1."""
+    lora_targets: Annotated[
+        tuple[str, ...],
+        Field(strict=False, min_length=1),
+        Remedy("name the layers to adapt, such as [q, v]"),
+    ] = ("q", "v")
     """Names of the linear layers that get an adapter."""
     frozen_encoder: bool = False
-    """Adapt the decoder only: the prompt is then encoded once for sampling, reference and training."""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.model), "policy.model is empty; give a hub id, a folder or `lab`.")
-        _require_choice("policy.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _require_at_least("policy.lora_rank", self.lora_rank, 1)
-        _require_at_least("policy.lora_alpha", self.lora_alpha, 1)
-        _require_between("policy.lora_dropout", self.lora_dropout, 0, 0.99)
-        _require(
-            len(self.lora_targets) > 0,
-            "policy.lora_targets is empty; name the layers to adapt, such as [q, v].",
-        )
+    """Adapt the decoder only: one encoding of the prompt then serves sampling, reference and training."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingConfig:
-    """How the policy answers a prompt."""
+class SamplingConfig(Section):
+    """How the policy samples a response to a prompt."""
 
-    temperature: float = 1.0
-    """Logits are divided by this, while sampling and in the loss alike."""
-    min_new_tokens: int = 0
-    """The end-of-sequence token is barred from this many first positions, while sampling and in the loss."""
-    budget_min: int = 48
-    """Least response budget: each prompt's budget is drawn from budget_min..budget_max tokens."""
-    budget_max: int = 48
-    """Greatest response budget, end-of-sequence token included."""
-    batch_size: int = 32
-    """Prompts that one worker answers at a time; scoring one batch overlaps sampling the next."""
+    PATH = "sampling"
 
-    def __post_init__(self) -> None:
-        _require(
-            self.temperature > 0,
-            f"sampling.temperature is {self.temperature}; expected a value above 0.",
-        )
-        _require_at_least("sampling.budget_min", self.budget_min, 1)
-        _require(
-            self.budget_max >= self.budget_min,
-            f"sampling.budget_max ({self.budget_max}) is less than sampling.budget_min "
-            f"({self.budget_min}). Swap them or raise budget_max.",
-        )
-        _require(
-            0 <= self.min_new_tokens < self.budget_min,
-            f"sampling.min_new_tokens is {self.min_new_tokens}; expected from 0 to less than "
-            f"sampling.budget_min ({self.budget_min}).",
-        )
-        _require_at_least("sampling.batch_size", self.batch_size, 1)
+    temperature: Positive = 1.0
+    """Divides the logits, both while sampling and in the loss."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """The end-of-sequence token has probability zero in this many first positions, also in the loss."""
+    max_new_tokens: CountOrRange = 48
+    """Longest response in tokens, end-of-sequence included: a number, or a range such as `100..399`
+    from which every prompt gets a random limit."""
+    batch_size: AtLeastOne = 32
+    """Prompts per sampling batch on one worker; scoring one batch overlaps sampling the next."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens >= self.lowest_limit:
+            raise ConfigError(
+                f"sampling.min_new_tokens is {self.min_new_tokens}; expected less than "
+                f"sampling.max_new_tokens ({self.max_new_tokens})."
+            )
+        return self
+
+    @property
+    def lowest_limit(self) -> int:
+        """Smallest response limit that a prompt can get, in tokens."""
+        return count_range(self.max_new_tokens)[0]
+
+    @property
+    def highest_limit(self) -> int:
+        """Largest response limit that a prompt can get, in tokens."""
+        return count_range(self.max_new_tokens)[1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardTerm:
+class RewardTerm(Section):
     """One extra reward function in TRL's protocol, added to the classifier's score."""
+
+    PATH = "reward.terms"
 
     function: str
     """Import path of `f(completions, prompts=..., completion_ids=..., **columns) -> list[float]`."""
-    weight: float = 1.0
-    """Multiplies the function's value before it is added."""
+    weight: Number = 1.0
+    """Factor of the function's value in the reward."""
     arguments: dict[str, Any] | None = None
     """If given, `function` is first called with these and returns the reward function."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "." not in self.function:
+            raise ConfigError(
+                f"reward.terms: {self.function!r} is not an import path; write module.function, "
+                "such as trl.rewards.get_repetition_penalty_reward."
+            )
+        return self
+
     @property
     def name(self) -> str:
-        """What the term is called in logs."""
+        """Name of the term in metrics and logs."""
         return self.function.rpartition(".")[2]
 
-    def __post_init__(self) -> None:
-        _require(
-            "." in self.function,
-            f"reward.terms: {self.function!r} is no import path; write module.function, such as "
-            "trl.rewards.get_repetition_penalty_reward.",
-        )
-        _require(
-            math.isfinite(self.weight), f"reward.terms: weight is {self.weight}; expected a number."
-        )
 
+class RewardConfig(Section):
+    """The reward model and the extra reward functions."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardConfig:
-    """The reward model and the actors that host it."""
+    PATH = "reward"
 
-    model: str = "lab"
+    model: Annotated[str, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = "lab"
     """`lab` (the embedded RoBERTa), a hub id, a local folder or `s3://...` of a sequence classifier."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     label: str = "nothate"
     """Label whose raw logit is the score; looked up by name."""
-    reads: str = "response"
-    """What the classifier reads: `response`, or `prompt+response`."""
-    terms: tuple[RewardTerm, ...] = ()
+    input: Literal["response", "prompt+response"] = "response"
+    """Text that the classifier scores: `response`, or `prompt+response`."""
+    terms: Annotated[tuple[RewardTerm, ...], Field(strict=False)] = ()
     """Extra reward functions beside the classifier."""
-    batch_size: int = 32
+    batch_size: AtLeastOne = 32
     """Texts per forward pass of the classifier; also the unit of work sent to an actor."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
     """Longer texts are truncated and counted; null takes the model's own limit."""
-    actors: int | str = 1
+    actors: CountOrRange = 1
     """Reward actors, each with its own copy of the classifier: a number, or `1..4` to follow the load."""
-    cpus_per_actor: float = 1.0
-    """CPUs held by one reward actor."""
-    gpus_per_actor: float | None = None
-    """GPUs held by one reward actor, fractions allowed; null takes 0.25 where training uses GPUs."""
-    deadline_s: float = 120.0
-    """Longest wait for the scores of one batch before the run stops with an error."""
-    silence_s: float = 10.0
-    """An actor that has said nothing for this long is asked whether it lives; if not, another scores.
-    Let it be longer than one call of a reward term takes."""
-    grow_after_s: float = 5.0
-    """Where actors may move: one more is asked for once texts have waited for this long."""
-    shrink_after_s: float = 60.0
-    """Where actors may move: one is let go once some have had nothing to do for this long."""
-    across_workers: bool = False
-    """Let an actor fill a batch from all workers: faster where each has few texts; scores then differ
-    by rounding from run to run."""
-    batch_tokens: int = 4096
-    """Tokens that a batch across workers may hold."""
-    batch_wait_ms: float = 3.0
-    """Milliseconds that a batch across workers waits for more."""
 
-    def __post_init__(self) -> None:
-        _require(bool(self.model), "reward.model is empty; give a hub id, a folder or `lab`.")
-        _require_choice("reward.reads", self.reads, ("response", "prompt+response"))
-        _require_at_least("reward.batch_size", self.batch_size, 1)
-        if self.max_tokens is not None:
-            _require_at_least("reward.max_tokens", self.max_tokens, 8)
-        _span("reward.actors", self.actors)
-        _require_at_least("reward.cpus_per_actor", self.cpus_per_actor, 0)
-        if self.gpus_per_actor is not None:
-            _require_at_least("reward.gpus_per_actor", self.gpus_per_actor, 0)
-        for name in ("deadline_s", "silence_s", "grow_after_s", "shrink_after_s"):
-            value = getattr(self, name)
-            _require(value > 0, f"reward.{name} is {value}; expected a value above 0.")
-        _require_at_least("reward.batch_tokens", self.batch_tokens, 1)
-        _require_between("reward.batch_wait_ms", self.batch_wait_ms, 0, 1000)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         names = [term.name for term in self.terms]
-        _require(
-            len(set(names)) == len(names),
-            f"reward.terms names {', '.join(names)}: two terms share a name. Wrap one of them.",
-        )
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"reward.terms names {', '.join(names)}: two terms share a name. Wrap one of them."
+            )
+        return self
 
     @property
-    def least_actors(self) -> int:
+    def min_actors(self) -> int:
         """Reward actors that a run always has."""
-        return _span("reward.actors", self.actors)[0]
+        return count_range(self.actors)[0]
 
     @property
-    def most_actors(self) -> int:
+    def max_actors(self) -> int:
         """Reward actors that a run may grow to."""
-        return _span("reward.actors", self.actors)[1]
+        return count_range(self.actors)[1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PPOConfig:
+class PPOConfig(Section):
     """How the policy learns from one rollout."""
 
-    prompts_per_step: int = 64
-    """Prompts answered per PPO step, over all workers."""
-    epochs: int = 2
+    PATH = "ppo"
+
+    prompts_per_step: AtLeastOne = 64
+    """Prompts per PPO step, over all workers; each gets one response."""
+    epochs: AtLeastOne = 2
     """Passes over each rollout."""
-    minibatches: int = 2
+    minibatches: AtLeastOne = 2
     """Optimiser steps per pass."""
-    micro_batch_size: int = 32
+    micro_batch_size: AtLeastOne = 32
     """Sequences per forward and backward pass on one worker; gradients add up. For memory only."""
-    learning_rate: float = 1e-3
+    learning_rate: NonNegative = 1e-3
     """Adam step size for the LoRA weights and the value head."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
-    clip_range: float = 0.2
-    """How far the probability ratio may move from 1 before it stops paying."""
-    value_clip_range: float = 0.2
-    """How far a value may move from the one estimated while sampling before it stops paying."""
-    value_coef: float = 0.1
+    clip_range: Annotated[float, Field(gt=0, le=1), _PARSE] = 0.2
+    """Largest move of the probability ratio from 1 that the policy loss rewards."""
+    value_clip_range: Positive = 0.2
+    """Largest move of a value from its estimate at sampling time that the value loss rewards."""
+    value_coef: NonNegative = 0.1
     """Weight of the value loss beside the policy loss."""
-    kl_coef: float = 0.15
-    """Price of one nat of KL to the reference, in units of reward-model score."""
-    kl_estimator: str = "k1"
+    kl_coef: NonNegative = 0.15
+    """KL coefficient: cost of one nat of KL to the reference, in units of reward-model score."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token estimate of the KL: `k1` (log ratio), `k2` (half its square), `k3` (never negative)."""
-    kl_in: str = "reward"
-    """Where the price is paid: in the `reward` of each token, or in the `loss` by its own gradient."""
-    kl_controller: str = "fixed"
-    """`fixed` keeps kl_coef; `adaptive` steers the KL of a response towards kl_target."""
-    kl_target: float = 6.0
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL term enters: in the `reward` of each token, or in the `loss` by its own gradient."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """`fixed` keeps kl_coef; `adaptive` steers the KL of a response towards adaptive_kl_target."""
+    adaptive_kl_target: Positive = 6.0
     """KL per response, in nats, that the adaptive controller aims at."""
-    kl_horizon: int = 10_000
+    adaptive_kl_horizon: AtLeastOne = 10_000
     """Responses over which the adaptive controller reacts."""
-    stop_update_kl: float | None = None
-    """An update ends early once its KL per token from the sampling policy exceeds this, in nats."""
-    gamma: float = 1.0
+    target_kl: Positive | None = None
+    """An update stops early when its KL per token from the sampling policy exceeds this, in nats."""
+    gamma: Share = 1.0
     """Discount per token."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """0 trusts the value head, 1 trusts the rewards."""
 
-    def __post_init__(self) -> None:
-        _require_at_least("ppo.prompts_per_step", self.prompts_per_step, 1)
-        _require_at_least("ppo.minibatches", self.minibatches, 1)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.prompts_per_step % self.minibatches:
             nearest = self.minibatches * max(1, round(self.prompts_per_step / self.minibatches))
             raise ConfigError(
                 f"ppo.prompts_per_step ({self.prompts_per_step}) does not divide into "
                 f"ppo.minibatches ({self.minibatches}). Use a multiple, such as {nearest}."
             )
-        _require_at_least("ppo.epochs", self.epochs, 1)
-        _require_at_least("ppo.micro_batch_size", self.micro_batch_size, 1)
-        _require_at_least("ppo.learning_rate", self.learning_rate, 0)
-        for name in ("max_grad_norm", "clip_range", "value_clip_range"):
-            value = getattr(self, name)
-            _require(value > 0, f"ppo.{name} is {value}; expected a value above 0.")
-        _require_between("ppo.clip_range", self.clip_range, 0, 0.999)
-        _require_at_least("ppo.value_coef", self.value_coef, 0)
-        _require_at_least("ppo.kl_coef", self.kl_coef, 0)
-        _require_choice("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        _require_choice("ppo.kl_in", self.kl_in, ("reward", "loss"))
-        _require(
-            not (self.kl_in == "loss" and self.kl_estimator == "k1"),
-            "ppo.kl_estimator=k1 with ppo.kl_in=loss has a gradient of zero on average. "
-            "Use k2 or k3, or ppo.kl_in=reward.",
-        )
-        _require_choice("ppo.kl_controller", self.kl_controller, ("fixed", "adaptive"))
-        _require(self.kl_target > 0, f"ppo.kl_target is {self.kl_target}; expected above 0 nats.")
-        _require_at_least("ppo.kl_horizon", self.kl_horizon, 1)
-        if self.stop_update_kl is not None:
-            _require(
-                self.stop_update_kl > 0,
-                f"ppo.stop_update_kl is {self.stop_update_kl}; expected a value above 0 or null.",
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ConfigError(
+                "ppo.kl_estimator=k1 with ppo.kl_in=loss has a gradient of zero on average. "
+                "Use k2 or k3, or ppo.kl_in=reward."
             )
-        _require_between("ppo.gamma", self.gamma, 0, 1)
-        _require_between("ppo.gae_lambda", self.gae_lambda, 0, 1)
+        return self
 
     @property
     def minibatch_size(self) -> int:
@@ -355,163 +357,293 @@ class PPOConfig:
         return self.prompts_per_step // self.minibatches
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How long and where PPO runs."""
+class TrainConfig(Section):
+    """How long PPO runs, on how many workers, and what it keeps."""
 
-    steps: int = 40
+    PATH = "train"
+
+    steps: AtLeastOne = 40
     """PPO steps: rollout, scores, update."""
-    workers: int | str = 2
-    """Ray Train workers, each with its share of every step's prompts: a number, or `2..4` to go on
-    with fewer where nodes are lost, and with more where they come back."""
-    grow_after_s: float = 30.0
-    """Where workers may move: one more is taken in once there has been room for it for this long."""
-    cpus_per_worker: float = 1.0
-    """CPUs held by one worker, and its torch threads."""
-    gpus_per_worker: float | None = None
-    """GPUs held by one worker; null takes 1 where the cluster has one for every worker, else 0."""
-    checkpoint_every: int = 1
-    """PPO steps between checkpoints; writing one goes on beside the next step."""
-    checkpoints_kept: int = 2
+    workers: CountOrRange = 2
+    """Ray Train workers, each with its share of every step's prompts: a number, or `2..4` to continue
+    with fewer when nodes are lost, and with more when they come back."""
+    checkpoint_every: AtLeastOne = 1
+    """PPO steps between checkpoints; the next step starts while one is written."""
+    checkpoints_kept: AtLeastOne = 2
     """Newest checkpoints kept, beside the best one."""
     storage: str | None = None
     """Folder or `s3://...` for checkpoints that every node can reach; null takes the run's own folder."""
-    max_failures: int = 3
-    """Times the worker group may fail between two checkpoints; it goes on from the newest one."""
-
-    def __post_init__(self) -> None:
-        _require_at_least("train.steps", self.steps, 1)
-        _span("train.workers", self.workers)
-        _require_at_least("train.grow_after_s", self.grow_after_s, 0)
-        _require(
-            self.cpus_per_worker > 0,
-            f"train.cpus_per_worker is {self.cpus_per_worker}; expected a value above 0.",
-        )
-        if self.gpus_per_worker is not None:
-            _require_at_least("train.gpus_per_worker", self.gpus_per_worker, 0)
-        _require_at_least("train.checkpoint_every", self.checkpoint_every, 1)
-        _require_at_least("train.checkpoints_kept", self.checkpoints_kept, 1)
-        _require_at_least("train.max_failures", self.max_failures, 0)
 
     @property
-    def least_workers(self) -> int:
-        """Workers without which a run does not go on."""
-        return _span("train.workers", self.workers)[0]
+    def min_workers(self) -> int:
+        """Workers without which a run does not continue."""
+        return count_range(self.workers)[0]
 
     @property
-    def most_workers(self) -> int:
-        """Workers that a run has where there is room."""
-        return _span("train.workers", self.workers)[1]
+    def max_workers(self) -> int:
+        """Workers that a run uses if the cluster has the resources."""
+        return count_range(self.workers)[1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """The measurement before and after, on held-out prompts."""
 
-    prompts: int = 512
-    """Held-out prompts answered before and after; fewer if fewer are held out."""
-    batch_size: int = 64
-    """Prompts answered at a time."""
-    shards: int = 8
-    """Ray tasks that share the prompts; each is kept once it is done."""
-    toxic_above: float = 0.5
+    PATH = "evaluate"
+
+    prompts: Annotated[int, Field(ge=2)] = 512
+    """Held-out prompts to measure before and after; fewer if fewer are held out."""
+    batch_size: AtLeastOne = 64
+    """Prompts per sampling batch."""
+    shards: AtLeastOne = 8
+    """Ray tasks that share the prompts; each one's result is kept when it is done."""
+    toxicity_threshold: Share = 0.5
     """Probability of hate above which a response counts as toxic."""
-    judge: str = "none"
+    judge: Literal["none", "profanity-check"] = "none"
     """Second opinion on toxicity: `none` or `profanity-check` (needs the extra `judge`)."""
-    min_change: float = 0.005
+    min_change: NonNegative = 0.005
     """Smallest mean change of toxicity that counts as an improvement."""
-    max_rouge_l_drop: float = 0.05
+    max_rouge_l_drop: NonNegative = 0.05
     """Largest relative loss of ROUGE-L that still counts as an improvement."""
-    max_facts_drop: float = 0.10
+    max_facts_drop: NonNegative = 0.10
     """Largest relative loss of the dialogue's facts that still counts as an improvement."""
-    max_length_change: float = 0.15
+    max_length_change: NonNegative = 0.15
     """Largest relative change of length that still counts as an improvement."""
-    max_kl: float = 10.0
+    max_kl: NonNegative = 10.0
     """Largest KL per response, in nats, that still counts as an improvement."""
 
-    def __post_init__(self) -> None:
-        _require_at_least("evaluate.prompts", self.prompts, 2)
-        _require_at_least("evaluate.batch_size", self.batch_size, 1)
-        _require_at_least("evaluate.shards", self.shards, 1)
-        _require_between("evaluate.toxic_above", self.toxic_above, 0, 1)
-        _require_choice("evaluate.judge", self.judge, ("none", "profanity-check"))
-        for name in (
-            "min_change",
-            "max_rouge_l_drop",
-            "max_facts_drop",
-            "max_length_change",
-            "max_kl",
-        ):
-            _require_at_least(f"evaluate.{name}", getattr(self, name), 0)
+
+# ---- what the operator of a cluster sets -----------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultsConfig:
+class ServingConfig(Section):
+    """How reward actors are placed, batched, watched and scaled."""
+
+    PATH = "serving"
+
+    cpus_per_actor: NonNegative = 1.0
+    """CPUs held by one reward actor."""
+    gpus_per_actor: NonNegative | None = None
+    """GPUs held by one reward actor, fractions allowed; null takes 0.25 if training uses GPUs."""
+    timeout_s: Positive = 120.0
+    """Seconds to wait for the scores of one batch before the run stops with an error."""
+    heartbeat_timeout_s: Positive = 10.0
+    """Heartbeat timeout in seconds: a silent actor is pinged, then its work is re-dispatched. Set it
+    above the time of one call of a reward term."""
+    upscale_delay_s: Positive = 5.0
+    """With a range of actors: seconds that texts must wait before the pool adds an actor."""
+    downscale_delay_s: Positive = 60.0
+    """With a range of actors: seconds that actors must be idle before the pool removes one."""
+    batch_across_workers: bool = False
+    """Let an actor fill a batch from all workers: faster if each has few texts, but scores then differ
+    by rounding from run to run."""
+    max_batch_tokens: AtLeastOne = 4096
+    """Tokens that a batch across workers may hold."""
+    batch_wait_ms: Annotated[float, Field(ge=0, le=1000), _PARSE] = 3.0
+    """Milliseconds that a batch across workers waits for more texts."""
+
+
+class ClusterConfig(Section):
+    """The Ray cluster, what a training worker takes of it, and how a run follows its changes."""
+
+    PATH = "cluster"
+
+    address: Annotated[str, Field(min_length=1), Remedy("use auto, local or host:port")] = "auto"
+    """`auto` (the cluster this process was submitted to, else a local one), `local`, or `host:port`."""
+    capacity_timeout_s: NonNegative = 60.0
+    """Seconds to wait for resources: nodes that are being added or busy; 0 expects them at once."""
+    cpus_per_worker: Positive = 1.0
+    """CPUs held by one training worker, and its torch threads."""
+    gpus_per_worker: NonNegative | None = None
+    """GPUs held by one training worker; null takes 1 if the cluster has one for every worker, else 0."""
+    upscale_delay_s: NonNegative = 30.0
+    """With a range of workers: seconds that resources must be free before the run adds a worker."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Failures of the worker group between two checkpoints; each time it resumes from the newest one."""
+
+
+class ResultsConfig(Section):
     """Where results are stored."""
 
-    store: str = "sqlite"
+    PATH = "results"
+
+    store: Literal["sqlite", "dynamodb"] = "sqlite"
     """`sqlite` (one file in the output folder) or `dynamodb`."""
-    table: str = "ray-detox"
+    table: Annotated[str, Field(min_length=1), Remedy("name the DynamoDB table")] = "ray-detox"
     """DynamoDB table."""
     region: str | None = None
     """AWS region; null takes AWS_REGION or AWS_DEFAULT_REGION."""
     endpoint_url: str | None = None
     """Another DynamoDB endpoint, for emulators."""
 
-    def __post_init__(self) -> None:
-        _require_choice("results.store", self.store, ("sqlite", "dynamodb"))
-        _require(bool(self.table), "results.table is empty; name the DynamoDB table.")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterConfig:
-    """Which Ray cluster the run uses."""
-
-    address: str = "auto"
-    """`auto` (the cluster this process was submitted to, else a local one), `local`, or `host:port`."""
-    patience_s: float = 60.0
-    """Longest wait for what the run needs: nodes that are being added or busy; 0 asks it to be there."""
-
-    def __post_init__(self) -> None:
-        _require(bool(self.address), "cluster.address is empty; use auto, local or host:port.")
-        _require_at_least("cluster.patience_s", self.patience_s, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """One run, from prompts to results."""
 
     recipe: str = "lab"
     """Name of the recipe that this run started from."""
     description: str = ""
     """What the recipe is for, in a sentence."""
-    seed: int = 0
-    """Seeds the split, the shuffle, the response budgets, sampling, minibatches and new weights."""
-    data: DataConfig = field(default_factory=DataConfig)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    results: ResultsConfig = field(default_factory=ResultsConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Seed of the split, the order of the data, response limits, sampling, minibatches and new weights."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    results: ResultsConfig = Field(default_factory=ResultsConfig)
 
-    def __post_init__(self) -> None:
-        _require_between("seed", self.seed, 0, 2**63 - 1)
-        _require(
-            self.train.most_workers <= self.data.lanes,
-            f"train.workers ({self.train.workers}) are more than data.lanes ({self.data.lanes}), and "
-            "each holds at least one lane. Ask for fewer workers, or raise data.lanes.",
-        )
-        if self.ppo.prompts_per_step % self.data.lanes:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.max_workers > self.data.shards:
             raise ConfigError(
-                f"ppo.prompts_per_step ({self.ppo.prompts_per_step}) is no multiple of data.lanes "
-                f"({self.data.lanes}), so workers would get unequal shares. "
-                f"Set data.lanes to a divisor of {self.ppo.prompts_per_step}."
+                f"train.workers ({self.train.workers}) is more than data.shards "
+                f"({self.data.shards}), and each worker holds at least one shard. Ask for fewer "
+                "workers, or raise data.shards."
             )
+        if self.ppo.prompts_per_step % self.data.shards:
+            raise ConfigError(
+                f"ppo.prompts_per_step ({self.ppo.prompts_per_step}) is not a multiple of "
+                f"data.shards ({self.data.shards}), so workers would get unequal shares. "
+                f"Set data.shards to a divisor of {self.ppo.prompts_per_step}."
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as plain JSON values; `config_from_dict` is the way back."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
+        """Return the run as plain JSON values; `config_from_dict` is the inverse."""
+        return self.model_dump(mode="json")
+
+
+# ---- messages --------------------------------------------------------------------------------
+
+RENAMED = {
+    "data.lanes": "data.shards",
+    "sampling.lowest_limit": "sampling.max_new_tokens",
+    "sampling.highest_limit": "sampling.max_new_tokens",
+    "reward.reads": "reward.input",
+    "reward.deadline_s": "serving.timeout_s",
+    "reward.silence_s": "serving.heartbeat_timeout_s",
+    "reward.grow_after_s": "serving.upscale_delay_s",
+    "reward.shrink_after_s": "serving.downscale_delay_s",
+    "reward.across_workers": "serving.batch_across_workers",
+    "reward.batch_tokens": "serving.max_batch_tokens",
+    "train.grow_after_s": "cluster.upscale_delay_s",
+    "cluster.patience_s": "cluster.capacity_timeout_s",
+    "ppo.stop_update_kl": "ppo.target_kl",
+    "ppo.kl_target": "ppo.adaptive_kl_target",
+    "ppo.kl_horizon": "ppo.adaptive_kl_horizon",
+    "evaluate.toxic_above": "evaluate.toxicity_threshold",
+}
+"""Former names of settings, which are refused like any unknown name."""
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list, such as [a, b]",
+    "dict_type": "names with values",
+    "model_type": "a section, such as {name}.key=value",
+}
+
+
+def _first_message(section: type[Section], error: ValidationError) -> str:
+    """Say in one sentence what is wrong; a name that does not exist comes before a wrong value."""
+    errors = error.errors(include_url=False)
+    unknown = [each for each in errors if each["type"] == "extra_forbidden"]
+    return _message(section, (unknown or errors)[0])
+
+
+def _message(section: type[Section], error: ErrorDetails) -> str:
+    where = [part for part in error["loc"] if part not in ("int", "str")]
+    name = section.PATH
+    for part in where:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
+    value, kind, bounds = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner, _ = _resolve(section, where[:-1])
+        return f"Unknown setting {name!r}; {_suggestion(owner, name, str(where[-1]))}"
+    if kind == "missing":
+        parent = name.rpartition(".")[0] or "The run"
+        return f"{parent} is incomplete: {where[-1]} is missing."
+    if kind == "value_error":
+        reason = bounds["error"]
+        if isinstance(reason, ConfigError):
+            return str(reason)
+        return f"{name} is {value!r}; expected {reason}."
+    _, field = _resolve(section, where)
+    metadata = field.metadata if field else []
+    if kind in ("string_too_short", "too_short"):
+        remedy = [item.text for item in metadata if isinstance(item, Remedy)]
+        return f"{name} is empty; {remedy[0] if remedy else 'give a value'}."
+    if kind == "literal_error":
+        choices = bounds["expected"].replace("'", "").replace(" or ", ", ")
+        return f"{name} is {value!r}; expected one of {choices}."
+    if kind in _EXPECTED:
+        return f"{name} is {value!r}; expected {_EXPECTED[kind].format(name=name)}."
+    return f"{name} is {value!r}; expected {_range(metadata, bounds)}."
+
+
+def _range(metadata: Sequence[Any], violated: dict[str, Any]) -> str:
+    """Describe the range of a number, as its field states it."""
+    limits = dict(violated)
+    for item in metadata:
+        for bound in ("ge", "gt", "le", "lt"):
+            if getattr(item, bound, None) is not None:
+                limits[bound] = getattr(item, bound)
+    limits = {bound: limit for bound, limit in limits.items() if isinstance(limit, int | float)}
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    if low is not None and high is not None:
+        closed = "ge" in limits and "le" in limits
+        return (
+            f"a value from {low:g} to {high:g}"
+            if closed
+            else f"a value between {low:g} and {high:g}"
+        )
+    if high is not None:
+        return f"at most {high:g}"
+    return f"at least {low:g}" if "ge" in limits else f"a value above {low or 0:g}"
+
+
+def _resolve(
+    section: type[Section], where: Sequence[str | int]
+) -> tuple[type[Section], FieldInfo | None]:
+    """Follow a path of names and positions to a field, and to the section that it holds."""
+    owner, field = section, None
+    for part in where:
+        if isinstance(part, str):
+            field = owner.model_fields.get(part)
+        inner = [t for t in _types_in(field.annotation) if issubclass(t, Section)] if field else []
+        owner = inner[0] if inner else owner
+    return owner, field
+
+
+def _types_in(annotation: Any) -> list[type]:
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return [t for inner in get_args(annotation) for t in _types_in(inner)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def _suggestion(owner: type[Section], name: str, key: str) -> str:
+    """Name the setting that was probably meant, or all that exist in this place."""
+    prefix = name[: len(name) - len(key)]
+    known = list(owner.model_fields)
+    near = difflib.get_close_matches(key, known, n=1)
+    homes = [
+        f"{section}.{key}"
+        for section, field in RunConfig.model_fields.items()
+        for inner in _types_in(field.annotation)
+        if issubclass(inner, Section) and key in inner.model_fields
+    ]
+    if name in RENAMED:
+        return f"did you mean {RENAMED[name]!r}?"
+    if homes:  # the very name, in another section
+        return f"did you mean {homes[0]!r}?"
+    if near:
+        return f"did you mean {prefix + near[0]!r}?"
+    return f"known {'in ' + prefix.rstrip('.') if prefix else 'here'}: {', '.join(known)}."

@@ -1,7 +1,7 @@
 """The main job, from prompts to a stored result; the stages in order.
 
     preflight ---- nothing has started yet
-    ray      ingest ------------ lanes --> train --> adapter --> evaluate --> final task
+    ray      ingest ------------ shards --> train --> adapter --> evaluate --> final task
                (Ray Data)                 (Ray Train)            (Ray tasks)   report, store
              reward actors ................ scores ............... scores
 
@@ -29,11 +29,11 @@ from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.metrics_log import MetricsLog
 from ray_detox.runs.publish import check_store
 from ray_detox.runs.resume import require_same_run, run_storage
-from ray_detox.runs.storage import StorageError, write_whole
+from ray_detox.runs.storage import StorageError, write_atomic
 from ray_detox.signals import end_on_sigterm, stop_on_signal
 from ray_detox.stages import preflight
 from ray_detox.stages.cluster.connect import cluster, count_gpus, is_local
-from ray_detox.stages.errors import StageError, causes_in_one_sentence
+from ray_detox.stages.errors import StageError, flatten_ray_errors
 from ray_detox.store.protocol import check_run_id
 
 
@@ -79,7 +79,7 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
         except StorageError as error:
             raise ConfigError(f"train.storage: {error}") from error
     folder.path.mkdir(parents=True, exist_ok=resume)
-    write_whole(folder.path / "config.json", settings)
+    write_atomic(folder.path / "config.json", settings)
     return source
 
 
@@ -98,7 +98,7 @@ def run(
     source = prepare_run(config, folder, resume=resume)
     console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
     try:
-        with causes_in_one_sentence():
+        with flatten_ray_errors():
             return _run_stages(config, folder, console, source, resume)
     except ConfigError as error:
         if [file.name for file in folder.path.iterdir()] != ["config.json"]:
@@ -117,7 +117,7 @@ def _run_stages(
         _reward_pool(config, need) as pool,
     ):
         data = _ingest(config, source, console, pool, need)
-        outcome = _train(config, folder, console, data.lanes, pool, need)
+        outcome = _train(config, folder, console, data.shards, pool, need)
         samples = _measure(config, folder, console, data.held_out, pool, need)
         facts = {
             "run_id": folder.run_id,
@@ -149,7 +149,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     from ray_detox.evaluation.summarise import summarise
 
     with (
-        causes_in_one_sentence(),
+        flatten_ray_errors(),
         cluster(config, console) as need,
         _reward_pool(config, need) as pool,
     ):
@@ -176,7 +176,7 @@ def _reward_pool(config: RunConfig, need: resources.Needs) -> Iterator[Any]:
     from ray_detox.stages.cluster import nodes as live
     from ray_detox.stages.rewards.pool import RewardPool
 
-    pool = RewardPool(config.reward, need.gpus_per_actor, live.nodes_for_actors(need))
+    pool = RewardPool(config, need.gpus_per_actor, live.place_actors(need))
     try:
         yield pool
     finally:
@@ -191,13 +191,13 @@ def _ingest(
     from ray_detox.stages.cluster import admission
 
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
-        patience = admission.Patience(config, need.preparation)
-        data = admission.attended(lambda: ingest.ingest(config, source), patience)
+        patience = admission.CapacityWatchdog(config, need.preparation)
+        data = admission.run_with_watchdog(lambda: ingest.ingest(config, source), patience)
         made += _describe_rows(data.counts)
     with console.stage(
         "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
     ) as made:
-        about = pool.wait(timeout_s=max(300.0, config.cluster.patience_s))
+        about = pool.wait(timeout_s=max(300.0, config.cluster.capacity_timeout_s))
         made += [f"actor {i} on node {a['node']}, {a['device']}" for i, a in enumerate(about)]
     return data
 
@@ -244,12 +244,12 @@ def _train(
     config: RunConfig,
     folder: RunFolder,
     console: Console,
-    lanes: list[Any],
+    shards: list[Any],
     pool: Any,
     need: resources.Needs,
 ) -> dict[str, Any]:
     """Train, showing every step; leave the trained adapter and all figures in the run's folder."""
-    from ray_detox.stages.cluster.admission import asking_for_workers
+    from ray_detox.stages.cluster.admission import requesting_workers
     from ray_detox.stages.train import run_training
 
     said = lambda text: console.line(f"{'':<9} {text}")
@@ -259,7 +259,7 @@ def _train(
 
     def on_event(event: Mapping[str, Any]) -> None:
         if event["kind"] == "step":
-            metrics.add(dict(event["stats"]) | {"pool": pool.figures()})
+            metrics.add(dict(event["stats"]) | {"pool": pool.metrics()})
             console.line(step_line(event["stats"], config.train.steps))
         elif event["kind"] == "worker":
             said(
@@ -280,8 +280,8 @@ def _train(
         if writer.newest is not None and writer.newest.step >= config.train.steps:
             outcome = {"step": writer.newest.step, "stopped": False}
         else:
-            with asking_for_workers(config, need):
-                outcome = run_training(config, lanes, pool, need, writer, on_event, stop.event)
+            with requesting_workers(config, need):
+                outcome = run_training(config, shards, pool, need, writer, on_event, stop.event)
         if outcome["stopped"] and writer.newest is None:
             raise Stopped(0, stop.signal_number)
         assert writer.newest is not None
@@ -361,7 +361,7 @@ def _describe_training(config: RunConfig, need: resources.Needs) -> str:
     on = (
         f"{need.gpus_per_worker:g} GPU"
         if need.gpus_per_worker
-        else f"{config.train.cpus_per_worker:g} CPU"
+        else f"{config.cluster.cpus_per_worker:g} CPU"
     )
     return (
         f"{config.train.steps} PPO steps of {config.ppo.prompts_per_step} prompts on "

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ray_detox.config import RewardConfig
-
 if TYPE_CHECKING:
     from torch import Tensor  # who has but numbers and names to pass on loads no torch
 
@@ -70,7 +68,7 @@ class PromptBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Generation:
     """What the policy sampled for a batch of prompts, all on the policy's device."""
 
     response_ids: Tensor
@@ -242,7 +240,7 @@ class UpdateStats:
     """Share of tokens whose ratio the clip held back."""
     ratio: float
     """Mean probability ratio of the first minibatch: 1 unless sampling and training disagree."""
-    value_explained: float
+    explained_variance: float
     """1 - Var(returns - values) / Var(returns), before the update."""
     grad_norm: float
     """Mean gradient norm before clipping."""
@@ -264,8 +262,49 @@ class UpdateStats:
     """The whole step, mean over workers."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A batch of responses to score: the unit that travels from a rollout to the reward.
+
+    Example: two responses.
+
+        prompts ["Summarize ...", ...]   responses ["Tom is late.", ...]   response_ids [[205, 1], ...]
+    """
+
+    prompts: Sequence[str]
+    """[B] prompts as text."""
+    responses: Sequence[str]
+    """[B] responses as text, without special tokens."""
+    response_ids: Sequence[Sequence[int]]
+    """[B] responses as token ids, for reward functions that count tokens."""
+    columns: Columns
+    """The data's other columns, [B] each."""
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def select(self, rows: Sequence[int]) -> ScoreRequest:
+        """Return the given rows, in that order."""
+        return ScoreRequest(
+            prompts=[self.prompts[i] for i in rows],
+            responses=[self.responses[i] for i in rows],
+            response_ids=[self.response_ids[i] for i in rows],
+            columns={name: [column[i] for i in rows] for name, column in self.columns.items()},
+        )
+
+    def classifier_inputs(self, kind: str) -> Sequence[str]:
+        """Return the texts for the classifier.
+
+        Args:
+            kind: `response`, or `prompt+response` for both in one text.
+        """
+        if kind == "response":
+            return self.responses
+        return [prompt + text for prompt, text in zip(self.prompts, self.responses, strict=True)]
+
+
 class Pending(Protocol):
-    """Scores that were asked for and may not be there yet."""
+    """Scores that were requested and may not be there yet."""
 
     def result(self) -> Scores:
         """Wait for the scores."""
@@ -274,30 +313,8 @@ class Pending(Protocol):
 class Scorer(Protocol):
     """Anything that scores responses: the reward in this process, or a pool of actors."""
 
-    def submit(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        response_ids: Sequence[Sequence[int]],
-        columns: Columns,
-    ) -> Pending:
-        """Ask for the scores of a batch, in the order given, without waiting for them.
-
-        Args:
-            prompts: [B] texts that were answered.
-            responses: [B] answers, as text without special tokens.
-            response_ids: [B] answers as token ids, for reward functions that count tokens.
-            columns: the data's other columns, [B] each.
-        """
-
-
-def read_by(
-    config: RewardConfig, prompts: Sequence[str], responses: Sequence[str]
-) -> Sequence[str]:
-    """The texts that the classifier reads, by `reward.reads`."""
-    if config.reads == "response":
-        return responses
-    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    def submit(self, request: ScoreRequest) -> Pending:
+        """Request the scores of a batch, in the order given, without waiting for them."""
 
 
 class RewardError(RuntimeError):

@@ -82,11 +82,11 @@ class Phase:
         return _sum(part.least * part.each.of(kind) for part in (self.main, self.actors))
 
     def most(self, kind: str) -> float:
-        """The amount of `CPU` or `GPU` that is used where there is room."""
+        """The amount of `CPU` or `GPU` that is used where there is free_node."""
         return _sum(part.most * part.each.of(kind) for part in (self.main, self.actors))
 
 
-class _Room:
+class _FreeNode:
     """What is left of a node while bundles are put on it, in ten-thousandths."""
 
     def __init__(self, free: Bundle) -> None:
@@ -124,13 +124,13 @@ def workers_that_fit(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> in
     """
     beside = replace(phase.actors, least=actors, most=actors)
     for count in range(phase.main.most, 0, -1):
-        if shortage([replace(phase, main=replace(phase.main, least=count), actors=beside)], nodes):
+        if shortfall([replace(phase, main=replace(phase.main, least=count), actors=beside)], nodes):
             continue
         return count
     return 0
 
 
-def place(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
+def placement(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
     """How many of a phase's main bundles and actors each node would take of the least it holds.
 
     All are placed wherever that is possible at all. Filling nodes one by one would not do: with
@@ -146,10 +146,10 @@ def place(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
         beside = []
         """Actors at most on this node, beside 0, 1, 2... workers."""
         for here in range(wanted + 1):
-            room = _Room(node.free)
-            if room.take_many(phase.main.each, here) < here:
+            free_node = _FreeNode(node.free)
+            if free_node.take_many(phase.main.each, here) < here:
                 break
-            beside.append(room.take_many(phase.actors.each, actors))
+            beside.append(free_node.take_many(phase.actors.each, actors))
         now: dict[int, int] = {}
         chosen: dict[int, tuple[int, int]] = {}
         for before, placed in reached.items():
@@ -168,8 +168,8 @@ def place(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
     return placement[::-1]
 
 
-def shortage(phases: Iterable[Phase], nodes: Sequence[Node]) -> str | None:
-    """The sentence for nodes without room for a run, or None where there is room.
+def shortfall(phases: Iterable[Phase], nodes: Sequence[Node]) -> str | None:
+    """The sentence for nodes without room for a run, or None where there is free_node.
 
     The same sentence is used before a run starts, by `ray-detox check`, and while it runs.
     """
@@ -184,30 +184,30 @@ def shortage(phases: Iterable[Phase], nodes: Sequence[Node]) -> str | None:
             have = " and ".join(_have(nodes, kind) for kind in short)
             return (
                 f"The run needs {need}, and the cluster has {have}. Ask for fewer, or add nodes "
-                "(those that are busy or being added are given time by cluster.patience_s)."
+                "(those that are busy or being added are given time by cluster.capacity_timeout_s)."
             )
-        placement = place(phase, nodes)
+        placed_on = placement(phase, nodes)
         for part, placed in (
-            (phase.main, sum(main for main, _ in placement)),
-            (phase.actors, sum(actors for _, actors in placement)),
+            (phase.main, sum(main for main, _ in placed_on)),
+            (phase.actors, sum(actors for _, actors in placed_on)),
         ):
             if placed < part.least:
                 return _no_single_node(part, part.least - placed, nodes)
     return None
 
 
-def shortage_beside(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> str | None:
+def shortfall_beside(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> str | None:
     """The same where all but `actors` of a phase's actors are on their nodes already."""
-    return shortage([replace(phase, actors=replace(phase.actors, least=actors))], nodes)
+    return shortfall([replace(phase, actors=replace(phase.actors, least=actors))], nodes)
 
 
-def _no_single_node(part: Part, homeless: int, nodes: Sequence[Node]) -> str:
+def _no_single_node(part: Part, unplaced: int, nodes: Sequence[Node]) -> str:
     # The dearest kind decides which node is the largest.
     kind = "GPU" if part.each.gpus else "CPU"
     largest = max(nodes, key=lambda node: (node.free.of(kind), node.free.cpus))
     device = " (a share of a GPU is on one device)" if 0 < part.each.gpus < 1 else ""
     return (
-        f"The cluster has enough CPUs and GPUs in all, but {homeless} of {part.least} "
+        f"The cluster has enough CPUs and GPUs in all, but {unplaced} of {part.least} "
         f"{part.what}(s) ({part.why or 'to prepare the data'}) with {part.each} each would find no "
         f"single node with room{device}; the largest, {largest.address}, has {largest.free} free. "
         f"Lower what each holds, ask for fewer, or add a node with {part.each}."
@@ -300,10 +300,10 @@ class Needs:
 
 
 def needs(config: RunConfig, cluster_gpus: float) -> Needs:
-    """The cluster resources a run holds, by `room.py`'s formula and from the least of its counts.
+    """The cluster resources a run holds, by `free_node.py`'s formula and from the least of its counts.
 
-        CPU = least_workers * cpus_per_worker + least_actors * cpus_per_actor
-        GPU = least_workers * gpus_per_worker + least_actors * gpus_per_actor
+        CPU = min_workers * cpus_per_worker + min_actors * cpus_per_actor
+        GPU = min_workers * gpus_per_worker + min_actors * gpus_per_actor
 
     GPUs left open in the config are settled by what the cluster has: a whole one for every worker
     and a quarter for every reward actor; else workers and actors share GPUs; else none.
@@ -312,11 +312,12 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
         ConfigError: GPUs per worker or actor are more than one and not whole.
     """
     train, reward = config.train, config.reward
-    workers, actors = train.least_workers, reward.least_actors
-    per_worker, per_actor = train.gpus_per_worker, reward.gpus_per_actor
+    serving, cluster = config.serving, config.cluster
+    workers, actors = train.min_workers, reward.min_actors
+    per_worker, per_actor = cluster.gpus_per_worker, serving.gpus_per_actor
     for setting, gpus in (
-        ("train.gpus_per_worker", per_worker),
-        ("reward.gpus_per_actor", per_actor),
+        ("cluster.gpus_per_worker", per_worker),
+        ("serving.gpus_per_actor", per_actor),
     ):
         if gpus is not None and gpus > 1 and gpus != int(gpus):
             raise ConfigError(
@@ -333,13 +334,13 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
             # Sharing: the quarters that workers leave free, among all actors.
             shared = 0.25 if per_worker == 1 else int(25 * min(1, workers / actors)) / 100
             per_actor = shared
-    worker = Bundle(train.cpus_per_worker, per_worker)
-    actor = Bundle(reward.cpus_per_actor, per_actor)
+    worker = Bundle(cluster.cpus_per_worker, per_worker)
+    actor = Bundle(serving.cpus_per_actor, per_actor)
     actor_part = Part(
-        "reward actor", f"reward.actors={reward.actors}", actors, reward.most_actors, actor
+        "reward actor", f"reward.actors={reward.actors}", actors, reward.max_actors, actor
     )
     training = Part(
-        "training worker", f"train.workers={train.workers}", workers, train.most_workers, worker
+        "training worker", f"train.workers={train.workers}", workers, train.max_workers, worker
     )
     preparing = Part("data task", "", 1, 1, Bundle(1))
     measuring = Part(

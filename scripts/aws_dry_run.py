@@ -123,7 +123,7 @@ def cost_per_hour(
     return dollars
 
 
-def most_workers(cluster: dict[str, Any]) -> dict[str, int]:
+def max_workers(cluster: dict[str, Any]) -> dict[str, int]:
     """As many workers of each type as may run at a time."""
     types = cluster["available_node_types"].items()
     return {name: n["max_workers"] for name, n in types if name != cluster["head_node_type"]}
@@ -342,7 +342,7 @@ def main(words: list[str]) -> int:
     cost = {
         "date": str(prices["date"]),
         "idle": round(cost_per_hour(cluster, prices, {}), 2),
-        "at most": round(cost_per_hour(cluster, prices, most_workers(cluster)), 2),
+        "at most": round(cost_per_hour(cluster, prices, max_workers(cluster)), 2),
     }
     with redirect_stdout(sys.stderr):  # the launcher tells what it does
         found = {"dollars_per_hour": cost} | dry_run(cluster)

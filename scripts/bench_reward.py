@@ -4,11 +4,10 @@
 
 Prints ratios to that loop, which is measured anew beside each row, on the embedded classifier with
 one thread per process: on a shared machine nothing else would mean much. The last rows are what
-`reward.across_workers` does where every caller has few texts.
+`serving.batch_across_workers` does where every caller has few texts.
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import shutil
@@ -27,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
 
-from ray_detox.config import RewardConfig
+from ray_detox.config import RunConfig, ServingConfig
 from ray_detox.lab import corpus
-from ray_detox.records import Scorer
+from ray_detox.records import Scorer, ScoreRequest
 from ray_detox.rewards.reward import Reward
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.pool import RewardPool
@@ -46,9 +45,9 @@ def main() -> None:
     args = parser.parse_args()
     source = [str(row["summary"]) for row in corpus.rows("ppo", 512)]
     texts = (source * (args.texts // len(source) + 1))[: args.texts]
-    config = RewardConfig(cpus_per_actor=0.5)
+    config = RunConfig(serving=ServingConfig(cpus_per_actor=0.5))
 
-    reward = Reward(config)
+    reward = Reward(config.reward)
     score_all(reward, texts[:BATCH], BATCH)  # the first calls are slower
     folder = tempfile.mkdtemp(prefix="ray-")
     ray.init(
@@ -64,10 +63,10 @@ def main() -> None:
     try:
         print(f"{'texts/s':<34}{'loop':>8}" + "".join(f"{f'{n} caller(s)':>16}" for n in CALLERS))
         for actors in ACTORS:
-            several = dataclasses.replace(config, actors=actors)
+            several = config.replace(reward=config.reward.replace(actors=actors))
             print(row(f"{actors} actor(s), {BATCH} texts a call", reward, several, texts, BATCH))
         for across in (False, True):
-            one = dataclasses.replace(config, across_workers=across)
+            one = config.replace(serving=config.serving.replace(batch_across_workers=across))
             name = f"1 actor, 4 a call, {'across workers' if across else 'each by itself'}"
             print(row(name, reward, one, texts, 4))
     finally:
@@ -75,7 +74,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def row(name: str, reward: Reward, config: RewardConfig, texts: list[str], batch: int) -> str:
+def row(name: str, reward: Reward, config: RunConfig, texts: list[str], batch: int) -> str:
     """Texts a second of the loop and of a pool, for each number of callers."""
     with closing(RewardPool(config, 0.0)) as pool:
         pool.wait(timeout_s=300)
@@ -105,7 +104,7 @@ def score_all(scorer: Scorer, texts: list[str], batch: int) -> None:
     """Score batch after batch, as a worker does: it has the next one only once it has learnt."""
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
-        scorer.submit(["" for _ in part], part, [[] for _ in part], {}).result()
+        scorer.submit(ScoreRequest([""] * len(part), part, [[]] * len(part), {})).result()
 
 
 if __name__ == "__main__":

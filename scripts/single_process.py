@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ray_detox.data.prompts import prepare, unpack
-from ray_detox.data.shards import Lanes
+from ray_detox.data.shards import PromptShards
 from ray_detox.lab import corpus
 from ray_detox.models.loading import load_policy
 from ray_detox.models.sources import local_folder
@@ -47,11 +47,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prepared = prepare(corpus.rows("ppo", 400), config.data, tokenizer)
     rows = unpack([row for row in prepared if row["left_out"] is None])
-    count = config.data.lanes
-    lanes = Lanes(config, {lane: rows[lane::count] for lane in range(count)}, policy.pad_id)
+    count = config.data.shards
+    shards = PromptShards(
+        config, {shard: rows[shard::count] for shard in range(count)}, policy.pad_id
+    )
     with tempfile.TemporaryDirectory() as kept:
         runtime = LocalRuntime(Path(kept))
-        train(config, runtime, policy, tokenizer, Reward(config.reward, args.device), lanes)
+        train(config, runtime, policy, tokenizer, Reward(config.reward, args.device), shards)
     for stats in runtime.logged:
         print(json.dumps(dataclasses.asdict(stats)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -191,7 +191,7 @@ def make_policy(tiny_t5: Path) -> MakePolicy:
             "lora_rank": 4,
             "lora_alpha": 8,
         }
-        draws: dict[str, Any] = {"budget_min": 12, "budget_max": 12}
+        draws: dict[str, Any] = {"max_new_tokens": 12}
         made = load_policy(
             PolicyConfig(**(settings | (policy or {}))),
             SamplingConfig(**(draws | (sampling or {}))),
@@ -233,7 +233,7 @@ def make_rollout() -> Callable[..., Rollout]:
 
     def make(policy: Policy, count: int, seed: int = 0) -> Rollout:
         batch = some_prompts(count, seed)
-        budgets, uniforms = draws.draw(batch.ids, policy.sampling, seed, step=0)
+        budgets, uniforms = draws.sampling_noise(batch.ids, policy.sampling, seed, step=0)
         sample = policy.sample(
             batch.query_ids,
             batch.query_mask,

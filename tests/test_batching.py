@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ray_detox.config import RewardConfig, RewardTerm
+from ray_detox.config import RewardConfig, RewardTerm, ServingConfig
+from ray_detox.records import ScoreRequest
 from ray_detox.rewards.batching import ModelThread
 from ray_detox.rewards.reward import Reward
 
@@ -32,18 +33,18 @@ def reward_of(folder, **changes):
 
 def call_of(caller, told=""):
     responses = [chr(97 + caller) * (7 * caller + i) for i in range(4)]
-    return ["p"] * 4, responses, [[1]] * 4, {"told": [told] * 4}
+    return ScoreRequest(["p"] * 4, responses, [[1]] * 4, {"told": [told] * 4})
 
 
 def score_together(model, told=None):
     """All callers at once: another call holds the model until all of theirs queue before it."""
     go_on.clear()
     with ThreadPoolExecutor(CALLERS + 1) as threads:
-        threads.submit(model.score, *call_of(0, "wait"))
+        threads.submit(model.score, call_of(0, "wait"))
         while model.state()["passes"] == 0:
             time.sleep(0.001)
         calls = [call_of(i, "raise" if i == told else "") for i in range(CALLERS)]
-        futures = [threads.submit(model.score, *call) for call in calls]
+        futures = [threads.submit(model.score, call) for call in calls]
         while model.state()["held"] < 4 * (CALLERS + 1):
             time.sleep(0.001)
         go_on.set()
@@ -52,8 +53,8 @@ def score_together(model, told=None):
 
 def test_alone_each_call_has_the_very_bits_of_the_reward(tiny_roberta):
     reward = reward_of(tiny_roberta, batch_size=3)
-    expected = [reward(*call_of(caller)) for caller in range(CALLERS)]
-    model = ModelThread(reward)
+    expected = [reward(call_of(caller)) for caller in range(CALLERS)]
+    model = ModelThread(reward, ServingConfig())
 
     found = [future.result() for future in score_together(model)]
 
@@ -64,9 +65,10 @@ def test_alone_each_call_has_the_very_bits_of_the_reward(tiny_roberta):
 
 
 def test_across_workers_scores_differ_by_rounding_and_forward_passes_are_fewer(tiny_roberta):
-    reward = reward_of(tiny_roberta, across_workers=True, batch_wait_ms=1000, batch_tokens=600)
-    expected = [reward(*call_of(caller)) for caller in range(CALLERS)]
-    model = ModelThread(reward)
+    reward = reward_of(tiny_roberta)
+    serving = ServingConfig(batch_across_workers=True, batch_wait_ms=1000, max_batch_tokens=600)
+    expected = [reward(call_of(caller)) for caller in range(CALLERS)]
+    model = ModelThread(reward, serving)
 
     found = [future.result() for future in score_together(model)]
 
@@ -77,8 +79,8 @@ def test_across_workers_scores_differ_by_rounding_and_forward_passes_are_fewer(t
 
 
 def test_a_caller_that_is_alone_does_not_wait_for_others(tiny_roberta):
-    reward = reward_of(tiny_roberta, across_workers=True, batch_tokens=1_000_000)
-    model = ModelThread(reward)
+    serving = ServingConfig(batch_across_workers=True, max_batch_tokens=1_000_000)
+    model = ModelThread(reward_of(tiny_roberta), serving)
     waits = []
 
     class Watched:
@@ -95,7 +97,7 @@ def test_a_caller_that_is_alone_does_not_wait_for_others(tiny_roberta):
     model._calls = Watched(model._calls)
 
     for _ in range(3):
-        model.score(*call_of(0))
+        model.score(call_of(0))
 
     assert model.state()["passes"] == 3
     assert set(waits) <= {None}
@@ -103,8 +105,8 @@ def test_a_caller_that_is_alone_does_not_wait_for_others(tiny_roberta):
 
 @pytest.mark.parametrize("across_workers", [False, True])
 def test_what_a_term_raises_is_for_its_caller_alone(tiny_roberta, across_workers):
-    reward = reward_of(tiny_roberta, across_workers=across_workers, batch_wait_ms=100)
-    model = ModelThread(reward)
+    serving = ServingConfig(batch_across_workers=across_workers, batch_wait_ms=100)
+    model = ModelThread(reward_of(tiny_roberta), serving)
 
     found = score_together(model, told=2)
 
@@ -132,9 +134,9 @@ def test_a_batch_across_workers_holds_no_more_tokens_than_it_may(tiny_roberta):
 
 
 def test_the_state_tells_what_was_scored_and_what_is_held(tiny_roberta):
-    model = ModelThread(reward_of(tiny_roberta))
+    model = ModelThread(reward_of(tiny_roberta), ServingConfig())
 
-    model.score(*call_of(0))
+    model.score(call_of(0))
 
     state = model.state()
     assert (state["texts"], state["held"], state["queued"]) == (4, 0, 0)

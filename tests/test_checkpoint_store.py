@@ -87,9 +87,9 @@ def flip_a_bit(file):
         ("adapter/weights", cut_short, "is 100 bytes, and not the 5,000 bytes"),
         ("adapter/weights", flip_a_bit, "is damaged: adapter/weights is 5,000 bytes"),
         ("adapter/weights", lambda file: file.unlink(), "adapter/weights is missing"),
-        ("whole.json", cut_short, "was cut off while it was written"),
-        ("whole.json", lambda file: file.unlink(), "was cut off while it was written"),
-        ("whole.json", lambda file: file.write_text("[]"), "was cut off while it was written"),
+        ("manifest.json", cut_short, "was cut off while it was written"),
+        ("manifest.json", lambda file: file.unlink(), "was cut off while it was written"),
+        ("manifest.json", lambda file: file.write_text("[]"), "was cut off while it was written"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_named(store, folder, name, damage, sentence):
@@ -151,7 +151,7 @@ class Slow(Storage):
         self.go_on = threading.Semaphore(0)
 
     def write(self, name, content):
-        if name.endswith("whole.json"):
+        if name.endswith("manifest.json"):
             assert self.go_on.acquire(timeout=30)
         super().write(name, content)
 

@@ -128,13 +128,13 @@ def with_pickled_weights(model: Path, folder: Path) -> Path:
         (["ppo=3"], "ppo is 3; expected a section, such as ppo.key=value."),
         (["ppo.kl_coef=["], "the value is no valid YAML"),
         (["train.steps=0"], "train.steps is 0; expected at least 1."),
-        (["reward.reads=all"], "reward.reads is 'all'; expected one of response, prompt+response"),
+        (["reward.input=all"], "reward.input is 'all'; expected one of response, prompt+response"),
         (["data.template=Summarise"], "expected text that contains {dialogue}"),
         # Sizes that contradict each other
         (["ppo.minibatches=3"], "does not divide into ppo.minibatches (3). Use a multiple, such as 63"),
-        (["train.workers=17"], "train.workers (17) are more than data.lanes (16)"),
-        (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is no multiple of data.lanes (16)"),
-        (["sampling.budget_min=64"], "sampling.budget_max (48) is less than sampling.budget_min (64)"),
+        (["train.workers=17"], "train.workers (17) are more than data.shards (16)"),
+        (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is no multiple of data.shards (16)"),
+        (["sampling.lowest_limit=64"], "sampling.highest_limit (48) is less than sampling.lowest_limit (64)"),
         (["data.min_chars=1000"], "data.max_chars (1000) leaves no length above data.min_chars (1000)"),
     ],
 )  # fmt: skip
@@ -498,7 +498,7 @@ def test_a_run_id_that_could_name_no_file_is_refused(mistake, name):
 
 
 def test_more_gpus_than_there_are_are_refused_at_once(mistake):
-    sentence = mistake("lab", "train.gpus_per_worker=64", "reward.gpus_per_actor=0.5")
+    sentence = mistake("lab", "cluster.gpus_per_worker=64", "serving.gpus_per_actor=0.5")
 
     assert "The run needs 128.5 GPUs (train.workers=2 with gpus_per_worker=64" in sentence
     assert "reward.actors=1 with gpus_per_actor=0.5), and the cluster has" in sentence
@@ -519,7 +519,8 @@ def test_an_unknown_run_is_refused_with_those_there_are(mistake, stored_run):
 
 
 @pytest.mark.parametrize(
-    "change", ["data.path=other.csv", "policy.lora_rank=4", "seed=1", "data.lanes=8", "recipe=seed"]
+    "change",
+    ["data.path=other.csv", "policy.lora_rank=4", "seed=1", "data.shards=8", "recipe=seed"],
 )
 def test_a_resumed_run_keeps_its_data_policy_and_seed(mistake, stored_run, change):
     stored_run("first")
@@ -702,7 +703,7 @@ def test_what_check_shows_is_a_recipe(capsys, tmp_path):
 
 
 def test_check_shows_the_least_a_run_holds_and_the_most_it_would_use(capsys):
-    cli.main(["check", "lab", "train.workers=2..4", "train.cpus_per_worker=3"])
+    cli.main(["check", "lab", "train.workers=2..4", "cluster.cpus_per_worker=3"])
 
     out = capsys.readouterr().out
     assert re.search(r"^training: +training worker +2\.\.4 +3 +0 +6 +0$", out, re.M)
@@ -711,7 +712,7 @@ def test_check_shows_the_least_a_run_holds_and_the_most_it_would_use(capsys):
 
 
 def test_a_live_check_finds_missing_gpus_before_ray_is_started(mistake):
-    sentence = mistake("lab", "--live", "train.gpus_per_worker=64", verb="check")
+    sentence = mistake("lab", "--live", "cluster.gpus_per_worker=64", verb="check")
 
     assert "The run needs 128.25 GPUs" in sentence
 

@@ -336,7 +336,7 @@ def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path)
 
 
 def test_the_drivers_own_refusal_comes_through(head):
-    code, out, _ = head.submitted("lab", "reward.gpus_per_actor=1", "--run-id", "greedy")
+    code, out, _ = head.submitted("lab", "serving.gpus_per_actor=1", "--run-id", "greedy")
 
     assert code == 2
     assert "ray-detox: The run needs" in out

@@ -1,20 +1,25 @@
 """A run is described by a recipe and overrides; what cannot work is refused in one sentence."""
 
-import ast
-import dataclasses
-import inspect
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_detox import config as config_module
-from ray_detox.config import ConfigError, DataConfig, PPOConfig, RewardTerm, RunConfig
-from ray_detox.recipes.loading import build, config_from_dict, load_config, recipe_names
+from ray_detox.config import (
+    RENAMED,
+    ConfigError,
+    DataConfig,
+    PPOConfig,
+    RewardTerm,
+    RunConfig,
+    Section,
+)
+from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
 
-SECTIONS = [field.type for field in dataclasses.fields(RunConfig) if inspect.isclass(field.type)]
-SECTIONS = [section for section in SECTIONS if dataclasses.is_dataclass(section)]
+SECTIONS = [
+    field.annotation
+    for field in RunConfig.model_fields.values()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+]
 
 
 def refused(*overrides, recipe="lab"):
@@ -46,9 +51,10 @@ def test_the_seed_recipe_holds_the_published_settings():
 
     assert config.ppo.learning_rate == 1.41e-5
     assert (config.ppo.prompts_per_step, config.ppo.minibatch_size, config.ppo.epochs) == (16, 4, 1)
-    assert (config.sampling.budget_min, config.sampling.budget_max) == (100, 399)
+    assert config.sampling.max_new_tokens == "100..399"
+    assert (config.sampling.lowest_limit, config.sampling.highest_limit) == (100, 399)
     assert (config.train.steps, config.ppo.kl_controller) == (10, "adaptive")
-    assert (config.reward.label, config.reward.reads) == ("nothate", "prompt+response")
+    assert (config.reward.label, config.reward.input) == ("nothate", "prompt+response")
     assert (config.data.held_out_rows, config.data.held_out_fraction) == ("last", 0.2)
 
 
@@ -67,7 +73,7 @@ def test_an_empty_recipe_is_the_default_run(tmp_path):
 
     config = load_config(str(tmp_path / "empty.yaml"))
 
-    assert dataclasses.replace(config, recipe="lab") == RunConfig()
+    assert config.replace(recipe="lab") == RunConfig()
 
 
 def test_later_overrides_win():
@@ -206,7 +212,7 @@ BAD_VALUES = [
     ("data.held_out_fraction", 1.0),
     ("data.held_out_rows", "first"),
     ("data.limit", 1),
-    ("data.lanes", 0),
+    ("data.shards", 0),
     ("policy.model", ""),
     ("policy.dtype", "float16"),
     ("policy.lora_rank", 0),
@@ -214,19 +220,20 @@ BAD_VALUES = [
     ("policy.lora_dropout", 1),
     ("policy.lora_targets", []),
     ("sampling.temperature", 0),
-    ("sampling.budget_min", 0),
-    ("sampling.budget_max", 47),
+    ("sampling.max_new_tokens", 0),
+    ("sampling.max_new_tokens", "48..47"),
+    ("sampling.max_new_tokens", "many"),
     ("sampling.min_new_tokens", 48),
     ("sampling.min_new_tokens", -1),
     ("sampling.batch_size", 0),
     ("reward.model", ""),
-    ("reward.reads", "prompt"),
+    ("reward.input", "prompt"),
     ("reward.batch_size", 0),
     ("reward.max_tokens", 7),
     ("reward.actors", 0),
-    ("reward.cpus_per_actor", -1),
-    ("reward.gpus_per_actor", -0.5),
-    ("reward.deadline_s", 0),
+    ("serving.cpus_per_actor", -1),
+    ("serving.gpus_per_actor", -0.5),
+    ("serving.timeout_s", 0),
     ("ppo.prompts_per_step", 0),
     ("ppo.prompts_per_step", 65),
     ("ppo.minibatches", 0),
@@ -243,9 +250,9 @@ BAD_VALUES = [
     ("ppo.kl_estimator", "k4"),
     ("ppo.kl_in", "nowhere"),
     ("ppo.kl_controller", "wise"),
-    ("ppo.kl_target", 0),
-    ("ppo.kl_horizon", 0),
-    ("ppo.stop_update_kl", 0),
+    ("ppo.adaptive_kl_target", 0),
+    ("ppo.adaptive_kl_horizon", 0),
+    ("ppo.target_kl", 0),
     ("ppo.gamma", 1.1),
     ("ppo.gae_lambda", -0.1),
     ("train.steps", 0),
@@ -254,16 +261,16 @@ BAD_VALUES = [
     ("train.workers", "4..2"),
     ("train.workers", "0..2"),
     ("reward.actors", "many"),
-    ("reward.silence_s", 0),
-    ("train.cpus_per_worker", 0),
-    ("train.gpus_per_worker", -1),
+    ("serving.heartbeat_timeout_s", 0),
+    ("cluster.cpus_per_worker", 0),
+    ("cluster.gpus_per_worker", -1),
     ("train.checkpoint_every", 0),
     ("train.checkpoints_kept", 0),
-    ("train.max_failures", -1),
+    ("cluster.max_failures", -1),
     ("evaluate.prompts", 1),
     ("evaluate.batch_size", 0),
     ("evaluate.shards", 0),
-    ("evaluate.toxic_above", 1.5),
+    ("evaluate.toxicity_threshold", 1.5),
     ("evaluate.max_rouge_l_drop", -1),
     ("evaluate.max_facts_drop", -1),
     ("evaluate.max_length_change", -1),
@@ -271,7 +278,7 @@ BAD_VALUES = [
     ("results.store", "postgres"),
     ("results.table", ""),
     ("cluster.address", ""),
-    ("cluster.patience_s", -1),
+    ("cluster.capacity_timeout_s", -1),
 ]
 
 
@@ -294,23 +301,27 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
     ("overrides", "sentence"),
     [
         (
-            ["ppo.prompts_per_step=66", "ppo.minibatches=4", "data.lanes=2"],
+            ["ppo.prompts_per_step=66", "ppo.minibatches=4", "data.shards=2"],
             "ppo.prompts_per_step (66) does not divide into ppo.minibatches (4). "
             "Use a multiple, such as 64.",
         ),
         (
             ["train.workers=2..17"],
-            "train.workers (2..17) are more than data.lanes (16), and each holds at least one "
-            "lane. Ask for fewer workers, or raise data.lanes.",
+            "train.workers (2..17) is more than data.shards (16), and each worker holds at least one "
+            "shard. Ask for fewer workers, or raise data.shards.",
         ),
         (
             ["ppo.prompts_per_step=24"],
-            "ppo.prompts_per_step (24) is no multiple of data.lanes (16), so workers would get "
-            "unequal shares. Set data.lanes to a divisor of 24.",
+            "ppo.prompts_per_step (24) is not a multiple of data.shards (16), so workers would get "
+            "unequal shares. Set data.shards to a divisor of 24.",
         ),
         (
-            ["sampling.budget_min=50"],
-            "sampling.budget_max (48) is less than sampling.budget_min (50)",
+            ["sampling.max_new_tokens=50..48"],
+            "sampling.max_new_tokens is '50..48'; expected a whole number of at least 1, or a range",
+        ),
+        (
+            ["sampling.min_new_tokens=20", "sampling.max_new_tokens=20..30"],
+            "sampling.min_new_tokens is 20; expected less than sampling.max_new_tokens (20..30).",
         ),
         (
             ["data.max_chars=100"],
@@ -325,7 +336,7 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
             ["reward.terms=[{function: a.f}, {function: b.f}]"],
             "reward.terms names f, f: two terms share a name. Wrap one of them.",
         ),
-        (["reward.terms=[{function: f}]"], "'f' is no import path; write module.function"),
+        (["reward.terms=[{function: f}]"], "'f' is not an import path; write module.function"),
     ],
 )
 def test_contradictory_values_are_refused_with_both_and_a_way_out(overrides, sentence):
@@ -359,7 +370,7 @@ def test_a_run_survives_being_written_as_plain_values(name):
             "learning_rate": st.floats(0, 1),
             "kl_coef": st.floats(0, 10),
             "gamma": st.floats(0, 1),
-            "stop_update_kl": st.none() | st.floats(1e-6, 10),
+            "target_kl": st.none() | st.floats(1e-6, 10),
             "epochs": st.integers(1, 9),
             "kl_controller": st.sampled_from(["fixed", "adaptive"]),
         },
@@ -367,33 +378,63 @@ def test_a_run_survives_being_written_as_plain_values(name):
     st.integers(0, 2**63 - 1),
 )
 def test_any_settings_survive_being_written_as_plain_values(ppo, seed):
-    config = build(RunConfig, {"ppo": ppo, "seed": seed})
+    config = config_from_dict({"ppo": ppo, "seed": seed})
 
     assert config_from_dict(config.to_dict()) == config
 
 
 def test_a_run_cannot_be_changed_once_described():
     for section in (RunConfig, RewardTerm, *SECTIONS):
-        assert section.__dataclass_params__.frozen
+        assert section.model_config["frozen"]
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().seed = 1
 
 
 def test_the_minibatch_size_follows_from_what_is_set():
     assert PPOConfig(prompts_per_step=64, minibatches=4).minibatch_size == 16
 
 
-def test_every_setting_has_a_sentence_under_it():
-    tree = ast.parse(Path(config_module.__file__).read_text())
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    bare = []
-    for node in classes:
-        for this, following in zip(node.body, [*node.body[1:], None], strict=True):
-            # The sections of a run are described by their own classes.
-            section = ast.unparse(getattr(this, "annotation", this)).endswith("Config")
-            if isinstance(this, ast.AnnAssign) and not section:
-                told = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                if not (told and str(following.value.value).endswith(".")):
-                    bare.append(f"{node.name}.{ast.unparse(this.target)}")
+def test_every_setting_has_a_sentence_and_belongs_to_a_described_section():
+    bare = [
+        f"{section.__name__}.{name}"
+        for section in (RunConfig, RewardTerm, *SECTIONS)
+        for name, field in section.model_fields.items()
+        if field.annotation not in SECTIONS and not (field.description or "").endswith(".")
+    ]
 
     assert bare == []
-    assert len(classes) > len(SECTIONS) == len({section.__name__ for section in SECTIONS})
+    assert all((section.__doc__ or "").endswith(".") for section in SECTIONS)
+    assert len(SECTIONS) == 10
     assert DataConfig in SECTIONS
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_name_is_refused_with_the_new_one(old, new):
+    assert refused(f"{old}=1") == f"Unknown setting {old!r}; did you mean {new!r}?"
+    section, _, name = new.partition(".")
+    assert name in RunConfig.model_fields[section].annotation.model_fields
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("reward.cpus_per_actor", "serving.cpus_per_actor"),
+        ("reward.batch_wait_ms", "serving.batch_wait_ms"),
+        ("train.cpus_per_worker", "cluster.cpus_per_worker"),
+        ("train.max_failures", "cluster.max_failures"),
+    ],
+)
+def test_a_setting_that_moved_is_refused_with_its_section(old, new):
+    assert refused(f"{old}=1") == f"Unknown setting {old!r}; did you mean {new!r}?"
+
+
+def test_the_schema_for_editors_has_every_setting_with_its_description_and_range():
+    schema = RunConfig.model_json_schema()
+
+    for name in RunConfig.model_fields:
+        assert name in schema["properties"]
+    ppo = schema["$defs"]["PPOConfig"]
+    assert ppo["properties"]["clip_range"]["exclusiveMinimum"] == 0
+    assert ppo["properties"]["kl_in"]["enum"] == ["reward", "loss"]
+    assert "KL coefficient" in ppo["properties"]["kl_coef"]["description"]
+    assert ppo["additionalProperties"] is False

@@ -128,7 +128,7 @@ def test_a_cluster_with_another_ray(refused, head):
 
 
 def test_a_cluster_like_this_one_is_let_through(head):
-    connect._knock(
+    connect._probe_gcs(
         head(lambda context: gcs_service_pb2.CheckAliveReply(ray_version=ray.__version__))
     )
 

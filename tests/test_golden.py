@@ -75,7 +75,7 @@ def make_golden_policy(tmp_path_factory):
                 lora_dropout=lora["lora_dropout"],
                 lora_targets=tuple(lora["target_modules"]),
             ),
-            SamplingConfig(budget_min=16, budget_max=16),
+            SamplingConfig(max_new_tokens=16),
             seed=0,
         )
         weights = dict(policy.named_parameters())
@@ -187,13 +187,13 @@ def losses(policy, case, rows):
     targets = PRE | {"ppo_config": case["ppo_config"]}
     _, _, whitened, returns = advantages(targets)
     new_logprobs, new_values = score(policy, rows.tolist())
-    policy_loss, held_back = ppo.policy_loss(
+    policy_loss, clipped = ppo.policy_loss(
         new_logprobs, PRE["logprobs"][rows], whitened[rows], mask, config["cliprange"]
     )
     value = (new_values, PRE["values"][rows], returns[rows], mask)
     value_loss = ppo.value_loss(*value, config["cliprange_value"])
     value_held_back = value_loss > ppo.value_loss(*value, float("inf"))
-    return policy_loss, value_loss, held_back, value_held_back, new_logprobs
+    return policy_loss, value_loss, clipped, value_held_back, new_logprobs
 
 
 @pytest.mark.parametrize("name", ["default", "epochs3", "accum2"])
@@ -221,14 +221,14 @@ def test_every_minibatch_and_the_trained_weights_are_trls(make_golden_policy, na
     measured = []
     for index, rows in enumerate(minibatches(case)):
         mask = MASK[rows]
-        policy_loss, value_loss, held_back, value_held_back, new = losses(policy, case, rows)
+        policy_loss, value_loss, clipped, value_held_back, new = losses(policy, case, rows)
         loss = (policy_loss + config["vf_coef"] * value_loss).sum() / mask.sum()
         (loss / every).backward()
         if index % every == every - 1:
             optimiser.step()
             optimiser.zero_grad()
         approx_kl = ppo.kl_k2(new, PRE["logprobs"][rows])
-        figures = (policy_loss, value_loss, held_back.float(), value_held_back.float(), approx_kl)
+        figures = (policy_loss, value_loss, clipped.float(), value_held_back.float(), approx_kl)
         measured.append([float(x.detach()[mask].mean()) for x in figures])
 
     names = ("policy_loss", "value_loss", "pg_clipfrac", "vf_clipfrac", "approxkl")

@@ -221,7 +221,7 @@ def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):
         {"CPU": bundle.cpus, "GPU": bundle.gpus} for bundle in (need.worker, need.actor)
     )
 
-    assert (config.train.least_workers, config.reward.most_actors) == (2, 8)
+    assert (config.train.min_workers, config.reward.max_actors) == (2, 8)
     assert launches([(2, worker), (8, actor)]) == {"train-gpu": 2, "reward-gpu-spot": 2}
     assert launches([(9, worker), (99, actor)]) == {"train-gpu": 4, "reward-gpu-spot": 4}
     assert launches([]) == {}
@@ -358,8 +358,8 @@ def test_the_entrypoint_is_a_run_that_can_be_tried_again(job, aws):
     assert job["spec"]["backoffLimit"] == 2
     # No worker would fit on a reward node, and no pod is waited for longer than it is given.
     smallest = aws["available_node_types"]["reward_gpu_spot"]["resources"]["CPU"]
-    assert config.train.cpus_per_worker > smallest
-    assert config.cluster.patience_s >= 900
+    assert config.cluster.cpus_per_worker > smallest
+    assert config.cluster.capacity_timeout_s >= 900
 
 
 def test_the_job_and_every_pod_have_the_environment_that_a_run_needs(job):
@@ -429,7 +429,7 @@ def test_every_number_is_explained(job):
     assert len(numbers) > 20
     for i in numbers:
         assert " # " in lines[i] or lines[i - 1].lstrip().startswith("# "), lines[i]
-    all_day = 24 * an_hour(**tool["most_workers"](cluster))
+    all_day = 24 * an_hour(**tool["max_workers"](cluster))
     assert f"that is ${all_day:.0f}," in text
     assert job["spec"]["activeDeadlineSeconds"] == 24 * 3600
     assert f"${an_hour(train_gpu=1) - an_hour():.2f} an hour each" in text

@@ -93,7 +93,7 @@ def test_the_first_ratio_is_one_whatever_the_learning_rate(
 
 
 def test_an_answer_of_one_token_is_learned_from(make_policy, make_rollout):
-    policy = make_policy({"budget_min": 1, "budget_max": 1})
+    policy = make_policy({"max_new_tokens": 1})
     rollout, before = make_rollout(policy, ROWS), weights(policy)
 
     learn(policy, settings(), rollout, updates=1)
@@ -234,7 +234,7 @@ def gloo_worker(rank, folder, model):
         mine = rollout.select(torch.arange(rank * share, (rank + 1) * share))
         policy = load_policy(
             PolicyConfig(model=model, dtype="float32", lora_rank=4, lora_alpha=8),
-            SamplingConfig(budget_min=12, budget_max=12, min_new_tokens=least),
+            SamplingConfig(max_new_tokens=12, min_new_tokens=least),
             seed=0,
         )
         start = load_file(f"{folder}/{name}-start.safetensors")
@@ -375,7 +375,7 @@ def test_an_update_that_moved_too_far_ends_before_its_next_step(make_policy, mak
     stopped, once, free = make_policy(), make_policy(), make_policy()
     config = {"learning_rate": 0.1, "minibatches": 1}
 
-    update = learn(stopped, settings(**config, epochs=4, stop_update_kl=1e-3), rollout, updates=1)
+    update = learn(stopped, settings(**config, epochs=4, target_kl=1e-3), rollout, updates=1)
     learn(once, settings(**config, epochs=1), rollout, updates=1)
     full = learn(free, settings(**config, epochs=4), rollout, updates=1)
 
@@ -390,7 +390,7 @@ def test_an_update_whose_first_minibatch_is_too_far_takes_no_step(make_policy, m
     elsewhere = torch.where(rollout.response_mask, rollout.logprobs - 1, 0.0)
     far = dataclasses.replace(rollout, logprobs=elsewhere)
 
-    update = learn(policy, settings(stop_update_kl=0.1), far, updates=1)
+    update = learn(policy, settings(target_kl=0.1), far, updates=1)
 
     assert update.minibatches == 0
     assert update.approx_kl > 0.1
@@ -474,7 +474,7 @@ def test_only_the_adaptive_controller_moves_the_price(make_policy):
     policy = make_policy()
     fixed = Learner(policy, settings(kl_coef=0.2), seed=0)
     adaptive = Learner(
-        policy, settings(kl_coef=0.2, kl_controller="adaptive", kl_horizon=80), seed=0
+        policy, settings(kl_coef=0.2, kl_controller="adaptive", adaptive_kl_horizon=80), seed=0
     )
 
     fixed.adapt_kl_coef(60.0)

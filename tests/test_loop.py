@@ -20,7 +20,7 @@ from ray_detox.config import (
     SamplingConfig,
     TrainConfig,
 )
-from ray_detox.data.shards import Lanes
+from ray_detox.data.shards import PromptShards
 from ray_detox.models.loading import load_policy
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
@@ -70,11 +70,11 @@ def length(completions, **_):
 def config(tiny_t5, tiny_roberta):
     """Five steps of eight prompts, with dropout in every config that has a place for it."""
     return RunConfig(
-        data=DataConfig(lanes=LANES),
+        data=DataConfig(shards=LANES),
         policy=PolicyConfig(
             model=str(tiny_t5), dtype="float32", lora_rank=4, lora_alpha=8, lora_dropout=0.5
         ),
-        sampling=SamplingConfig(budget_min=6, budget_max=8, min_new_tokens=2, batch_size=4),
+        sampling=SamplingConfig(max_new_tokens="6..8", min_new_tokens=2, batch_size=4),
         reward=RewardConfig(
             model=str(tiny_roberta),
             terms=(RewardTerm(function=f"{__name__}.length", weight=0.1),),
@@ -85,7 +85,7 @@ def config(tiny_t5, tiny_roberta):
             epochs=2,
             learning_rate=3e-3,
             kl_controller="adaptive",
-            kl_horizon=50,
+            adaptive_kl_horizon=50,
         ),
         train=TrainConfig(steps=5, workers=1, checkpoint_every=2),
     )
@@ -98,7 +98,7 @@ def reward(config):
 
 @pytest.fixture(scope="module")
 def rows(make_prompts):
-    """The rows of each lane: 22 prompts in 4 lanes."""
+    """The rows of each shard: 22 prompts in 4 shards."""
     batch = make_prompts(22)
     prepared = [
         {
@@ -109,7 +109,7 @@ def rows(make_prompts):
         }
         for n in range(22)
     ]
-    return {lane: prepared[lane::LANES] for lane in range(LANES)}
+    return {shard: prepared[shard::LANES] for shard in range(LANES)}
 
 
 @pytest.fixture
@@ -117,14 +117,16 @@ def go(config, reward, rows, tokenizer):
     """`go(runtime)`: train a policy that was loaded anew; return how it ended."""
 
     def run(runtime, policy=None, **changes):
-        settings = dataclasses.replace(config, **changes)
+        settings = config.replace(**changes)
         policy = policy or load_policy(settings.policy, settings.sampling, settings.seed)
-        return train(settings, runtime, policy, tokenizer, reward, Lanes(settings, rows, pad_id=0))
+        return train(
+            settings, runtime, policy, tokenizer, reward, PromptShards(settings, rows, pad_id=0)
+        )
 
     return run
 
 
-def figures(runtime):
+def metrics_of(runtime):
     """The logged figures by step, without the clock's."""
     return {
         stats.step: {k: v for k, v in dataclasses.asdict(stats).items() if k not in CLOCK}
@@ -160,7 +162,9 @@ def uninterrupted(config, reward, rows, tokenizer, tmp_path_factory):
     """A run of five steps."""
     runtime = LocalRuntime(tmp_path_factory.mktemp("uninterrupted"))
     policy = load_policy(config.policy, config.sampling, config.seed)
-    outcome = train(config, runtime, policy, tokenizer, reward, Lanes(config, rows, pad_id=0))
+    outcome = train(
+        config, runtime, policy, tokenizer, reward, PromptShards(config, rows, pad_id=0)
+    )
     assert outcome == Outcome(step=5, stopped=False)
     return runtime
 
@@ -207,7 +211,7 @@ def test_training_moves_what_it_rewards(go, tmp_path):
     go(
         runtime,
         reward=RewardConfig(terms=(longer,)),
-        sampling=SamplingConfig(budget_min=8, budget_max=8, batch_size=32),
+        sampling=SamplingConfig(max_new_tokens=8, batch_size=32),
         ppo=PPOConfig(prompts_per_step=32, minibatches=2, learning_rate=1e-2, kl_coef=0.0),
         train=TrainConfig(steps=8, workers=1, checkpoint_every=8),
     )
@@ -230,9 +234,9 @@ def test_a_run_that_died_goes_on_bit_for_bit_as_if_it_had_not(go, uninterrupted,
     assert outcome == Outcome(step=5, stopped=False)
     # The checkpoint of a step comes after its log: the newest is of the last even step before.
     assert [stats.step for stats in resumed.logged] == list(range((at - 1) // 2 * 2 + 1, 6))
-    expected = figures(uninterrupted)
+    expected = metrics_of(uninterrupted)
     for runtime in (died, resumed):
-        for step, found in figures(runtime).items():
+        for step, found in metrics_of(runtime).items():
             assert found == expected[step]
     assert_same_end(resumed, uninterrupted)
 
@@ -246,7 +250,7 @@ def test_a_run_that_was_asked_to_stop_keeps_its_step_and_goes_on(go, uninterrupt
     assert {2, 3} <= set(kept(stops))
     resumed = LocalRuntime(tmp_path)
     assert go(resumed) == Outcome(step=5, stopped=False)
-    assert figures(resumed) == {s: figures(uninterrupted)[s] for s in (4, 5)}
+    assert metrics_of(resumed) == {s: metrics_of(uninterrupted)[s] for s in (4, 5)}
     assert_same_end(resumed, uninterrupted)
 
 
@@ -317,7 +321,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_version_that_wrote_i
 def test_a_policy_that_does_not_start_at_its_reference_is_refused(
     go, config, make_policy, tmp_path
 ):
-    moved = make_policy(sampling=dataclasses.asdict(config.sampling))
+    moved = make_policy(sampling=config.sampling.model_dump())
     runtime = LocalRuntime(tmp_path)
 
     with pytest.raises(RuntimeError, match=r"the policy differs from its reference by [\d.]+ nats"):
@@ -345,7 +349,7 @@ def test_a_run_that_starts_from_an_adapter_starts_at_its_reference(
     go(
         runtime,
         policy=load_policy(
-            dataclasses.replace(config.policy, adapter=str(tmp_path / "start")),
+            config.policy.replace(adapter=str(tmp_path / "start")),
             config.sampling,
             config.seed,
         ),
@@ -362,8 +366,8 @@ def test_a_score_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
     class Breaks:
         calls = 0
 
-        def submit(self, *batch):
-            pending = reward.submit(*batch)
+        def submit(self, request):
+            pending = reward.submit(request)
             self.calls += 1
             if self.calls > 6:  # two chunks a step: the fourth step
                 pending.result().rewards[0] = float("nan")
@@ -373,7 +377,7 @@ def test_a_score_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
     policy = load_policy(config.policy, config.sampling, config.seed)
 
     with pytest.raises(NonFiniteError, match="in step 4"):
-        train(config, runtime, policy, tokenizer, Breaks(), Lanes(config, rows, pad_id=0))
+        train(config, runtime, policy, tokenizer, Breaks(), PromptShards(config, rows, pad_id=0))
 
     assert runtime.store.newest().step == 2
     assert [stats.step for stats in runtime.logged] == [1, 2, 3]
@@ -395,13 +399,13 @@ def test_two_workers_make_the_run_of_one_also_with_unequal_shares(
         runtimes[rank].rank = 0  # so that each logs; a worker of many would leave it to the first
         runtimes[rank].sum_over_workers = total
         mine = range(first) if rank == 0 else range(first, LANES)
-        lanes = Lanes(config, {lane: rows[lane] for lane in mine}, pad_id=0)
-        return train(config, runtimes[rank], policies[rank], tokenizer, rewards[rank], lanes)
+        shards = PromptShards(config, {shard: rows[shard] for shard in mine}, pad_id=0)
+        return train(config, runtimes[rank], policies[rank], tokenizer, rewards[rank], shards)
 
     assert two_workers(work) == [Outcome(step=5, stopped=False)] * 2
-    alone = figures(uninterrupted)
+    alone = metrics_of(uninterrupted)
     for runtime in runtimes:
-        for step, found in figures(runtime).items():
+        for step, found in metrics_of(runtime).items():
             terms = found.pop("terms")
             assert terms == pytest.approx(alone[step]["terms"], rel=1e-3)
             rest = {k: v for k, v in alone[step].items() if k != "terms"}

@@ -87,7 +87,7 @@ def test_storage_that_cannot_be_read_is_a_sentence_for_who_takes_up_a_run(tmp_pa
     (tmp_path / "kept/first").write_text("in the way")
 
     with pytest.raises(ConfigError, match=r"^train.storage: .*first cannot be read"):
-        resume.adopt(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
+        resume.resume_from_storage(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
 
 
 def test_every_run_keeps_its_checkpoints_apart(tmp_path):

@@ -18,7 +18,7 @@ EOS = 1
 
 def answer(policy, batch, budgets=None, uniforms=None, step=0):
     """Sample one answer per prompt, with the draws that a run would use."""
-    drawn, numbers = draws.draw(batch.ids, policy.sampling, seed=0, step=step)
+    drawn, numbers = draws.sampling_noise(batch.ids, policy.sampling, seed=0, step=step)
     budgets = torch.from_numpy(drawn) if budgets is None else budgets
     uniforms = torch.from_numpy(numbers).float() if uniforms is None else uniforms
     return policy.sample(batch.query_ids, batch.query_mask, budgets, uniforms)
@@ -48,7 +48,13 @@ def logits(model, batch):
 
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"temperature": 0.7}, {"temperature": 1.9}, {"min_new_tokens": 5}, {"budget_min": 1}],
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.9},
+        {"min_new_tokens": 5},
+        {"max_new_tokens": "1..12"},
+    ],
     ids=["plain", "cold", "hot", "min-new-tokens", "budgets"],
 )
 def test_sampled_logprobs_and_values_equal_teacher_forced_ones(make_policy, make_prompts, sampling):
@@ -580,7 +586,7 @@ def test_other_encoder_decoders_score_their_samples_as_they_drew_them(
     base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **settings))
     config = PolicyConfig(lora_rank=4, lora_targets=targets, frozen_encoder=frozen_encoder)
     model = get_peft_model(base, lora_config(config))
-    policy = Policy(model, SamplingConfig(budget_min=12, budget_max=12), frozen_encoder)
+    policy = Policy(model, SamplingConfig(max_new_tokens=12), frozen_encoder)
     for parameter in policy.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)
     query_mask = torch.arange(9) < torch.tensor([9, 4, 7, 3])[:, None]

@@ -409,7 +409,7 @@ def test_workers_explain_the_variance_of_one_with_all_rows(two_workers):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "held_back"),
+    ("ratio", "advantage", "loss", "clipped"),
     [
         (1.5, +1.0, -1.2, True),  # a good token, already likelier: stops paying at 1 + clip_range
         (0.5, +1.0, -0.5, False),  # a good token, made rarer: free to come back
@@ -417,7 +417,7 @@ def test_workers_explain_the_variance_of_one_with_all_rows(two_workers):
         (1.5, -1.0, +1.5, False),  # a bad token, made likelier: pays in full
     ],
 )
-def test_the_clip_only_holds_back_moves_that_already_paid(ratio, advantage, loss, held_back):
+def test_the_clip_only_holds_back_moves_that_already_paid(ratio, advantage, loss, clipped):
     new = torch.full((1, 1), ratio).log().requires_grad_()
     mask = torch.ones(1, 1, dtype=torch.bool)
 
@@ -425,8 +425,8 @@ def test_the_clip_only_holds_back_moves_that_already_paid(ratio, advantage, loss
     actual.sum().backward()
 
     assert_close(actual.detach(), tensor([[loss]]))
-    assert held.item() == held_back
-    assert_close(new.grad, tensor([[0.0 if held_back else -ratio * advantage]]))
+    assert held.item() == clipped
+    assert_close(new.grad, tensor([[0.0 if clipped else -ratio * advantage]]))
 
 
 @given(responses(), st.floats(0.01, 0.9))
@@ -434,12 +434,12 @@ def test_the_first_ratio_is_one_and_clips_nothing(batch, clip_range):
     mask, logprobs, advantages = batch
     new = logprobs.clone().requires_grad_()
 
-    loss, held_back = ppo.policy_loss(new, logprobs, advantages, mask, clip_range)
+    loss, clipped = ppo.policy_loss(new, logprobs, advantages, mask, clip_range)
     loss.sum().backward()
 
     assert_close(loss.detach(), torch.where(mask, -advantages, 0.0))
     assert_close(new.grad, torch.where(mask, -advantages, 0.0))
-    assert not held_back.any()
+    assert not clipped.any()
 
 
 @given(responses(3), st.integers(0, 3), junk)
@@ -450,13 +450,13 @@ def test_padding_changes_no_policy_loss_and_gets_a_zero_gradient(batch, extra, v
     clean, padded = new.clone().requires_grad_(), dirty(new).requires_grad_()
     wide = widen(mask, extra, False)
 
-    loss, held_back = ppo.policy_loss(clean, old, advantages, mask, 0.2)
+    loss, clipped = ppo.policy_loss(clean, old, advantages, mask, 0.2)
     dirty_loss, dirty_held = ppo.policy_loss(padded, dirty(old), dirty(advantages), wide, 0.2)
     loss.sum().backward()
     dirty_loss.sum().backward()
 
     assert_close(dirty_loss[:, :width], loss)
-    assert torch.equal(dirty_held[:, :width], held_back)
+    assert torch.equal(dirty_held[:, :width], clipped)
     assert_close(padded.grad[:, :width], clean.grad)
     for padding in (dirty_loss, dirty_held, padded.grad):
         assert not padding[~wide].any()
@@ -466,11 +466,11 @@ def test_padding_changes_no_policy_loss_and_gets_a_zero_gradient(batch, extra, v
 def test_the_clipped_loss_is_never_below_the_free_one(batch, clip_range):
     mask, new, old, advantages = batch
 
-    loss, held_back = ppo.policy_loss(new, old, advantages, mask, clip_range)
+    loss, clipped = ppo.policy_loss(new, old, advantages, mask, clip_range)
 
     free = torch.where(mask, -torch.exp(new - old) * advantages, 0.0)
     assert (loss >= free).all()
-    assert_close(loss[~held_back], free[~held_back])
+    assert_close(loss[~clipped], free[~clipped])
 
 
 # ---- the value head's loss ---------------------------------------------------------------------

@@ -156,13 +156,13 @@ def test_the_held_out_rows_are_rounded_up_as_elsewhere(rows, fraction, held_out)
 
 # ---- draws -------------------------------------------------------------------------------------
 
-SAMPLING = SamplingConfig(budget_min=3, budget_max=9)
+SAMPLING = SamplingConfig(max_new_tokens="3..9")
 
 
 def test_budgets_and_uniforms_are_in_their_ranges():
     many = [prompts.prompt_id(str(n)) for n in range(500)]
 
-    budgets, uniforms = draws.draw(many, SAMPLING, seed=0, step=0)
+    budgets, uniforms = draws.sampling_noise(many, SAMPLING, seed=0, step=0)
 
     assert set(budgets.tolist()) == set(range(3, 10)), "both ends included"
     assert uniforms.shape == (500, 9)
@@ -173,10 +173,12 @@ def test_budgets_and_uniforms_are_in_their_ranges():
 
 @given(st.permutations(range(4)), st.integers(1, 4))
 def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_company(order, count):
-    budgets, uniforms = draws.draw(IDS, SAMPLING, seed=5, step=2)
+    budgets, uniforms = draws.sampling_noise(IDS, SAMPLING, seed=5, step=2)
     chosen = order[:count]
 
-    some_budgets, some_uniforms = draws.draw([IDS[i] for i in chosen], SAMPLING, seed=5, step=2)
+    some_budgets, some_uniforms = draws.sampling_noise(
+        [IDS[i] for i in chosen], SAMPLING, seed=5, step=2
+    )
 
     np.testing.assert_array_equal(some_budgets, budgets[chosen])
     np.testing.assert_array_equal(some_uniforms, uniforms[chosen])
@@ -184,7 +186,7 @@ def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_company(order, count)
 
 def test_seed_step_and_prompt_each_change_the_draw():
     draws = [
-        draws.draw([name], SAMPLING, seed, step)[1].tobytes()
+        draws.sampling_noise([name], SAMPLING, seed, step)[1].tobytes()
         for name in IDS
         for seed in (0, 1)
         for step in (draws.EVALUATION, 0, 1)
@@ -195,9 +197,9 @@ def test_seed_step_and_prompt_each_change_the_draw():
 
 def test_nothing_drawn_depends_on_the_global_generator():
     np.random.seed(0)
-    first = draws.draw(IDS, SAMPLING, 0, 0)
+    first = draws.sampling_noise(IDS, SAMPLING, 0, 0)
     np.random.seed(1)
-    second = draws.draw(IDS, SAMPLING, 0, 0)
+    second = draws.sampling_noise(IDS, SAMPLING, 0, 0)
 
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
@@ -212,7 +214,7 @@ def test_nothing_drawn_depends_on_the_global_generator():
 def test_every_run_of_rows_is_dealt_one_to_each_minibatch(seed, step, epoch, blocks, minibatches):
     rows = blocks * minibatches
 
-    deal = draws.minibatch_of_rows(seed, step, epoch, rows, minibatches)
+    deal = draws.minibatch_assignment(seed, step, epoch, rows, minibatches)
 
     assert deal.shape == (rows,)
     for block in deal.reshape(blocks, minibatches):
@@ -221,7 +223,7 @@ def test_every_run_of_rows_is_dealt_one_to_each_minibatch(seed, step, epoch, blo
 
 def test_seed_step_and_epoch_each_change_the_deal():
     deals = [
-        draws.minibatch_of_rows(seed, step, epoch, 64, 4).tobytes()
+        draws.minibatch_assignment(seed, step, epoch, 64, 4).tobytes()
         for seed in (0, 1)
         for step in (0, 1)
         for epoch in (0, 1)
@@ -230,15 +232,17 @@ def test_seed_step_and_epoch_each_change_the_deal():
     assert len(set(deals)) == len(deals)
 
 
-# ---- lanes -------------------------------------------------------------------------------------
+# ---- shards -------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 99), st.integers(0, 15), st.integers(1, 13), st.integers(1, 7))
-def test_every_row_of_a_lane_comes_exactly_once_per_epoch(seed, lane, rows, per_step):
+def test_every_row_of_a_shard_comes_exactly_once_per_epoch(seed, shard, rows, per_step):
     steps = -(-3 * rows // per_step)  # three epochs and a little more
 
     stream = [
-        pair for step in range(steps) for pair in draws.lane_rows(seed, step, lane, rows, per_step)
+        pair
+        for step in range(steps)
+        for pair in draws.shard_rows(seed, step, shard, rows, per_step)
     ]
 
     assert [epoch for epoch, _ in stream] == [place // rows for place in range(len(stream))]
@@ -248,17 +252,19 @@ def test_every_row_of_a_lane_comes_exactly_once_per_epoch(seed, lane, rows, per_
 
 @given(st.integers(0, 40), st.integers(1, 13), st.integers(1, 7))
 def test_the_rows_of_a_step_need_only_the_step(step, rows, per_step):
-    before = [draws.lane_rows(3, earlier, 2, rows, per_step) for earlier in range(step + 1)]
+    before = [draws.shard_rows(3, earlier, 2, rows, per_step) for earlier in range(step + 1)]
 
-    assert draws.lane_rows(3, step, 2, rows, per_step) == before[-1]
+    assert draws.shard_rows(3, step, 2, rows, per_step) == before[-1]
     assert len(before[-1]) == per_step
 
 
-def test_seed_epoch_and_lane_each_change_the_order():
-    order = lambda seed, step, lane: [row for _, row in draws.lane_rows(seed, step, lane, 30, 30)]
+def test_seed_epoch_and_shard_each_change_the_order():
+    order = lambda seed, step, shard: [
+        row for _, row in draws.shard_rows(seed, step, shard, 30, 30)
+    ]
 
     orders = [
-        tuple(order(seed, step, lane)) for seed in (0, 1) for step in (0, 1) for lane in (0, 1)
+        tuple(order(seed, step, shard)) for seed in (0, 1) for step in (0, 1) for shard in (0, 1)
     ]
 
     assert len(set(orders)) == len(orders)

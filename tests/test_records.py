@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from ray_detox.data.shards import pad_rows
-from ray_detox.records import PromptBatch, Rollout, Sample, Scores, Targets
+from ray_detox.records import Generation, PromptBatch, Rollout, Scores, Targets
 
 
 def rollout(rows=2, queries=3, responses=4, **changes):
@@ -184,7 +184,7 @@ def test_scores_put_in_another_order_and_back_are_the_same(order):
     assert back.terms["term"].tolist() == whole.terms["term"].tolist()
 
 
-@pytest.mark.parametrize("record", [PromptBatch, Rollout, Targets, Scores, Sample])
+@pytest.mark.parametrize("record", [PromptBatch, Rollout, Targets, Scores, Generation])
 def test_a_record_is_complete_when_made_and_stays_so(record):
     assert record.__dataclass_params__.frozen
     for field in dataclasses.fields(record):

@@ -7,6 +7,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ray_detox.config import ConfigError, RewardConfig, RewardTerm
 from ray_detox.models.classifier import Classifier, label_index, longest_input
+from ray_detox.records import ScoreRequest
 from ray_detox.rewards.reward import Reward, load_reward_function
 
 TEXTS = ["you are kind", "you fool", "", "what a long and winding text this is, my friend", "ü?"]
@@ -18,7 +19,7 @@ def classifier(folder, **changes):
 
 def call(reward, responses, prompts=None, columns=None):
     prompts = ["a prompt: "] * len(responses) if prompts is None else prompts
-    return reward(prompts, responses, [[5, 1]] * len(responses), columns or {})
+    return reward(ScoreRequest(prompts, responses, [[5, 1]] * len(responses), columns or {}))
 
 
 # ---- reward functions that the tests' configs name ---------------------------------------------
@@ -169,7 +170,7 @@ def test_roberta_wastes_the_positions_up_to_its_padding(settings, expected):
 
 def test_the_classifier_reads_the_response_alone_unless_told_otherwise(tiny_roberta):
     alone = Reward(RewardConfig(model=str(tiny_roberta)))
-    both = Reward(RewardConfig(model=str(tiny_roberta), reads="prompt+response"))
+    both = Reward(RewardConfig(model=str(tiny_roberta), input="prompt+response"))
 
     assert call(alone, ["yes"], ["one"]).logits == call(alone, ["yes"], ["two"]).logits
     assert call(both, ["yes"], ["one"]).logits != call(both, ["yes"], ["two"]).logits
@@ -183,7 +184,7 @@ def test_without_terms_the_reward_is_the_logit(tiny_roberta):
 
     np.testing.assert_array_equal(scores.rewards, scores.logits)
     assert scores.terms == {}
-    now = reward.submit(["p"] * 5, TEXTS, [[1]] * 5, {}).result()
+    now = reward.submit(ScoreRequest(["p"] * 5, TEXTS, [[1]] * 5, {})).result()
     np.testing.assert_array_equal(now.rewards, scores.rewards)
 
 
@@ -212,7 +213,7 @@ def test_a_reward_function_of_trl_works_unchanged(tiny_roberta):
     )
 
     # It counts token ids: four different ones, and one distinct pair of four.
-    scores = reward(["p", "q"], ["one", "two"], [[1, 2, 3, 4], [5, 5, 5, 5, 5]], {})
+    scores = reward(ScoreRequest(["p", "q"], ["one", "two"], [[1, 2, 3, 4], [5, 5, 5, 5, 5]], {}))
 
     penalties = scores.terms["get_repetition_penalty_reward"]
     assert penalties.tolist() == [0.0, -0.75]
@@ -228,7 +229,8 @@ def test_a_term_with_arguments_is_called_with_them_first(tiny_roberta):
 def test_a_term_is_given_the_keywords_of_trls_trainers(tiny_roberta):
     reward = with_term(tiny_roberta, "told")
 
-    reward(["p", "q"], ["a", "b"], [[3, 1], [4, 1]], {"summary": ["s", "t"], "topic": ["u", "v"]})
+    columns = {"summary": ["s", "t"], "topic": ["u", "v"]}
+    reward(ScoreRequest(["p", "q"], ["a", "b"], [[3, 1], [4, 1]], columns))
 
     assert told.seen == {
         "prompts": ["p", "q"],

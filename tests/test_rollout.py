@@ -65,7 +65,7 @@ def run(policy, tokenizer, batch, scorer=None, chunk_size=4, step=0):
 
 @pytest.fixture(scope="module")
 def policy(make_policy):
-    return make_policy({"budget_min": 3})
+    return make_policy({"max_new_tokens": "3..12"})
 
 
 def test_the_prompts_keep_their_order(policy, tokenizer, make_prompts):
@@ -135,7 +135,7 @@ def test_the_chunk_size_changes_nothing(policy, tokenizer, make_prompts, chunk_s
 
 def test_a_rollout_is_what_the_policy_says_when_called_directly(policy, tokenizer, make_prompts):
     batch = make_prompts(6)
-    budgets, uniforms = draws.draw(batch.ids, policy.sampling, seed=0, step=3)
+    budgets, uniforms = draws.sampling_noise(batch.ids, policy.sampling, seed=0, step=3)
     pair = (batch.query_ids, batch.query_mask)
     sample = policy.sample(*pair, torch.from_numpy(budgets), torch.from_numpy(uniforms).float())
     direct = {

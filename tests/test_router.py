@@ -1,17 +1,16 @@
 """The rules of routing, with actors that do as they are told: what is sent where, and when again."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_detox.config import RewardConfig
-from ray_detox.records import RewardError, Scores
-from ray_detox.rewards.router import COOL_S, IN_FLIGHT, PONG_S, Batch, Listing, Router
+from ray_detox.config import RewardConfig, ServingConfig
+from ray_detox.records import RewardError, ScoreRequest, Scores
+from ray_detox.rewards.router import COOL_S, IN_FLIGHT, PONG_S, ActorInfo, Batch, Router
 
-CONFIG = RewardConfig(batch_size=2, deadline_s=100.0, silence_s=10.0)
+REWARD = RewardConfig(batch_size=2)
+CONFIG = ServingConfig(timeout_s=100.0, heartbeat_timeout_s=10.0)
 
 
 class World:
@@ -27,18 +26,19 @@ class World:
 
     def list(self, actors, **down):
         names = [f"actor {i}" for i in range(actors)]
-        self.router.refresh([Listing(n, "node a", None, down.get(n[-1])) for n in names])
+        self.router.refresh([ActorInfo(n, "node a", None, down.get(n[-1])) for n in names])
 
     def submit(self, *responses):
         n = len(responses)
-        batch = Batch(self.config, ["p"] * n, responses, [[1]] * n, {"at": list(range(n))})
+        request = ScoreRequest(["p"] * n, responses, [[1]] * n, {"at": list(range(n))})
+        batch = Batch(REWARD, self.config, request)
         self.router.submit(batch)
         return batch
 
     def answer(self, call, load=0):
         """Score a chunk: each text by its length."""
         self.calls.remove(call)
-        lengths = np.array([len(text) for text in call.chunk.arguments[1]], dtype=np.float32)
+        lengths = np.array([len(text) for text in call.chunk.request.responses], dtype=np.float32)
         cut = np.zeros(len(lengths), dtype=bool)
         self.router.scored(call, Scores(lengths, lengths, lengths, cut, {}), load)
 
@@ -52,11 +52,11 @@ class World:
             self.router.tick()
 
     def held_by(self, name):
-        return [call for call in self.calls if call.member.name == name]
+        return [call for call in self.calls if call.actor.name == name]
 
 
 def texts_of(calls):
-    return sorted(text for call in calls for text in call.chunk.arguments[1])
+    return sorted(text for call in calls for text in call.chunk.request.responses)
 
 
 def test_a_batch_is_cut_by_length_and_its_scores_come_back_in_its_order():
@@ -92,14 +92,14 @@ def test_chunks_go_where_least_is_to_do_for_everybody():
     world.answer(idle, load=0)
 
     world.submit(*"abcd")
-    after_it_was_told = [call.member for call in world.calls]
+    after_it_was_told = [call.actor for call in world.calls]
     for call in list(world.calls):
         world.answer(call)
     world.list(2)
     world.submit(*"abcd")
 
-    assert after_it_was_told == [idle.member] * 2
-    assert {call.member for call in world.calls} == {busy.member, idle.member}
+    assert after_it_was_told == [idle.actor] * 2
+    assert {call.actor for call in world.calls} == {busy.actor, idle.actor}
 
 
 def test_a_chunk_of_an_actor_that_died_goes_to_another_and_that_one_gets_a_pause():
@@ -111,13 +111,13 @@ def test_a_chunk_of_an_actor_that_died_goes_to_another_and_that_one_gets_a_pause
     second = world.calls[0]
     world.submit("b")
 
-    assert second.member is not first.member
+    assert second.actor is not first.actor
     assert world.router.resent == 1
     assert world.router.doubts
-    assert {call.member for call in world.calls} == {second.member}
+    assert {call.actor for call in world.calls} == {second.actor}
     world.pass_time(COOL_S)
     world.submit("c")
-    assert first.member in {call.member for call in world.calls}
+    assert first.actor in {call.actor for call in world.calls}
     world.answer(second)
     assert batch.result().rewards.tolist() == [1]
 
@@ -139,7 +139,7 @@ def test_an_actor_that_is_down_or_let_go_gets_nothing():
 
     world.submit(*"abcdefgh")
 
-    assert {call.member.name for call in world.calls} == {"actor 1"}
+    assert {call.actor.name for call in world.calls} == {"actor 1"}
 
 
 def test_what_an_actor_holds_is_sent_to_another_once_the_pool_says_that_it_is_down():
@@ -147,7 +147,7 @@ def test_what_an_actor_holds_is_sent_to_another_once_the_pool_says_that_it_is_do
     batch = world.submit("a")
     first = world.calls[0]
 
-    world.list(2, **{first.member.name[-1]: "died"})
+    world.list(2, **{first.actor.name[-1]: "died"})
     world.answer(world.calls[1])
 
     assert batch.result().rewards.tolist() == [1]
@@ -168,12 +168,12 @@ def test_chunks_at_an_actor_that_was_let_go_are_still_answered():
 def test_a_busy_actor_is_asked_for_a_sign_of_life_and_keeps_its_chunk():
     world = World(2)
     world.submit("a")
-    member = world.calls[0].member
+    actor = world.calls[0].actor
 
     for _ in range(3):
-        world.pass_time(CONFIG.silence_s + 1)
-        assert world.pings.pop() is member
-        world.router.ponged(member, held=1, standstill_s=0.1)
+        world.pass_time(CONFIG.heartbeat_timeout_s + 1)
+        assert world.pings.pop() is actor
+        world.router.ponged(actor, held=1, standstill_s=0.1)
 
     assert len(world.calls) == 1
     assert world.router.resent == 0
@@ -186,19 +186,19 @@ def test_what_a_silent_actor_holds_is_sent_to_another_and_the_first_answer_count
     silent, other = world.calls
     world.answer(other)
 
-    world.pass_time(CONFIG.silence_s + 1)
+    world.pass_time(CONFIG.heartbeat_timeout_s + 1)
     if sign == "none":
         world.pass_time(PONG_S + 1)
     elif sign == "standstill":
-        world.router.ponged(silent.member, held=1, standstill_s=11.0)
+        world.router.ponged(silent.actor, held=1, standstill_s=11.0)
     else:
-        world.router.ping_failed(silent.member, "out of reach")
+        world.router.ping_failed(silent.actor, "out of reach")
 
     again = world.calls[-1]
     assert again.chunk is silent.chunk
-    assert again.member is other.member
+    assert again.actor is other.actor
     world.submit(*"de")
-    assert len(world.held_by(silent.member.name)) == 1, "it gets nothing new"
+    assert len(world.held_by(silent.actor.name)) == 1, "it gets nothing new"
     world.answer(again)
     assert batch.result().rewards.tolist() == [1, 2, 3]
     world.answer(silent)
@@ -209,7 +209,7 @@ def test_what_a_silent_actor_holds_is_sent_to_another_and_the_first_answer_count
 def test_a_silent_actor_that_speaks_again_is_used_again():
     world = World(1)
     batch = world.submit("a")
-    world.pass_time(CONFIG.silence_s + PONG_S + 2)
+    world.pass_time(CONFIG.heartbeat_timeout_s + PONG_S + 2)
     assert world.router.waiting == 1
 
     world.answer(world.calls[0])
@@ -223,7 +223,7 @@ def test_a_silent_actor_that_speaks_again_is_used_again():
 def test_an_actor_that_fell_silent_and_then_died_is_used_again_after_the_pause():
     world = World(1)
     world.submit("a")
-    world.pass_time(CONFIG.silence_s + PONG_S + 2)
+    world.pass_time(CONFIG.heartbeat_timeout_s + PONG_S + 2)
 
     world.lose(world.calls[0])
     world.router.ping_failed(world.pings[0], "it died")
@@ -257,14 +257,14 @@ def give_up(world, batch):
 
 
 def test_the_deadlines_sentence_names_the_actor_its_node_and_the_last_of_it():
-    world = World(1, dataclasses.replace(CONFIG, deadline_s=5.0))
+    world = World(1, CONFIG.replace(timeout_s=5.0))
     batch = world.submit(*"abc")
     world.answer(world.calls[0])
 
     sentence = give_up(world, batch)
 
     assert sentence == (
-        "No scores for 1 of 3 texts within 5 s (reward.deadline_s): "
+        "No scores for 1 of 3 texts within 5 s (serving.timeout_s): "
         "actor 0 on node a gave scores (5.5 s ago). "
         "Add actors (reward.actors), or raise the deadline."
     )
@@ -301,7 +301,7 @@ def test_every_text_is_scored_once_whatever_befalls_the_actors(data):
             break
         happening = data.draw(st.sampled_from(["answer", "lose", "silence", "list"]))
         if happening == "silence":
-            world.pass_time(CONFIG.silence_s + PONG_S + 2)
+            world.pass_time(CONFIG.heartbeat_timeout_s + PONG_S + 2)
         elif happening == "list":
             world.list(data.draw(st.integers(0, actors)))
         elif world.calls:

@@ -74,7 +74,7 @@ def stored(store):
     return store.get_run("first"), list(store.get_samples("first")), store.get_curves("first")
 
 
-WHOLE = make_report(), make_samples(60), CURVES
+MANIFEST = make_report(), make_samples(60), CURVES
 
 
 @pytest.mark.parametrize(
@@ -96,17 +96,17 @@ WHOLE = make_report(), make_samples(60), CURVES
 def test_what_passes_is_overcome(store, proxy, operation, kind, times):
     proxy.fail(operation, kind, times)
 
-    assert store.put_run(*WHOLE)
+    assert store.put_run(*MANIFEST)
 
-    assert stored(store) == WHOLE
+    assert stored(store) == MANIFEST
 
 
 def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
     proxy.fail("PutItem", "lost", after=1)
 
-    assert store.put_run(*WHOLE)
+    assert store.put_run(*MANIFEST)
 
-    assert stored(store) == WHOLE
+    assert stored(store) == MANIFEST
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
 
     with pytest.raises(StoreError, match=words) as caught:
-        store.put_run(*WHOLE)
+        store.put_run(*MANIFEST)
 
     assert "secret" not in str(caught.value)
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
     proxy.heal()
-    assert store.put_run(*WHOLE)
-    assert stored(store) == WHOLE
+    assert store.put_run(*MANIFEST)
+    assert stored(store) == MANIFEST
 
 
 def test_a_hurried_reader_gives_up_soon(proxy, table):
@@ -154,12 +154,12 @@ def test_a_write_that_was_confirmed_and_not_made_is_found(store, proxy):
     proxy.fail("BatchWriteItem", "swallow", after=1)
 
     with pytest.raises(StoreError, match=r"Of 61 items of run 'first', 36 are in table"):
-        store.put_run(*WHOLE)
+        store.put_run(*MANIFEST)
 
     assert store.list_runs() == []
     assert store.get_run("first") is None
-    assert store.put_run(*WHOLE)
-    assert stored(store) == WHOLE
+    assert store.put_run(*MANIFEST)
+    assert stored(store) == MANIFEST
 
 
 def test_an_overwriting_that_fails_can_be_repeated(store, proxy):
@@ -167,20 +167,20 @@ def test_an_overwriting_that_fails_can_be_repeated(store, proxy):
     proxy.fail("BatchWriteItem", "denied", after=1)
 
     with pytest.raises(StoreError, match="allows no batch_write_item"):
-        store.put_run(*WHOLE, overwrite=True)
+        store.put_run(*MANIFEST, overwrite=True)
 
     # Neither the old run nor the new one is whole, and neither is shown.
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
-    assert store.put_run(*WHOLE)
-    assert stored(store) == WHOLE
+    assert store.put_run(*MANIFEST)
+    assert stored(store) == MANIFEST
 
 
 def test_a_repeated_publish_writes_nothing(store, proxy):
-    assert store.put_run(*WHOLE)
+    assert store.put_run(*MANIFEST)
     written = proxy.calls["PutItem"], proxy.calls["BatchWriteItem"]
 
-    assert not store.put_run(*WHOLE)
+    assert not store.put_run(*MANIFEST)
 
     assert (proxy.calls["PutItem"], proxy.calls["BatchWriteItem"]) == written
     with pytest.raises(StoreError, match="Another run 'first' is already"):
@@ -189,11 +189,11 @@ def test_a_repeated_publish_writes_nothing(store, proxy):
 
 
 def test_an_attempt_of_the_same_name_may_write_again(store):
-    store.put_run(*WHOLE, attempt="task-1")
+    store.put_run(*MANIFEST, attempt="task-1")
 
     assert store.put_run(make_report(kl=9.0), make_samples(2), attempt="task-1")
     with pytest.raises(StoreError, match="already"):
-        store.put_run(*WHOLE, attempt="task-2")
+        store.put_run(*MANIFEST, attempt="task-2")
 
     assert stored(store) == (make_report(kl=9.0), make_samples(2), [])
 
@@ -257,8 +257,8 @@ def test_a_killed_writer_of_the_file_leaves_it_whole(tmp_path):
         assert len(SQLiteStore(path).list_runs()) in (0, 1)
 
     store = SQLiteStore(path)
-    store.put_run(*WHOLE, overwrite=True)
-    assert stored(store) == WHOLE
+    store.put_run(*MANIFEST, overwrite=True)
+    assert stored(store) == MANIFEST
 
 
 FINAL_TASK = """

@@ -46,7 +46,7 @@ LARGEST = 90 * 2**20
 STOP_S = 120
 """Longest wait between `ray job stop` and the end of a driver that has not written its checkpoint."""
 
-ANSWER_S = 10.0
+HTTP_TIMEOUT_S = 10.0
 """Longest wait for whatever is at the address to answer at all."""
 
 READY_S = 60.0
@@ -213,7 +213,7 @@ def _reach(address: str) -> "JobSubmissionClient":
     )
     try:
         # Ray's client would wait for ever for one that accepts and says nothing.
-        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_S).close()
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=HTTP_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         pass  # it answers, and wants to be asked with a token
     except (OSError, ValueError):

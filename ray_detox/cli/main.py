@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace) -> int:
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
     print("---")
     print(table(need.phases))
-    workers = config.train.least_workers
+    workers = config.train.min_workers
     print(
         f"each step: {config.ppo.prompts_per_step} prompts, "
         f"about {config.ppo.prompts_per_step // workers} on each of "
@@ -157,7 +157,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _check_live(config: RunConfig, output: Path) -> int:
     """Look at everything that a run would use, the cluster first: it is what most often lacks."""
-    from ray_detox.resources import place, table
+    from ray_detox.resources import placement, table
     from ray_detox.runs.console import Console
     from ray_detox.runs.publish import check_store
     from ray_detox.stages import preflight
@@ -172,10 +172,10 @@ def _check_live(config: RunConfig, output: Path) -> int:
         from ray_detox.stages.cluster.nodes import free_nodes
         from ray_detox.stages.cluster.probe import probe_nodes
 
-        need = admission.wait_for_room(config, console.line)
+        need = admission.wait_for_capacity(config, console.line)
         nodes = free_nodes()
         console.line(table(need.phases, nodes))
-        for node, (workers, actors) in zip(nodes, place(need.phases[0], nodes), strict=True):
+        for node, (workers, actors) in zip(nodes, placement(need.phases[0], nodes), strict=True):
             console.line(
                 f"node {node.address}: {node.total}, free {node.free}; would take "
                 f"{workers} worker(s) and {actors} actor(s)"
@@ -200,7 +200,7 @@ def _run(args: argparse.Namespace) -> int:
     from ray_detox import pipeline
     from ray_detox.runs.console import Console
     from ray_detox.runs.report_text import describe_run
-    from ray_detox.runs.resume import adopt
+    from ray_detox.runs.resume import resume_from_storage
 
     console = Console()
     if args.resume is not None:
@@ -209,7 +209,7 @@ def _run(args: argparse.Namespace) -> int:
         folder = RunFolder(args.output, args.resume)
         storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
         if storage and not folder.path.exists():
-            adopt(folder, storage[-1])
+            resume_from_storage(folder, storage[-1])
         config = _changed(folder.read_config(), args.words)
     else:
         config = _load(args.words)

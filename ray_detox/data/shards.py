@@ -1,9 +1,9 @@
 """Which prompts a worker answers in a step.
 
-All prompts are dealt, once and for good, into a fixed number of lanes of equal length (give or
-take one row). A worker holds some consecutive lanes; every step takes the same number of rows
-from each lane. So the global batch of a step is the same whatever the number of workers, their
-shares are disjoint and differ by one lane at most, and the position in the data is one integer:
+All prompts are dealt, once and for good, into a fixed number of shards of equal length (give or
+take one row). A worker holds some consecutive shards; every step takes the same number of rows
+from each shard. So the global batch of a step is the same whatever the number of workers, their
+shares are disjoint and differ by one shard at most, and the position in the data is one integer:
 the step.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ray_detox.config import RunConfig
-from ray_detox.draws import lane_rows
+from ray_detox.draws import shard_rows
 from ray_detox.records import PromptBatch
 
 Row = Mapping[str, Any]
@@ -36,34 +36,34 @@ def make_batch(rows: Sequence[Row], pad_id: int) -> PromptBatch:
     )
 
 
-def lanes_of_worker(lanes: int, rank: int, workers: int) -> range:
-    """The consecutive lanes that worker `rank` of `workers` holds; at most `lanes` workers."""
-    return range(rank * lanes // workers, (rank + 1) * lanes // workers)
+def shards_of_worker(shards: int, rank: int, workers: int) -> range:
+    """The consecutive shards that worker `rank` of `workers` holds; at most `shards` workers."""
+    return range(rank * shards // workers, (rank + 1) * shards // workers)
 
 
-class Lanes:
-    """The lanes of one worker, in memory.
+class PromptShards:
+    """The shards of one worker, in memory.
 
     Args:
-        config: of the run; gives seed, number of lanes and prompts per step.
-        rows: rows of each lane that this worker holds, by lane, none empty.
+        config: of the run; gives seed, number of shards and prompts per step.
+        rows: rows of each shard that this worker holds, by shard, none empty.
         pad_id: pads the prompts of a batch.
     """
 
     def __init__(self, config: RunConfig, rows: Mapping[int, Sequence[Row]], pad_id: int) -> None:
         self.seed = config.seed
-        self.rows_per_lane = config.ppo.prompts_per_step // config.data.lanes
+        self.rows_per_shard = config.ppo.prompts_per_step // config.data.shards
         self.rows = dict(sorted(rows.items()))
         self.pad_id = pad_id
-        self.first_row = min(self.rows) * self.rows_per_lane
+        self.first_row = min(self.rows) * self.rows_per_shard
         """Position of this worker's first row in every step's global batch."""
 
     def batch(self, step: int) -> PromptBatch:
         """This worker's prompts of a step, in the order of the global batch."""
         chosen = [
             rows[index]
-            for lane, rows in self.rows.items()
-            for _, index in lane_rows(self.seed, step, lane, len(rows), self.rows_per_lane)
+            for shard, rows in self.rows.items()
+            for _, index in shard_rows(self.seed, step, shard, len(rows), self.rows_per_shard)
         ]
         return make_batch(chosen, self.pad_id)
 

@@ -115,7 +115,7 @@ def _compare(
     samples: Sequence[Mapping[str, Any]], name: str, config: RunConfig
 ) -> statistics.Comparison:
     before, after = ([sample[f"{name}_{side}"] for sample in samples] for side in SIDES)
-    above = config.evaluate.toxic_above
+    above = config.evaluate.toxicity_threshold
     return statistics.compare(before, after, toxic_above=above, seed=config.seed)
 
 
@@ -158,7 +158,7 @@ def notes(config: RunConfig, samples: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{cut} of {len(samples)} prompts had a text longer than the reward model reads; it "
             "scored the beginning."
         )
-    if config.reward.reads == "prompt+response":
+    if config.reward.input == "prompt+response":
         found.append(
             "The reward model read prompt and response together, so toxicity here is also the "
             "prompt's."

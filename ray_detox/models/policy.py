@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from ray_detox.config import SamplingConfig
-from ray_detox.records import Sample
+from ray_detox.records import Generation
 
 # Weight-loading bars and tying notices of the library would drown our own lines.
 transformers_logging.disable_progress_bar()
@@ -148,11 +148,11 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, query_ids: Tensor, query_mask: Tensor, budgets: Tensor, uniforms: Tensor
-    ) -> Sample:
+        self, query_ids: Tensor, query_mask: Tensor, max_new_tokens: Tensor, noise: Tensor
+    ) -> Generation:
         """Answer prompts, one draw per token by inverting the distribution function.
 
-        Token t of row b is the first whose cumulative probability exceeds `uniforms[b, t]`. The
+        Token t of row b is the first whose cumulative probability exceeds `noise[b, t]`. The
         randomness therefore belongs to the row, and a response does not depend on which other
         prompts shared its batch or which worker drew it.
 
@@ -162,13 +162,13 @@ class Policy(nn.Module):
         Args:
             query_ids: [B, Q] int64 prompt tokens, padded on the right.
             query_mask: [B, Q] bool.
-            budgets: [B] int64, the most tokens each response may have, at least 1.
-            uniforms: [B, R] float, in [0, 1), R at least the largest budget.
+            max_new_tokens: [B] int64, the most tokens each response may have, at least 1.
+            noise: [B, R] float, in [0, 1), R at least the largest limit.
 
         Returns:
-            A `Sample` as wide as the longest response.
+            A `Generation` as wide as the longest response.
         """
-        batch, width = len(query_ids), int(budgets.max())
+        batch, width = len(query_ids), int(max_new_tokens.max())
         device = query_ids.device
         ids = torch.full((batch, width), self.pad_id, device=device)
         mask = torch.zeros((batch, width), dtype=torch.bool, device=device)
@@ -184,14 +184,14 @@ class Policy(nn.Module):
         for t in range(width):
             logits, value = self._decode(states, query_mask, last, cache)
             log_p = self._bar_eos(logits, t)[:, -1].log_softmax(dim=-1)
-            token = _invert_cdf(log_p, uniforms[rows, t])
+            token = _invert_cdf(log_p, noise[rows, t])
 
             ids[rows, t] = torch.where(going, token, self.pad_id)
             mask[rows, t] = going
             logprobs[rows, t] = torch.where(going, log_p.gather(1, token[:, None])[:, 0], 0.0)
             values[rows, t] = torch.where(going, value[:, -1], 0.0)
 
-            going = going & ~torch.isin(token, eos) & (budgets[rows] > t + 1)
+            going = going & ~torch.isin(token, eos) & (max_new_tokens[rows] > t + 1)
             left = int(going.sum())
             if left == 0:
                 break
@@ -203,7 +203,7 @@ class Policy(nn.Module):
                 states, query_mask = states[keep], query_mask[keep]
 
         longest = int(mask.sum(dim=1).max())
-        return Sample(
+        return Generation(
             response_ids=ids[:, :longest],
             response_mask=mask[:, :longest],
             logprobs=logprobs[:, :longest],
@@ -308,13 +308,13 @@ class Policy(nn.Module):
         self.value_head.load_state_dict(load_file(file))
 
 
-def _invert_cdf(log_p: Tensor, uniforms: Tensor) -> Tensor:
+def _invert_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     """Tokens [B] drawn from log_p [B, V] with one uniform number per row [B]."""
     cumulative = log_p.exp().cumsum(dim=-1)
     total = cumulative[:, -1]
     # Strictly below the total, or rounding could pick a token past the end, of probability zero.
     target = torch.minimum(
-        uniforms.to(total.dtype) * total, torch.nextafter(total, total.new_zeros(()))
+        noise.to(total.dtype) * total, torch.nextafter(total, total.new_zeros(()))
     )
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 

@@ -4,7 +4,7 @@
     thread 2 --call--+--> queue --> the model's thread: tokens -> forward pass -> terms
     thread 3 --call--'
 
-Each call is scored by itself, to the same bits at any time; or, with `reward.across_workers`, the
+Each call is scored by itself, to the same bits at any time; or, with `serving.batch_across_workers`, the
 texts of several calls share their forward passes, and scores then differ by rounding with the
 company that a text happens to have. The extra terms need a call's own columns and are always
 evaluated call by call. Knows nothing of Ray.
@@ -18,22 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from ray_detox.records import Scores, read_by
+from ray_detox.config import ServingConfig
+from ray_detox.records import ScoreRequest, Scores
 from ray_detox.rewards.reward import Reward
 
 
 class _Call:
     """A batch that some thread waits for."""
 
-    def __init__(self, batch: tuple[Any, ...]) -> None:
-        self.batch = batch
+    def __init__(self, request: ScoreRequest) -> None:
+        self.request = request
         self.scores: Future[Scores] = Future()
         self.rows: list[list[int]] = []
         self.truncated = np.empty(0, dtype=bool)
 
     @property
     def texts(self) -> int:
-        return len(self.batch[1])
+        return len(self.request)
 
 
 class ModelThread:
@@ -43,9 +44,9 @@ class ModelThread:
     because every thread that calls torch brings a team of its own.
     """
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self, reward: Reward, serving: ServingConfig) -> None:
         self._reward = reward
-        self._config = reward.config
+        self._serving = serving
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._callers = 0
@@ -56,15 +57,15 @@ class ModelThread:
         self._scored = 0
         self._passes = 0
         # A sign of life from every layer: on a slow CPU one forward pass may well take longer
-        # than reward.silence_s.
+        # than serving.heartbeat_timeout_s.
         for module in reward.classifier.model.modules():
             module.register_forward_hook(self._mark_progress)
         reward.classifier.model.register_forward_hook(self._count_pass)
         threading.Thread(target=self._run, name="reward-model", daemon=True).start()
 
-    def score(self, *batch: Any) -> Scores:
-        """Wait for the scores of a batch; arguments as in `Scorer.submit`."""
-        call = _Call(batch)
+    def score(self, request: ScoreRequest) -> Scores:
+        """Wait for the scores of a batch."""
+        call = _Call(request)
         with self._lock:
             if not self._held:
                 self._mark_progress()  # the time without work was no standstill
@@ -116,13 +117,13 @@ class ModelThread:
         """The next call; across workers, all that come in time and fill one batch."""
         calls = [self._calls.get()]
         self._tokenize(calls[0])
-        if not self._config.across_workers:
+        if not self._serving.batch_across_workers:
             return calls
-        until = time.monotonic() + self._config.batch_wait_ms / 1000
+        until = time.monotonic() + self._serving.batch_wait_ms / 1000
         tokens = sum(map(len, calls[0].rows))
         # Nobody is waited for but those who were here since the last batch: a single caller would
         # wait in vain each time.
-        while tokens < self._config.batch_tokens and len(calls) < self._company:
+        while tokens < self._serving.max_batch_tokens and len(calls) < self._company:
             try:
                 call = self._calls.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
@@ -135,17 +136,20 @@ class ModelThread:
         return calls
 
     def _tokenize(self, call: _Call) -> None:
-        prompts, responses, *_ = call.batch
+        kind = self._reward.config.input
         try:
-            texts = read_by(self._config, prompts, responses)
-            call.rows, call.truncated = self._reward.classifier.tokenize(texts)
+            call.rows, call.truncated = self._reward.classifier.tokenize(
+                call.request.classifier_inputs(kind)
+            )
         except Exception as error:  # the caller's to see, as if it had scored for itself
             call.scores.set_exception(error)
 
     def _score(self, calls: list[_Call]) -> None:
         calls = [call for call in calls if not call.scores.done()]
         rows = [row for call in calls for row in call.rows]
-        batch_tokens = self._config.batch_tokens if self._config.across_workers else None
+        batch_tokens = (
+            self._serving.max_batch_tokens if self._serving.batch_across_workers else None
+        )
         try:
             logits, toxicity = self._reward.classifier.forward(rows, batch_tokens)
         except Exception as error:
@@ -158,7 +162,7 @@ class ModelThread:
             start += call.texts
             try:
                 scores = self._reward.add_terms(
-                    logits[own], toxicity[own], call.truncated, *call.batch
+                    logits[own], toxicity[own], call.truncated, call.request
                 )
                 call.scores.set_result(scores)
             except Exception as error:

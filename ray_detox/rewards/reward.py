@@ -13,7 +13,7 @@ import torch
 
 from ray_detox.config import ConfigError, RewardConfig, RewardTerm
 from ray_detox.models.classifier import Classifier
-from ray_detox.records import Columns, Pending, Scores, read_by
+from ray_detox.records import Pending, ScoreRequest, Scores
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -63,60 +63,45 @@ class Reward:
         self.terms = [(term, load_reward_function(term)) for term in config.terms]
         self.classifier = Classifier(config, device)
 
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        response_ids: Sequence[Sequence[int]],
-        columns: Columns,
-    ) -> Scores:
-        """Score a batch; arguments as in `Scorer.submit`.
+    def __call__(self, request: ScoreRequest) -> Scores:
+        """Score a batch.
 
         Raises:
-            ValueError: an extra term returned something else than one number per response.
+            ValueError: an extra term returned something else than one finite number per response.
         """
-        verdict = self.classifier(read_by(self.config, prompts, responses))
-        return self.add_terms(*verdict, prompts, responses, response_ids, columns)
+        logits, toxicity, truncated = self.classifier(request.classifier_inputs(self.config.input))
+        return self.add_terms(logits, toxicity, truncated, request)
 
     def add_terms(
         self,
         logits: np.ndarray,
         toxicity: np.ndarray,
         truncated: np.ndarray,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        response_ids: Sequence[Sequence[int]],
-        columns: Columns,
+        request: ScoreRequest,
     ) -> Scores:
-        """What the classifier said about a batch, with the extra terms; raises as a call does."""
+        """Add the extra terms to the classifier's output, [B] each; raises as a call does."""
         rewards = logits.copy()
         values: dict[str, np.ndarray] = {}
         for term, function in self.terms:
             # The keywords of TRL's trainers; a function takes those it knows and ignores the rest.
-            answer = function(
-                prompts=list(prompts),
-                completions=list(responses),
-                completion_ids=[list(row) for row in response_ids],
-                **columns,
+            output = function(
+                prompts=list(request.prompts),
+                completions=list(request.responses),
+                completion_ids=[list(row) for row in request.response_ids],
+                **request.columns,
             )
             # None means "not applicable to this sample" in that protocol, and adds nothing.
-            value = np.array([0.0 if v is None else v for v in answer], dtype=np.float32)
+            value = np.array([0.0 if v is None else v for v in output], dtype=np.float32)
             if value.shape != logits.shape or not np.isfinite(value).all():
                 raise ValueError(
-                    f"The reward term {term.name} gave {value.shape[0]} values for "
-                    f"{len(responses)} responses, or a value that is no finite number; expected "
+                    f"The reward term {term.name} returned {value.shape[0]} values for "
+                    f"{len(request)} responses, or a value that is not a finite number; expected "
                     "one finite number per response."
                 )
             values[term.name] = value
             rewards += np.float32(term.weight) * value
         return Scores(rewards, logits, toxicity, truncated, values)
 
-    def submit(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        response_ids: Sequence[Sequence[int]],
-        columns: Columns,
-    ) -> Pending:
+    def submit(self, request: ScoreRequest) -> Pending:
         """Score now; there is no other process to hand it to."""
-        return Ready(self(prompts, responses, response_ids, columns))
+        return Ready(self(request))

@@ -32,13 +32,13 @@ def write(
     learner: Learner,
     config: RunConfig,
     step: int,
-    curves: Sequence[Mapping[str, Any]] = (),
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the state after `step` steps into an empty folder; `curves` are their figures."""
+    """Write the state after `step` steps into an empty folder; `history` are their figures."""
     policy.save_adapter(folder / "adapter")
     policy.save_value_head(folder / "value_head.safetensors")
     save_file(learner.optimiser_state(), folder / "optimiser.safetensors")
-    lines = "".join(json.dumps(row) + "\n" for row in curves)
+    lines = "".join(json.dumps(row) + "\n" for row in history)
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     state = {
         "format": FORMAT,

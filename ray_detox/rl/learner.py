@@ -1,7 +1,7 @@
 """One PPO update of a policy on one rollout: targets, epochs, minibatches, optimiser.
 
 A worker of many differs from a worker alone in one argument, `sum_over_workers`: token counts,
-advantage moments, gradients and figures are added up across workers, so the step taken is the
+advantage moments, gradients and metrics are added up across workers, so the step taken is the
 step that one worker holding every worker's rows would take. Knows nothing of Ray or of text.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_detox.config import PPOConfig
-from ray_detox.draws import minibatch_of_rows
+from ray_detox.draws import minibatch_assignment
 from ray_detox.models.policy import Policy
 from ray_detox.records import Rollout, Targets
 from ray_detox.rl import ppo
@@ -38,7 +38,7 @@ class Update:
 
 
 # Sums over tokens that ride along with the gradient, in one message.
-_FIGURES = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
+_METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
 
 
 class Learner:
@@ -84,25 +84,29 @@ class Learner:
         Args:
             rollout: this worker's rows of the step's global batch.
             targets: from `targets(rollout)`.
-            step: of the run; decides the deal into minibatches.
+            step: of the run; decides the assignment into minibatches.
             first_row: position of this worker's first row in the global batch.
 
         Raises:
             NonFiniteError: on every worker alike, before the weights were touched by it.
         """
-        deals = [
-            self._deal(step, epoch, first_row, len(rollout)) for epoch in range(self.config.epochs)
+        assignments = [
+            self._assign_minibatches(step, epoch, first_row, len(rollout))
+            for epoch in range(self.config.epochs)
         ]
         lengths = rollout.response_mask.sum(dim=1).cpu().numpy()
         sizes = lengths + rollout.query_mask.sum(dim=1).cpu().numpy()
         tokens = self.sum_over_workers(
             torch.tensor(
-                [lengths[rows].sum() for deal in deals for rows in deal], dtype=torch.float64
+                [lengths[rows].sum() for assignment in assignments for rows in assignment],
+                dtype=torch.float64,
             ).to(self.policy.device)
         ).tolist()
 
-        figures: list[dict[str, float]] = []
-        for rows, token_count in zip((r for deal in deals for r in deal), tokens, strict=True):
+        metrics: list[dict[str, float]] = []
+        for rows, token_count in zip(
+            (r for assignment in assignments for r in assignment), tokens, strict=True
+        ):
             self.optimiser.zero_grad(set_to_none=False)
             # Neighbours in a micro-batch are of like size, so that little of it is padding.
             by_size = rows[np.argsort(sizes[rows], kind="stable")]
@@ -117,34 +121,36 @@ class Learner:
             if self._moved_enough(measured["approx_kl"]):
                 break
             self.optimiser.step()
-            figures.append(measured)
+            metrics.append(measured)
 
-        return self._summary(figures, measured)
+        return self._summary(metrics, measured)
 
-    def _deal(self, step: int, epoch: int, first_row: int, rows: int) -> list[np.ndarray]:
+    def _assign_minibatches(
+        self, step: int, epoch: int, first_row: int, rows: int
+    ) -> list[np.ndarray]:
         """This worker's rows of each minibatch of an epoch."""
         config = self.config
-        deal = minibatch_of_rows(
+        assignment = minibatch_assignment(
             self.seed, step, epoch, config.prompts_per_step, config.minibatches
         )
-        mine = deal[first_row : first_row + rows]
+        mine = assignment[first_row : first_row + rows]
         return [np.flatnonzero(mine == m) for m in range(config.minibatches)]
 
     def _backward(
         self, rollout: Rollout, targets: Targets, rows: np.ndarray, token_count: float
     ) -> Tensor:
-        """Add this worker's gradient of a minibatch to `.grad`; return its sums of `_FIGURES`."""
-        sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self.policy.device)
+        """Add this worker's gradient of a minibatch to `.grad`; return its sums of `_METRICS`."""
+        sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=self.policy.device)
         for start in range(0, len(rows), self.config.micro_batch_size):
             part = torch.from_numpy(rows[start : start + self.config.micro_batch_size])
             micro = rollout.select(part)
-            loss, figures = self._loss(micro, targets.select(part, micro.response_ids.shape[1]))
+            loss, metrics = self._loss(micro, targets.select(part, micro.response_ids.shape[1]))
             (loss / token_count).backward()
-            sums += figures
+            sums += metrics
         return sums / token_count
 
     def _loss(self, rollout: Rollout, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Loss summed over the tokens of a micro-batch, and sums of `_FIGURES`."""
+        """Loss summed over the tokens of a micro-batch, and sums of `_METRICS`."""
         config, mask = self.config, rollout.response_mask
         new = self.policy.score_tokens(
             rollout.query_ids,
@@ -153,7 +159,7 @@ class Learner:
             mask,
             rollout.encoder_states,
         )
-        policy_loss, held_back = ppo.policy_loss(
+        policy_loss, clipped = ppo.policy_loss(
             new.logprobs, rollout.logprobs, targets.advantages, mask, config.clip_range
         )
         value_loss = ppo.value_loss(
@@ -166,20 +172,20 @@ class Learner:
 
         with torch.no_grad():
             ratio = torch.where(mask, torch.exp(new.logprobs - rollout.logprobs), 0.0)
-            figures = torch.stack(
+            metrics = torch.stack(
                 [
                     policy_loss.sum(),
                     value_loss.sum(),
                     # k3 of the policy that sampled against the one being trained
                     torch.where(mask, ppo.kl_k3(rollout.logprobs, new.logprobs), 0.0).sum(),
-                    held_back.sum(),
+                    clipped.sum(),
                     ratio.sum(),
                 ]
             ).double()
-        return loss, figures
+        return loss, metrics
 
     def _share(self, sums: Tensor) -> dict[str, float]:
-        """Sum gradients and figures over workers in one message, then clip the gradient."""
+        """Sum gradients and metrics over workers in one message, then clip the gradient."""
         parameters = list(self.trainable.values())
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients] + [sums.to(gradients[0].dtype)])
@@ -190,26 +196,30 @@ class Learner:
             parameter.grad = flat[start : start + size].view_as(parameter).clone()
             start += size
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        return dict(zip(_FIGURES, flat[start:].tolist(), strict=True)) | {"grad_norm": float(norm)}
+        return dict(zip(_METRICS, flat[start:].tolist(), strict=True)) | {"grad_norm": float(norm)}
 
     def _moved_enough(self, approx_kl: float) -> bool:
         """True where the update should end before taking another step."""
-        limit = self.config.stop_update_kl
+        limit = self.config.target_kl
         return limit is not None and approx_kl > limit
 
-    def _summary(self, figures: list[dict[str, float]], last: dict[str, float]) -> Update:
-        steps = len(figures)
-        # Where the very first minibatch was already too far, its figures are all there is.
-        figures = figures or [last]
-        mean = {n: float(np.mean([f[n] for f in figures])) for n in figures[0]}
-        return Update(**(mean | {"ratio": figures[0]["ratio"]}), minibatches=steps)
+    def _summary(self, metrics: list[dict[str, float]], last: dict[str, float]) -> Update:
+        steps = len(metrics)
+        # Where the very first minibatch was already too far, its metrics are all there is.
+        metrics = metrics or [last]
+        mean = {n: float(np.mean([f[n] for f in metrics])) for n in metrics[0]}
+        return Update(**(mean | {"ratio": metrics[0]["ratio"]}), minibatches=steps)
 
     def adapt_kl_coef(self, kl: float) -> None:
         """Let the adaptive controller, if there is one, answer to a step's KL per response."""
         config = self.config
         if config.kl_controller == "adaptive":
             self.kl_coef = ppo.next_kl_coef(
-                self.kl_coef, kl, config.kl_target, config.kl_horizon, config.prompts_per_step
+                self.kl_coef,
+                kl,
+                config.adaptive_kl_target,
+                config.adaptive_kl_horizon,
+                config.prompts_per_step,
             )
 
     # ---- state ---------------------------------------------------------------------------------

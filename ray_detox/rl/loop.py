@@ -1,6 +1,6 @@
 r"""The training loop of one worker: collect, learn, count, keep; again.
 
-    lanes.batch(step) -> collect(...) -> learner.targets -> learner.update
+    shards.batch(step) -> collect(...) -> learner.targets -> learner.update
                                                     \-> UpdateStats -> runtime.log
                                every k steps: checkpoint -> runtime.save (rank 0)
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ray_detox.config import RunConfig
-from ray_detox.data.shards import Lanes
+from ray_detox.data.shards import PromptShards
 from ray_detox.models.policy import Policy
 from ray_detox.records import Rollout, Scorer, Targets, UpdateStats
 from ray_detox.rl import checkpoint, ppo
@@ -85,7 +85,7 @@ def train(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     scorer: Scorer,
-    lanes: Lanes,
+    shards: PromptShards,
 ) -> Outcome:
     """Run PPO from the newest checkpoint, or from the start, to `train.steps`.
 
@@ -95,12 +95,12 @@ def train(
     """
     learner = Learner(policy, config.ppo, config.seed, runtime.sum_over_workers)
     found = runtime.restore(lambda folder: checkpoint.read(folder, policy, learner))
-    step, curves = found or (0, [])
+    step, history = found or (0, [])
     stop = False
 
     def save(objective: float | None, last: bool) -> None:
         if runtime.rank == 0:
-            write = lambda folder: checkpoint.write(folder, policy, learner, config, step, curves)
+            write = lambda folder: checkpoint.write(folder, policy, learner, config, step, history)
             runtime.save(step, write, objective, last)
 
     if step == 0:
@@ -108,7 +108,7 @@ def train(
 
     while step < config.train.steps and not stop:
         began = time.perf_counter()
-        batch = lanes.batch(step)
+        batch = shards.batch(step)
         collected = collect(
             policy,
             tokenizer,
@@ -124,7 +124,7 @@ def train(
         update_began = time.perf_counter()
         kl_coef = learner.kl_coef
         targets = learner.targets(collected.rollout)
-        update = learner.update(collected.rollout, targets, step=step, first_row=lanes.first_row)
+        update = learner.update(collected.rollout, targets, step=step, first_row=shards.first_row)
         step += 1
 
         now = time.perf_counter()
@@ -132,7 +132,7 @@ def train(
         stop_here = runtime.rank == 0 and runtime.should_stop()
         stats, stop = _count(runtime, collected, targets, update, step, kl_coef, seconds, stop_here)
         learner.adapt_kl_coef(stats.kl)
-        curves.append(dataclasses.asdict(stats))
+        history.append(dataclasses.asdict(stats))
         if runtime.rank == 0:
             runtime.log(stats)
         last = stop or step == config.train.steps
@@ -204,7 +204,7 @@ def _count(
         approx_kl=update.approx_kl,
         clip_fraction=update.clip_fraction,
         ratio=update.ratio,
-        value_explained=ppo.explained_variance(
+        explained_variance=ppo.explained_variance(
             rollout.values, targets.returns, mask, runtime.sum_over_workers
         ),
         grad_norm=update.grad_norm,

@@ -212,7 +212,7 @@ def policy_loss(
         clip_range: how far the probability ratio may move from 1 before it stops paying.
 
     Returns:
-        loss [B, R] to be summed and minimised, and held_back [B, R] bool; zero and False
+        loss [B, R] to be summed and minimised, and clipped [B, R] bool; zero and False
         outside the mask.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.

@@ -22,7 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ray_detox import draws
 from ray_detox.models.policy import Policy
-from ray_detox.records import Pending, PromptBatch, Rollout, Sample, Scorer, Scores
+from ray_detox.records import (
+    Generation,
+    Pending,
+    PromptBatch,
+    Rollout,
+    Scorer,
+    ScoreRequest,
+    Scores,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +54,11 @@ def collect(
     step: int,
     chunk_size: int,
 ) -> Collected:
-    """Answer every prompt once and have the answers scored.
+    """Answer every prompt once and have the chunks scored.
 
     Args:
-        policy: answers, and is its own reference.
-        tokenizer: turns answers into text.
+        policy: chunks, and is its own reference.
+        tokenizer: turns chunks into text.
         scorer: scores texts, asynchronously if it can.
         batch: B prompts; the result keeps their order.
         seed: of the run.
@@ -61,14 +69,16 @@ def collect(
     order = torch.argsort(batch.query_mask.sum(dim=1), stable=True).tolist()
     seconds = {"sample": 0.0, "reference": 0.0, "score": 0.0}
 
-    answers: list[_Answers] = []
+    chunks: list[_Chunk] = []
     pending: list[Pending] = []
     for start in range(0, len(order), chunk_size):
         with _add_time(seconds, "sample"):
             part = batch.select(order[start : start + chunk_size])
-            chunk = _answer(policy, tokenizer, part, seed, step)
-        answers.append(chunk)
-        pending.append(scorer.submit(part.texts, chunk.texts, chunk.ids, part.columns))
+            chunk = _generate(policy, tokenizer, part, seed, step)
+        chunks.append(chunk)
+        pending.append(
+            scorer.submit(ScoreRequest(part.texts, chunk.texts, chunk.ids, part.columns))
+        )
 
     with _add_time(seconds, "reference"):
         references = [
@@ -79,16 +89,16 @@ def collect(
                 a.sample.response_mask,
                 a.sample.encoder_states,
             )
-            for a in answers
+            for a in chunks
         ]
     with _add_time(seconds, "score"):
         scores = Scores.concatenate([p.result() for p in pending])
 
     back = np.argsort(order)
     scores = scores.select(back)
-    texts = [text for a in answers for text in a.texts]
+    texts = [text for a in chunks for text in a.texts]
     return Collected(
-        rollout=_assemble(answers, references, scores, torch.from_numpy(back).to(policy.device)),
+        rollout=_assemble(chunks, references, scores, torch.from_numpy(back).to(policy.device)),
         scores=scores,
         responses=[texts[i] for i in back],
         seconds=seconds,
@@ -96,43 +106,43 @@ def collect(
 
 
 @dataclass(frozen=True, slots=True)
-class _Answers:
+class _Chunk:
     """A chunk of prompts on the policy's device, and what it said to them."""
 
     query_ids: Tensor
     query_mask: Tensor
-    sample: Sample
+    sample: Generation
     ids: list[list[int]]
     texts: list[str]
 
 
-def _answer(
+def _generate(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, part: PromptBatch, seed: int, step: int
-) -> _Answers:
+) -> _Chunk:
     query_ids = part.query_ids.to(policy.device)
     query_mask = part.query_mask.to(policy.device)
-    budgets, uniforms = draws.draw(part.ids, policy.sampling, seed, step)
+    max_new_tokens, noise = draws.sampling_noise(part.ids, policy.sampling, seed, step)
     sample = policy.sample(
         query_ids,
         query_mask,
-        torch.from_numpy(budgets).to(policy.device),
-        torch.from_numpy(uniforms.astype(np.float32)).to(policy.device),
+        torch.from_numpy(max_new_tokens).to(policy.device),
+        torch.from_numpy(noise.astype(np.float32)).to(policy.device),
     )
     rows = zip(sample.response_ids.tolist(), sample.response_mask.sum(dim=1).tolist(), strict=True)
     ids = [row[:length] for row, length in rows]
-    return _Answers(query_ids, query_mask, sample, ids, decode(tokenizer, ids))
+    return _Chunk(query_ids, query_mask, sample, ids, decode(tokenizer, ids))
 
 
 def _assemble(
-    answers: Sequence[_Answers], references: Sequence[Tensor], scores: Scores, back: Tensor
+    chunks: Sequence[_Chunk], references: Sequence[Tensor], scores: Scores, back: Tensor
 ) -> Rollout:
     """The chunks as one rollout, its rows in the order that `back` restores."""
-    samples = [a.sample for a in answers]
+    samples = [a.sample for a in chunks]
     join = lambda parts: _stack_padded(parts)[back]
     states = [s.encoder_states for s in samples if s.encoder_states is not None]
     return Rollout(
-        query_ids=join([a.query_ids for a in answers]),
-        query_mask=join([a.query_mask for a in answers]),
+        query_ids=join([a.query_ids for a in chunks]),
+        query_mask=join([a.query_mask for a in chunks]),
         response_ids=join([s.response_ids for s in samples]),
         response_mask=join([s.response_mask for s in samples]),
         logprobs=join([s.logprobs for s in samples]),

@@ -2,11 +2,11 @@
 
     ADDRESS/checkpoints/step-00000012/adapter/...        the files that `checkpoint.py` makes
                                       value_head.safetensors  optimiser.safetensors  ...
-                                      whole.json         written last: size and SHA-256 of each
+                                      manifest.json         written last: size and SHA-256 of each
 
     training --put--> CheckpointWriter (a thread) --save--> CheckpointStore --> folder, s3://, ...
 
-A checkpoint that was cut off has no `whole.json`, and one that was damaged later does not agree
+A checkpoint that was cut off has no `manifest.json`, and one that was damaged later does not agree
 with it: `newest` passes over both. Writing goes on beside training and never holds it up: where
 storage is slower than steps are, only the newest checkpoint waits, in memory.
 """
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FOLDER = "checkpoints"
-WHOLE = "whole.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class CheckpointStore:
         """
         folder = _folder(checkpoint.step)
         # What an earlier process left under this step stops being whole before it changes.
-        self.storage.delete(f"{folder}/{WHOLE}")
+        self.storage.delete(f"{folder}/{MANIFEST}")
         for name, content in checkpoint.files.items():
             self.storage.write(f"{folder}/{name}", content)
         about = {
@@ -72,7 +72,7 @@ class CheckpointStore:
             "objective": checkpoint.objective,
             "files": {name: _digest(content) for name, content in checkpoint.files.items()},
         }
-        self.storage.write(f"{folder}/{WHOLE}", json.dumps(about, indent=2).encode())
+        self.storage.write(f"{folder}/{MANIFEST}", json.dumps(about, indent=2).encode())
         self._objectives[checkpoint.step] = checkpoint.objective
         self._prune()
 
@@ -128,7 +128,7 @@ class CheckpointStore:
         for step in self.steps():
             newer = sum(other > step for other in whole)
             if newer >= self.keep and step != best:
-                self.storage.delete(f"{_folder(step)}/{WHOLE}")
+                self.storage.delete(f"{_folder(step)}/{MANIFEST}")
                 self.storage.delete(_folder(step))
                 self._objectives.pop(step, None)
 
@@ -141,7 +141,7 @@ class CheckpointStore:
                     self._objectives[step] = about["objective"]
 
     def _about(self, step: int) -> dict[str, Any] | None:
-        text = self.storage.read(f"{_folder(step)}/{WHOLE}")
+        text = self.storage.read(f"{_folder(step)}/{MANIFEST}")
         try:
             about = json.loads(text or b"null")
             return about if about and about["step"] == step and "files" in about else None

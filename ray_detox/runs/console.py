@@ -23,7 +23,7 @@ def step_line(stats: Mapping[str, Any], steps: int) -> str:
         f" | toxicity {stats['toxicity']:.2f}"
         f" | kl {stats['kl']:5.2f} nat"
         f" | clip {stats['clip_fraction']:4.0%}"
-        f" | value explained {stats['value_explained']:+.2f}"
+        f" | value explained {stats['explained_variance']:+.2f}"
         f" | length {stats['length']:3.0f}"
         f" | {stats['seconds']:.1f} s"
     )

@@ -19,7 +19,7 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
-from ray_detox.runs.storage import write_whole
+from ray_detox.runs.storage import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class RunFolder:
             raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
         return config_from_dict(json.loads(file.read_text(encoding="utf-8")))
 
-    def read_curves(self) -> list[dict[str, Any]]:
+    def read_history(self) -> list[dict[str, Any]]:
         """The figures of every training step so far."""
         return read_metrics(self.path / "metrics.jsonl")
 
@@ -77,10 +77,10 @@ class RunFolder:
         """Write report.json, report.txt and samples.jsonl, each whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        write_whole(self.path / "samples.jsonl", lines)
-        write_whole(self.path / "report.txt", describe_run(report, samples) + "\n")
+        write_atomic(self.path / "samples.jsonl", lines)
+        write_atomic(self.path / "report.txt", describe_run(report, samples) + "\n")
         # Last: where it is, the others are too.
-        write_whole(self.path / "report.json", json.dumps(report, indent=2) + "\n")
+        write_atomic(self.path / "report.json", json.dumps(report, indent=2) + "\n")
 
     def read_result(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The report and the samples of a finished run.

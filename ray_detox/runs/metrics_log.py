@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_detox.runs.storage import write_whole
+from ray_detox.runs.storage import write_atomic
 
 
 class MetricsLog:
@@ -49,7 +49,7 @@ class MetricsLog:
         self.board.close()
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

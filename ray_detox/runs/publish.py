@@ -50,12 +50,12 @@ def publish(
         StoreError: the store did not take it; what it had is whole.
     """
     report, samples = folder.read_result()
-    curves = folder.read_curves()
+    history = folder.read_history()
     if _is_notebook_table(results):
         from ray_detox.store import notebook
 
         embedded = open_store("sqlite", folder.store_path, results.table)
-        wrote = embedded.put_run(report, samples, curves, attempt=attempt, overwrite=overwrite)
+        wrote = embedded.put_run(report, samples, history, attempt=attempt, overwrite=overwrite)
         notebook.export_samples(
             report,
             samples,
@@ -67,7 +67,7 @@ def publish(
         return wrote
     store = store_of(results, folder)
     try:
-        return store.put_run(report, samples, curves, attempt=attempt, overwrite=overwrite)
+        return store.put_run(report, samples, history, attempt=attempt, overwrite=overwrite)
     finally:
         store.close()
 

@@ -6,7 +6,7 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.folder import RunFolder
-from ray_detox.runs.storage import Storage, StorageError, write_whole
+from ray_detox.runs.storage import Storage, StorageError, write_atomic
 from ray_detox.stages import preflight
 from ray_detox.store.protocol import check_run_id
 
@@ -22,7 +22,7 @@ def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
             )
 
 
-def adopt(folder: RunFolder, storage: str) -> None:
+def resume_from_storage(folder: RunFolder, storage: str) -> None:
     """Make the folder of a run that was begun on another machine, from what its storage holds.
 
     Args:
@@ -46,8 +46,8 @@ def adopt(folder: RunFolder, storage: str) -> None:
     config_from_dict(json.loads(settings))
     folder.path.mkdir(parents=True, exist_ok=True)
     if newest is not None:
-        write_whole(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
-    write_whole(folder.path / "config.json", settings.decode())
+        write_atomic(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
+    write_atomic(folder.path / "config.json", settings.decode())
 
 
 def run_storage(config: RunConfig, folder: RunFolder) -> Storage:

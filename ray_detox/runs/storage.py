@@ -111,7 +111,7 @@ def open_address(address: str) -> tuple[Any, str]:
     return system, path
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomic(file: Path, text: str) -> None:
     """Write a file of this machine, whole or not at all."""
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ class StageError(RuntimeError):
 
 
 @contextmanager
-def causes_in_one_sentence() -> Iterator[None]:
+def flatten_ray_errors() -> Iterator[None]:
     """Turn what failed in Ray, or on the disk, into its cause; Ray's own is a page of traceback."""
     try:
         yield
@@ -20,16 +20,16 @@ def causes_in_one_sentence() -> Iterator[None]:
         ray = sys.modules.get("ray")
         # Some errors of Ray are OSErrors, too: its silence is a TimeoutError.
         if ray is not None and isinstance(error, ray.exceptions.RayError):
-            cause = innermost(error)
+            cause = root_cause(error)
             if isinstance(cause, ConfigError):
                 raise ConfigError(str(cause)) from error
-            raise StageError(f"{type(cause).__name__}: {one_line(cause)}") from error
+            raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
         if isinstance(error, OSError):
             raise StageError(f"{type(error).__name__}: {error}") from error
         raise
 
 
-def one_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
@@ -48,15 +48,15 @@ def describe(error: BaseException) -> str:
         if died is not None:
             return f"worker {rank} died ({type(died).__name__})"
     for rank, failure in sorted(failures.items()):
-        cause = innermost(failure)
+        cause = root_cause(failure)
         if "onnection" in str(cause) and "peer" in str(cause):  # in gloo's words, or NCCL's
             return f"worker {rank} lost its connection to another worker"
-        return f"worker {rank} failed with {type(cause).__name__}: {one_line(cause)}"
-    cause = innermost(error)
-    return f"{type(cause).__name__}: {one_line(cause)}"
+        return f"worker {rank} failed with {type(cause).__name__}: {last_line(cause)}"
+    cause = root_cause(error)
+    return f"{type(cause).__name__}: {last_line(cause)}"
 
 
-def innermost(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """What an error comes from in the end: Ray wraps it, in the worker and on the way."""
     while inner := getattr(error, "cause", None) or error.__cause__:
         error = inner

@@ -22,13 +22,13 @@ from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.storage import Storage, StorageError
-from ray_detox.stages.cluster.admission import Patience
-from ray_detox.stages.progress import ANSWER_S, POLL_S, start_progress
+from ray_detox.stages.cluster.admission import CapacityWatchdog
+from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 
 AdapterFiles = dict[str, bytes]
 Samples = list[dict[str, Any]]
 
-_DECIDES_SCORES = ("model", "revision", "label", "reads", "terms", "batch_size", "max_tokens")
+_DECIDES_SCORES = ("model", "revision", "label", "input", "terms", "batch_size", "max_tokens")
 
 
 def pack_adapter(folder: Path) -> AdapterFiles:
@@ -52,13 +52,13 @@ def measure_shard(
     from ray_detox.models.sources import local_folder
     from ray_detox.stages.rewards.client import RewardClient
 
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     device = "cuda" if ray.get_gpu_ids() else "cpu"
     policy = _load_policy(config.policy, config.sampling, config.seed, device)
     unpack_folder(adapter, policy.load_adapter)
     folder_of_model = local_folder(config.policy.model, config.policy.revision, "policy.model")
     tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
-    scorer = RewardClient(directory, config.reward)
+    scorer = RewardClient(directory, config)
     try:
         return measure(
             policy,
@@ -101,7 +101,7 @@ def run_evaluation(
         storage: where measured shards are kept, and found again; None keeps none.
 
     Raises:
-        ConfigError: no task has had room for `cluster.patience_s`.
+        ConfigError: no task has had room for `cluster.capacity_timeout_s`.
     """
     count = min(config.evaluate.shards, len(rows))
     # Dealt out in turn: the shards then have prompts of all lengths alike.
@@ -114,7 +114,7 @@ def run_evaluation(
             on_event({"kind": "measured", "prompts": len(earlier)})
 
     task = measure_shard.options(
-        num_cpus=config.train.cpus_per_worker, num_gpus=need.gpus_per_worker
+        num_cpus=config.cluster.cpus_per_worker, num_gpus=need.gpus_per_worker
     )
     progress = start_progress()
     adapter_ref = ray.put(adapter)
@@ -123,14 +123,14 @@ def run_evaluation(
         for number, shard in enumerate(shards)
         if number not in found
     }
-    patience = Patience(config, need.evaluation)
+    patience = CapacityWatchdog(config, need.evaluation)
     while waiting:
-        done, _ = ray.wait(list(waiting), timeout=POLL_S)
+        done, _ = ray.wait(list(waiting), timeout=EVENT_POLL_S)
         for ref in done:
             number = waiting.pop(ref)
             found[number] = ray.get(ref)
             kept.write(number, found[number])
-        events = ray.get(progress.take.remote(), timeout=ANSWER_S)
+        events = ray.get(progress.take.remote(), timeout=ACTOR_TIMEOUT_S)
         for event in events:
             on_event(event)
         patience.check(something_happened=bool(done or events))

@@ -1,7 +1,7 @@
 """Ray Data: files to prompts, split once and for good.
 
     read -> prepare (filter, prompt text, tokens; in parallel) -> count what is left out
-         -> split into train and held out -> sort train by prompt id -> lanes
+         -> split into train and held out -> sort train by prompt id -> shards
 
 The order in which files, blocks or tasks come in decides nothing: rows are split and dealt by
 the hash of their text (or, on request, in file order). Everything is materialised before training
@@ -58,8 +58,8 @@ class RowCounts:
 class Ingested:
     """Prompts, ready for training and for the evaluation."""
 
-    lanes: list[Any]
-    """References to `data.lanes` Arrow tables of equal length, give or take one row."""
+    shards: list[Any]
+    """References to `data.shards` Arrow tables of equal length, give or take one row."""
     held_out: list[dict[str, Any]]
     """Rows for the evaluation, at most `evaluate.prompts`."""
     counts: RowCounts
@@ -118,18 +118,18 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         train, held_out = kept.split_at_indices([count - held])
     else:
         train, held_out = train.sort(order).materialize(), held_out.sort(order)
-    bounds = [round((count - held) * lane / data.lanes) for lane in range(1, data.lanes)]
+    bounds = [round((count - held) * shard / data.shards) for shard in range(1, data.shards)]
     return Ingested(
-        lanes=[_hold(lane) for lane in (train.split_at_indices(bounds) if bounds else [train])],
+        shards=[_hold(shard) for shard in (train.split_at_indices(bounds) if bounds else [train])],
         held_out=unpack(held_out.take(config.evaluate.prompts)),
         counts=RowCounts(read_count, left_out, examples, count - held, held),
         fingerprint=_fingerprint(kept),
     )
 
 
-def _hold(lane: ray.data.Dataset) -> Any:
-    """A lane as one table in the store of the driver's node: no other node's loss takes it away."""
-    return ray.put(pa.concat_tables(ray.get(lane.to_arrow_refs())))
+def _hold(shard: ray.data.Dataset) -> Any:
+    """A shard as one table in the store of the driver's node: no other node's loss takes it away."""
+    return ray.put(pa.concat_tables(ray.get(shard.to_arrow_refs())))
 
 
 def read(source: Source, config: DataConfig) -> ray.data.Dataset:
@@ -210,11 +210,11 @@ def _count_left_out(
 def _check_enough(
     train: int, held: int, read_count: int, left_out: Mapping[str, int], config: DataConfig
 ) -> None:
-    if train >= config.lanes and held >= 2:
+    if train >= config.shards and held >= 2:
         return
     why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()) or "none left out"
     raise ConfigError(
         f"Of {read_count:,} rows of data.path={config.path}, {train:,} are left to train on and "
-        f"{held:,} to hold out ({why}); expected at least {config.lanes} (data.lanes) and 2. "
-        "Give more data, widen data.min_chars and data.max_chars, or lower data.lanes."
+        f"{held:,} to hold out ({why}); expected at least {config.shards} (data.shards) and 2. "
+        "Give more data, widen data.min_chars and data.max_chars, or lower data.shards."
     )

@@ -17,7 +17,7 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source, check_rows, locate
 from ray_detox.evaluation.judges import check_judge
 from ray_detox.models.sources import hub_has_safetensors, local_folder, looks_like_path
-from ray_detox.resources import Bundle, Node, needs, shortage
+from ray_detox.resources import Bundle, Node, needs, shortfall
 from ray_detox.runs.storage import open_address
 
 FREE_MB = 200
@@ -265,13 +265,13 @@ def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
     Raises:
         ConfigError: more are asked for than there are.
     """
-    asked = (config.train.gpus_per_worker or 0) + (config.reward.gpus_per_actor or 0)
+    asked = (config.cluster.gpus_per_worker or 0) + (config.serving.gpus_per_actor or 0)
     if asked:
         have = count_gpus()
         need = needs(config, have)
         # CPUs of this machine are accounted for and not bound: there are as many as are needed.
         machine = Bundle(need.cpus, have)
-        short = shortage(need.phases, [Node("this machine", machine, machine)])
+        short = shortfall(need.phases, [Node("this machine", machine, machine)])
         if short:
             raise ConfigError(short)
 

@@ -12,8 +12,8 @@ import ray
 
 from ray_detox.stages.cluster.nodes import on_this_node
 
-POLL_S = 0.2
-ANSWER_S = 60.0
+EVENT_POLL_S = 0.2
+ACTOR_TIMEOUT_S = 60.0
 """Longest wait for an actor on this very node."""
 
 

@@ -2,7 +2,7 @@
 
     driver                                            worker 0 .. N-1
       run_training                                      train_worker
-        _Group: TorchTrainer.fit (a thread)  -------->    RayRuntime + Lanes + Policy + RewardClient
+        _Group: TorchTrainer.fit (a thread)  -------->    RayRuntime + PromptShards + Policy + RewardClient
         main thread: polls Progress  <----------------    log, save (rank 0)
           figures -> on_event, checkpoints -> CheckpointWriter -> storage
         a worker, a node is lost; a node is to go; room for one more worker:
@@ -41,10 +41,10 @@ from ray_detox.recipes.loading import config_from_dict
 from ray_detox.records import UpdateStats
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointWriter, pack_folder, unpack_folder
-from ray_detox.stages.cluster.elastic import RoomForOneMore, workers_with_room
+from ray_detox.stages.cluster.elastic import UpscaleTrigger, wait_for_workers
 from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
 from ray_detox.stages.errors import TrainingError, describe
-from ray_detox.stages.progress import ANSWER_S, POLL_S, start_progress
+from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class RayRuntime:
         event = {"kind": "checkpoint", "checkpoint": Checkpoint(step, files, objective)}
         sent = self.tell(event)
         if last:
-            ray.get(sent, timeout=ANSWER_S)
+            ray.get(sent, timeout=ACTOR_TIMEOUT_S)
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
         """Read the checkpoint that this group began with, if there was one."""
@@ -96,7 +96,7 @@ class RayRuntime:
 
     def should_stop(self) -> bool:
         """Ask the driver's side."""
-        return bool(ray.get(self._progress.should_stop.remote(), timeout=ANSWER_S))
+        return bool(ray.get(self._progress.should_stop.remote(), timeout=ACTOR_TIMEOUT_S))
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from ray_detox.data.shards import Lanes, lanes_of_worker
+    from ray_detox.data.shards import PromptShards, shards_of_worker
     from ray_detox.models.loading import load_policy
     from ray_detox.models.sources import local_folder
     from ray_detox.rl.learner import NonFiniteError
@@ -115,14 +115,14 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     config = config_from_dict(job["config"])
     device = ray.train.torch.get_device()
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     start = ray.get(job["start"]) if job["start"] else None
     runtime = RayRuntime(job["progress"], job["group"], start)
     policy = load_policy(config.policy, config.sampling, config.seed, device)
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
-    mine = lanes_of_worker(config.data.lanes, runtime.rank, runtime.world_size)
-    rows = {lane: unpack(ray.get(job["lanes"][lane]).to_pylist()) for lane in mine}
-    lanes = Lanes(config, rows, policy.pad_id)
+    mine = shards_of_worker(config.data.shards, runtime.rank, runtime.world_size)
+    rows = {shard: unpack(ray.get(job["shards"][shard]).to_pylist()) for shard in mine}
+    shards = PromptShards(config, rows, policy.pad_id)
     runtime.tell(
         {
             "kind": "worker",
@@ -133,11 +133,11 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             "prompts": sum(map(len, rows.values())),
         }
     )
-    scorer = RewardClient(job["directory"], config.reward)
+    scorer = RewardClient(job["directory"], config)
     began = time.perf_counter()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        outcome = train(config, runtime, policy, tokenizer, scorer, lanes)
+        outcome = train(config, runtime, policy, tokenizer, scorer, shards)
     except (NonFiniteError, StartError) as error:
         # Trying again from the checkpoint would fail again: this is an answer, not a fault.
         return {"error": str(error)}
@@ -153,7 +153,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_training(
     config: RunConfig,
-    lanes: Sequence[Any],
+    shards: Sequence[Any],
     pool: Any,
     need: Needs,
     writer: CheckpointWriter,
@@ -164,7 +164,7 @@ def run_training(
 
     Args:
         config: of the run.
-        lanes: from `ingest`.
+        shards: from `ingest`.
         pool: the `RewardPool`, loaded.
         need: resolved for this cluster.
         writer: keeps checkpoints; training goes on from its `newest`.
@@ -176,7 +176,7 @@ def run_training(
 
     Raises:
         TrainingError: in one sentence, with the newest checkpoint kept.
-        ConfigError: there is no room for `train.workers`, and has not been for `cluster.patience_s`.
+        ConfigError: there is no room for `train.workers`, and has not been for `cluster.capacity_timeout_s`.
         StorageError: the last checkpoint could not be kept.
     """
     progress = start_progress()
@@ -185,17 +185,17 @@ def run_training(
         "config": config.to_dict(),
         "progress": progress,
         "directory": pool.directory,
-        "lanes": list(lanes),
+        "shards": list(shards),
     }
     ends = {"lost": 0, "moved": 0, "resized": 0}
     failures, failed_at = 0, -1
-    hoped = config.train.least_workers
+    hoped = config.train.min_workers
     try:
         while True:
-            workers = workers_with_room(config, need, pool, hoped, stop_requested)
+            workers = wait_for_workers(config, need, pool, hoped, stop_requested)
             step = writer.newest.step if writer.newest else 0
             if not workers:
-                writer.flush(ANSWER_S)
+                writer.flush(ACTOR_TIMEOUT_S)
                 return {"step": step, "stopped": True} | ends
             on_event(
                 {"kind": "group", "workers": workers, "step": step, "number": sum(ends.values())}
@@ -207,7 +207,7 @@ def run_training(
                 ends["lost"] += 1
                 step = writer.newest.step if writer.newest else 0
                 failures, failed_at = (failures + 1 if step == failed_at else 1), step
-                if failures > config.train.max_failures:
+                if failures > config.cluster.max_failures:
                     raise TrainingError(
                         f"Training failed {failures} times at step {step + 1}: "
                         f"{describe(group.error)}. The newest checkpoint is that of step {step}."
@@ -218,7 +218,7 @@ def run_training(
             elif group.why_stopped in ("moved", "resized") and outcome["stopped"]:
                 ends[group.why_stopped] += 1
             else:
-                writer.flush(ANSWER_S)
+                writer.flush(ACTOR_TIMEOUT_S)
                 return outcome | ends
     finally:
         ray.kill(progress)
@@ -250,8 +250,8 @@ class _Group:
         self._progress = job["progress"]
         self._nodes: dict[int, str] = {}
         """Of each worker, by rank."""
-        self._look_for_room = lambda: RoomForOneMore(config, need, pool, workers)
-        self._room: RoomForOneMore | None = None
+        self._look_for_room = lambda: UpscaleTrigger(config, need, pool, workers)
+        self._room: UpscaleTrigger | None = None
         """Looked for once all workers have the room that they were promised."""
         self._outcome: dict[str, Any] = {}
         self._before = _placement_groups()
@@ -265,7 +265,7 @@ class _Group:
         fit = threading.Thread(target=self._fit, daemon=True)
         fit.start()
         while fit.is_alive():
-            fit.join(POLL_S)
+            fit.join(EVENT_POLL_S)
             if self.why_stopped is None:
                 self.why_stopped = self._why_stop(stop_requested)
             self._take_events()
@@ -292,7 +292,7 @@ class _Group:
 
     def _take_events(self) -> None:
         stop = self.why_stopped is not None
-        for event in ray.get(self._progress.take.remote(stop), timeout=ANSWER_S):
+        for event in ray.get(self._progress.take.remote(stop), timeout=ACTOR_TIMEOUT_S):
             if event["group"] != self.name:
                 # Of an earlier group, from a node that was cut off for a while: Ray delivers what
                 # its workers said meanwhile, and then ends them. Their steps were done again.
@@ -324,7 +324,7 @@ class _Group:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self._workers,
                 use_gpu=gpus > 0,
-                resources_per_worker={"CPU": self._config.train.cpus_per_worker}
+                resources_per_worker={"CPU": self._config.cluster.cpus_per_worker}
                 | ({"GPU": gpus} if gpus else {}),
             ),
             run_config=ray.train.RunConfig(

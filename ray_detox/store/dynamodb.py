@@ -23,7 +23,7 @@ import boto3
 import botocore.exceptions
 from botocore.config import Config
 
-from ray_detox.store.dynamodb_errors import in_words, too_busy
+from ray_detox.store.dynamodb_errors import to_store_error, too_busy
 from ray_detox.store.dynamodb_items import (
     BY_TIME,
     LIST_PK,
@@ -99,7 +99,7 @@ class DynamoDBStore:
                 config=_HURRIED if self._hurried else PATIENT,
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise in_words(
+            raise to_store_error(
                 error, "the connection", self.table, self._region, self._endpoint_url
             ) from None
 
@@ -435,7 +435,7 @@ class DynamoDBStore:
         except botocore.exceptions.WaiterError as error:
             if "Error" in error.last_response:
                 refusal = botocore.exceptions.ClientError(error.last_response, "DescribeTable")
-                raise self._in_words(refusal, "describe_table") from None
+                raise self._to_store_error(refusal, "describe_table") from None
             raise StoreError(
                 f"Table {self.table!r} was not ready after two minutes; look at it in AWS."
             ) from None
@@ -466,19 +466,19 @@ class DynamoDBStore:
         try:
             answer: dict[str, Any] = call(**arguments)
         except botocore.exceptions.BotoCoreError as error:
-            raise self._in_words(error, operation) from None
+            raise self._to_store_error(error, operation) from None
         except botocore.exceptions.ClientError as error:
             code = error.response["Error"]["Code"]
             if code == "ConditionalCheckFailedException":
                 raise _ConditionFailed from None
             if or_unknown and code in ("UnknownOperationException", "404"):
                 return {}
-            raise self._in_words(error, operation) from None
+            raise self._to_store_error(error, operation) from None
         return answer
 
-    def _in_words(self, error: Exception, operation: str) -> StoreError:
+    def _to_store_error(self, error: Exception, operation: str) -> StoreError:
         region = self.client.meta.region_name
-        return in_words(error, operation, self.table, region, self._endpoint_url)
+        return to_store_error(error, operation, self.table, region, self._endpoint_url)
 
 
 def _by_time() -> dict[str, Any]:

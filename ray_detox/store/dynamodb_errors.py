@@ -23,7 +23,7 @@ _TOO_BUSY = (
 )
 
 
-def in_words(
+def to_store_error(
     error: Exception, operation: str, table: str, region: str | None, endpoint_url: str | None
 ) -> StoreError:
     """One sentence for what went wrong.

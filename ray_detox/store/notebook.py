@@ -20,7 +20,7 @@ import botocore.exceptions
 
 from ray_detox.store import dynamodb
 from ray_detox.store.dynamodb import DynamoDBStore
-from ray_detox.store.dynamodb_errors import in_words, too_busy
+from ray_detox.store.dynamodb_errors import to_store_error, too_busy
 from ray_detox.store.dynamodb_items import number
 from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import as_row
@@ -168,7 +168,7 @@ def _describe(store: DynamoDBStore) -> Any:
     except client.exceptions.ResourceNotFoundException:
         return None
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-        raise _in_words(error, "describe_table", store) from None
+        raise _to_store_error(error, "describe_table", store) from None
 
 
 def _key_type(table: Mapping[str, Any]) -> str | None:
@@ -216,7 +216,7 @@ def _get(store: DynamoDBStore, keys: list[dict[str, Any]]) -> Iterator[dict[str,
         try:
             answer = store.client.batch_get_item(RequestItems=wanted)
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-            raise _in_words(error, "batch_get_item", store) from None
+            raise _to_store_error(error, "batch_get_item", store) from None
         yield from answer["Responses"].get(store.table, [])
         wanted = answer.get("UnprocessedKeys") or {}
         if not wanted:
@@ -258,14 +258,14 @@ def _write(
                 use_threads=False,
             )
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-        raise _in_words(error, "batch_write_item", store) from None
+        raise _to_store_error(error, "batch_write_item", store) from None
     finally:
         wr.config.dynamodb_endpoint_url, wr.config.botocore_config = before
 
 
-def _in_words(error: Exception, operation: str, store: DynamoDBStore) -> StoreError:
+def _to_store_error(error: Exception, operation: str, store: DynamoDBStore) -> StoreError:
     region = store.client.meta.region_name
-    return in_words(error, operation, store.table, region, store.client.meta.endpoint_url)
+    return to_store_error(error, operation, store.table, region, store.client.meta.endpoint_url)
 
 
 def _pause(attempt: int) -> None:

@@ -31,16 +31,15 @@ STEPS, PROMPTS, MEASURED = 8, 32, 24
 SETTINGS = [
     f"train.steps={STEPS}",
     f"ppo.prompts_per_step={PROMPTS}",
-    "sampling.budget_min=8",
-    "sampling.budget_max=16",
+    "sampling.max_new_tokens=8..16",
     "sampling.batch_size=8",
     f"evaluate.prompts={MEASURED}",
     "evaluate.shards=3",
     "data.limit=400",
     "reward.batch_size=8",
-    "reward.silence_s=3",
-    "train.cpus_per_worker=1",
-    "cluster.patience_s=60",
+    "serving.heartbeat_timeout_s=3",
+    "cluster.cpus_per_worker=1",
+    "cluster.capacity_timeout_s=60",
 ]
 TITLES = {
     "worker": "RayTrainWorker",
@@ -291,7 +290,9 @@ class Chaos:
 
     def _damage(self, run_id: str) -> str:
         """Cut a file of the newest checkpoint short, if there is an earlier one."""
-        kept = sorted((self.folder / "storage" / run_id / "checkpoints").glob("step-*/whole.json"))
+        kept = sorted(
+            (self.folder / "storage" / run_id / "checkpoints").glob("step-*/manifest.json")
+        )
         if len(kept) < 2:
             return "no checkpoint to spare"
         files = sorted(file for file in kept[-1].parent.rglob("*") if file.is_file())

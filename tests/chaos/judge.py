@@ -8,7 +8,7 @@ from tests.chaos.harness import MEASURED, STEPS, Chaos, Ended
 
 SAME = ["train.workers=2", "reward.actors=2"]
 """The same number of workers whatever happens: equal to the last bit."""
-FEWER = ["train.workers=1..3", "train.grow_after_s=1", "reward.actors=1"]
+FEWER = ["train.workers=1..3", "cluster.upscale_delay_s=1", "reward.actors=1"]
 """On nodes of 2 CPUs as many workers as fit: equal but for rounding."""
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.on_ray.fake_autoscaler [--json] [FOLDER]     a line for each event, with its second
 
-    this process     head node, and on it what a run does: wait_for_room, RewardPool, RewardClient
+    this process     head node, and on it what a run does: wait_for_capacity, RewardPool, RewardClient
     Ray's monitor    the autoscaler: what waits for room ---> FakeEC2 ---> raylets of this machine
 
     stage   what happens                                        what the autoscaler should do
@@ -41,8 +41,9 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from ray_detox.config import RunConfig
 from ray_detox.recipes.loading import load_config
+from ray_detox.records import ScoreRequest
 from ray_detox.resources import Needs
-from ray_detox.runs.storage import write_whole
+from ray_detox.runs.storage import write_atomic
 from ray_detox.stages.cluster import admission
 from ray_detox.stages.cluster import nodes as live
 from ray_detox.stages.rewards.client import RewardClient
@@ -51,19 +52,19 @@ from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait
 
 ASKED = [
     "train.workers=2",
-    "train.cpus_per_worker=6",
-    "train.gpus_per_worker=1",
+    "cluster.cpus_per_worker=6",
+    "cluster.gpus_per_worker=1",
     "reward.actors=1..8",
-    "reward.gpus_per_actor=0.25",
+    "serving.gpus_per_actor=0.25",
 ]
 """Words of the README."""
 HERE = [
-    "cluster.patience_s=600",
-    "reward.grow_after_s=1",
-    "reward.shrink_after_s=1",
+    "cluster.capacity_timeout_s=600",
+    "serving.upscale_delay_s=1",
+    "serving.downscale_delay_s=1",
     "reward.batch_size=8",
-    "reward.silence_s=600",
-    "reward.deadline_s=600",
+    "serving.heartbeat_timeout_s=600",
+    "serving.timeout_s=600",
     "reward.terms=[{function: tests.on_ray.reward_terms.pause}]",
 ]
 """A queue of seconds, and patience with a busy machine."""
@@ -153,7 +154,7 @@ class Story:
             self._nodes = nodes
             self._tell("nodes", ", ".join(changes), nodes=nodes)
         if self.pool is not None:
-            figures = {name: int(value) for name, value in self.pool.figures().items()}
+            figures = {name: int(value) for name, value in self.pool.metrics().items()}
             now = (figures["wanted"], figures["actors"])
             if now != self._pool_was:
                 self._pool_was = now
@@ -227,7 +228,9 @@ class Load:
     def submit(self, texts: int) -> Any:
         """One batch, of which every chunk takes half a second."""
         rows = [f"text {i}" for i in range(texts)]
-        return self._client.submit(rows, rows, [[1]] * texts, {"seconds": [0.5] * texts})
+        return self._client.submit(
+            ScoreRequest(rows, rows, [[1]] * texts, {"seconds": [0.5] * texts})
+        )
 
     def _take(self, which: Callable[[Any], bool]) -> None:
         for pending in [one for one in self._waiting if which(one)]:
@@ -244,26 +247,22 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
         hurry: lets idle nodes go soon, from now on.
     """
     story.enter("room", "the run waits for what it must have")
-    need = wait_for_room(story, config)
+    need = wait_for_capacity(story, config)
     story.settle()
 
     story.enter("start", "a reward actor comes up, the worker group is placed")
     worker = {"CPU": need.worker.cpus, "GPU": need.worker.gpus}
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(
-            contextlib.closing(
-                RewardPool(config.reward, need.gpus_per_actor, live.nodes_for_actors(need))
-            )
+            contextlib.closing(RewardPool(config, need.gpus_per_actor, live.place_actors(need)))
         )
         story.pool = pool
-        group = placement_group([worker] * config.train.least_workers)
+        group = placement_group([worker] * config.train.min_workers)
         story.until(lambda: group.wait(0))
         story.placed("workers", list(placement_group_table(group)["bundles_to_node_id"].values()))
-        story.until(lambda: pool.figures()["actors"] == config.reward.least_actors)
+        story.until(lambda: pool.metrics()["actors"] == config.reward.min_actors)
         story.placed("actors", [actor["node"] for actor in pool.describe()])
-        client = stack.enter_context(
-            contextlib.closing(RewardClient(pool.directory, config.reward))
-        )
+        client = stack.enter_context(contextlib.closing(RewardClient(pool.directory, config)))
         load = Load(client)
         story.settle()
 
@@ -271,7 +270,7 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
 
         def all_are_up() -> bool:
             load.top_up()
-            return pool.figures()["actors"] == config.reward.most_actors
+            return pool.metrics()["actors"] == config.reward.max_actors
 
         story.until(all_are_up)
         story.placed("actors", [actor["node"] for actor in pool.describe()])
@@ -280,7 +279,7 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
         story.enter("quiet", f"no text waits; idle nodes may stay {FASTER} times shorter")
         hurry()
         load.finish()
-        story.until(lambda: pool.figures()["actors"] == config.reward.least_actors)
+        story.until(lambda: pool.metrics()["actors"] == config.reward.min_actors)
         story.until(lambda: node_counts()["reward_gpu_spot"] == 1)
         story.settle()
         story.placed("actors", [actor["node"] for actor in pool.describe()])
@@ -293,11 +292,11 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
     story.settle()
 
 
-def wait_for_room(story: Story, config: RunConfig) -> Needs:
+def wait_for_capacity(story: Story, config: RunConfig) -> Needs:
     """What a run does first, with the story going on beside it."""
     with ThreadPoolExecutor(1) as beside:
-        waiting = beside.submit(admission.wait_for_room, config, lambda text: None)
-        story.until(waiting.done, LIMIT_S + config.cluster.patience_s)
+        waiting = beside.submit(admission.wait_for_capacity, config, lambda text: None)
+        story.until(waiting.done, LIMIT_S + config.cluster.capacity_timeout_s)
         return waiting.result()
 
 
@@ -311,7 +310,7 @@ def main() -> None:
     # Ray notes the address of its newest cluster in this folder, and expects it to be there.
     (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
     told = folder / "autoscaling.json"
-    write_whole(told, json.dumps(autoscaling_config()))
+    write_atomic(told, json.dumps(autoscaling_config()))
     head: dict[str, Any] = {
         "num_cpus": 0,
         "num_gpus": 0,
@@ -340,7 +339,7 @@ def main() -> None:
         tell_run(
             Story(said.json, log),
             load_config("lab", ASKED + HERE),
-            hurry=lambda: write_whole(told, json.dumps(autoscaling_config(FASTER))),
+            hurry=lambda: write_atomic(told, json.dumps(autoscaling_config(FASTER))),
         )
 
 

@@ -44,8 +44,7 @@ SHORT = [
     f"train.steps={STEPS}",
     "train.checkpoint_every=2",
     f"ppo.prompts_per_step={PROMPTS}",
-    "sampling.budget_min=8",
-    "sampling.budget_max=16",
+    "sampling.max_new_tokens=8..16",
     f"evaluate.prompts={MEASURED}",
     "data.limit=400",
     f"evaluate.shards={SHARDS}",
@@ -400,9 +399,12 @@ def test_what_is_not_on_s3_is_refused(aws, output, capsys, setting):
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        (["train.cpus_per_worker=50"], "needs 101 CPUs (train.workers=2 with cpus_per_worker=50"),
-        (["train.gpus_per_worker=1"], "needs 2.25 GPUs (train.workers=2 with gpus_per_worker=1"),
-        (["reward.gpus_per_actor=2", "cluster.patience_s=1"], "reward.actors=1 with gpus_per_actor=2"),
+        (["cluster.cpus_per_worker=50"], "needs 101 CPUs (train.workers=2 with cpus_per_worker=50"),
+        (["cluster.gpus_per_worker=1"], "needs 2.25 GPUs (train.workers=2 with gpus_per_worker=1"),
+        (
+            ["serving.gpus_per_actor=2", "cluster.capacity_timeout_s=1"],
+            "reward.actors=1 with gpus_per_actor=2",
+        ),
     ],
 )  # fmt: skip
 def test_a_cluster_that_is_too_small_is_refused_and_the_run_leaves_nothing(
@@ -421,7 +423,7 @@ def test_a_cluster_that_is_too_small_is_refused_and_the_run_leaves_nothing(
     assert not RunFolder(output, "large").path.exists()
 
 
-def test_too_few_prompts_for_the_lanes_are_refused_and_the_run_leaves_nothing(
+def test_too_few_prompts_for_the_shards_are_refused_and_the_run_leaves_nothing(
     output, capsys, tmp_path, tiny_t5
 ):
     path = tmp_path / "rows.jsonl"
@@ -433,6 +435,6 @@ def test_too_few_prompts_for_the_lanes_are_refused_and_the_run_leaves_nothing(
     error = capsys.readouterr().err
     assert code == cli.MISTAKE
     assert "6 are left to train on and 2 to hold out" in error
-    assert "expected at least 16 (data.lanes) and 2" in error
+    assert "expected at least 16 (data.shards) and 2" in error
     assert error.count("\n") == 1
     assert not RunFolder(output, "small").path.exists()

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from ray_detox.config import ConfigError
 from ray_detox.data.files import locate
 from ray_detox.data.prompts import prompt_text, unpack
-from ray_detox.data.shards import Lanes, lanes_of_worker
+from ray_detox.data.shards import PromptShards, shards_of_worker
 from ray_detox.lab import corpus
 from ray_detox.recipes.loading import load_config
 from ray_detox.stages.ingest import ingest
@@ -50,21 +50,21 @@ WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
 
 
 class Prepared:
-    """What `ingest` made of some settings, its lanes read as a training worker reads them."""
+    """What `ingest` made of some settings, its shards read as a training worker reads them."""
 
     def __init__(self, *settings):
         self.config = load_config(
-            "lab", [f"data.lanes={LANES}", "ppo.prompts_per_step=8", *settings]
+            "lab", [f"data.shards={LANES}", "ppo.prompts_per_step=8", *settings]
         )
         data = ingest(self.config, locate(self.config.data))
         self.counts = data.counts
         self.fingerprint = data.fingerprint
         self.held_out = data.held_out
-        self.lanes = [unpack(table.to_pylist()) for table in ray.get(data.lanes)]
+        self.shards = [unpack(table.to_pylist()) for table in ray.get(data.shards)]
 
     @property
     def train(self):
-        return [row for lane in self.lanes for row in lane]
+        return [row for shard in self.shards for row in shard]
 
 
 def ids(rows):
@@ -108,8 +108,8 @@ def test_a_file_gives_the_prompts_that_the_embedded_corpus_gives(tmp_path, embed
     assert found.counts == embedded.counts
     assert found.fingerprint == embedded.fingerprint
     assert found.counts.left_out["not over 200 characters"] > 0
-    for lane, expected in zip(found.lanes, embedded.lanes, strict=True):
-        assert own(lane, "id", "summary") == own(expected, "id", "summary")
+    for shard, expected in zip(found.shards, embedded.shards, strict=True):
+        assert own(shard, "id", "summary") == own(expected, "id", "summary")
     assert own(found.held_out, "id", "summary") == own(embedded.held_out, "id", "summary")
     if kind != "csv":  # which has no lists
         assert found.held_out == embedded.held_out
@@ -122,7 +122,7 @@ def test_a_hub_dataset_gives_the_prompts_that_the_embedded_corpus_gives(embedded
     found = Prepared("data.path=someone/dialogues")
 
     assert found.counts == embedded.counts
-    assert found.lanes == embedded.lanes
+    assert found.shards == embedded.shards
     assert found.held_out == embedded.held_out
 
 
@@ -203,7 +203,7 @@ def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_
     sentence = str(caught.value)
     assert "Of 5 rows" in sentence
     assert "3 are left to train on and 1 to hold out (1 not over 200 characters)" in sentence
-    assert "expected at least 4 (data.lanes) and 2" in sentence
+    assert "expected at least 4 (data.shards) and 2" in sentence
 
 
 # ---- the split -------------------------------------------------------------------------------
@@ -219,13 +219,13 @@ def test_no_file_order_and_no_number_of_files_changes_the_hashed_split(
     found = Prepared(f"data.path={tmp_path}", f"policy.model={tiny_t5}")
 
     assert counted(found) == counted(hashed)
-    assert found.lanes == hashed.lanes
+    assert found.shards == hashed.shards
     assert found.held_out == hashed.held_out
     assert found.fingerprint == hashed.fingerprint
 
 
-def test_lanes_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):
-    sizes = [len(lane) for lane in hashed.lanes]
+def test_shards_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):
+    sizes = [len(shard) for shard in hashed.shards]
 
     assert len(sizes) == LANES
     assert max(sizes) - min(sizes) <= 1
@@ -283,7 +283,7 @@ def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
     assert not set(ids(one.train)) & set(ids(one.held_out))
     assert counted(one) == counted(two)
     assert (one.counts.train, one.counts.held_out) == (117, 33)
-    assert one.lanes == two.lanes
+    assert one.shards == two.shards
     assert one.held_out == two.held_out
 
 
@@ -292,17 +292,17 @@ def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
-    alone = Lanes(hashed.config, dict(enumerate(hashed.lanes)), pad_id=0)
+    alone = PromptShards(hashed.config, dict(enumerate(hashed.shards)), pad_id=0)
     group = [
-        Lanes(
+        PromptShards(
             hashed.config,
-            {lane: hashed.lanes[lane] for lane in lanes_of_worker(LANES, rank, workers)},
+            {shard: hashed.shards[shard] for shard in shards_of_worker(LANES, rank, workers)},
             pad_id=0,
         )
         for rank in range(workers)
     ]
 
-    # 20 or 21 rows in a lane and two from each per step: well into the second epoch
+    # 20 or 21 rows in a shard and two from each per step: well into the second epoch
     for step in range(15):
         expected = alone.batch(step)
         shares = [worker.batch(step) for worker in group]
@@ -311,9 +311,9 @@ def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
         assert [worker.first_row for worker in group] == list(range(0, 8, 8 // workers))
 
 
-def test_an_epoch_answers_every_prompt_of_a_lane_once(hashed):
-    alone = Lanes(hashed.config, dict(enumerate(hashed.lanes)), pad_id=0)
-    shortest = min(len(lane) for lane in hashed.lanes)
+def test_an_epoch_answers_every_prompt_of_a_shard_once(hashed):
+    alone = PromptShards(hashed.config, dict(enumerate(hashed.shards)), pad_id=0)
+    shortest = min(len(shard) for shard in hashed.shards)
 
     seen = [name for step in range(shortest // 2) for name in alone.batch(step).ids]
 

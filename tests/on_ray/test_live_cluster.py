@@ -44,7 +44,9 @@ def test_what_is_busy_is_waited_for_and_not_longer_than_asked(busy):
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match="the cluster has 4 CPUs, of which 1 free"):
-        admission.wait_for_room(load_config("lab", ["cluster.patience_s=2"]), said.append)
+        admission.wait_for_capacity(
+            load_config("lab", ["cluster.capacity_timeout_s=2"]), said.append
+        )
 
     assert 2 <= time.monotonic() - began < 4
     assert "waiting up to 2 s for room: The run needs 3 CPUs" in said[0]
@@ -55,7 +57,9 @@ def test_room_that_is_made_meanwhile_is_taken(busy):
     killer = threading.Timer(1.5, ray.kill, [busy])
     killer.start()
 
-    need = admission.wait_for_room(load_config("lab", ["cluster.patience_s=30"]), lambda text: None)
+    need = admission.wait_for_capacity(
+        load_config("lab", ["cluster.capacity_timeout_s=30"]), lambda text: None
+    )
 
     assert need.cpus == 3
 
@@ -66,8 +70,8 @@ def test_nodes_are_asked_for_until_they_are_there_and_no_longer(busy, monkeypatc
     killer = threading.Timer(2.5, ray.kill, [busy])
     killer.start()
 
-    admission.wait_for_room(
-        load_config("lab", ["cluster.patience_s=30"]),
+    admission.wait_for_capacity(
+        load_config("lab", ["cluster.capacity_timeout_s=30"]),
         say=lambda text: None,
         look=lambda: asked.append("looked at"),
     )
@@ -81,7 +85,9 @@ def test_what_no_wait_could_mend_is_refused_at_once(busy):
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match=r"needs 7 CPUs .* and the cluster has 4 CPUs\."):
-        admission.wait_for_room(load_config("lab", ["train.workers=6", "cluster.patience_s=60"]))
+        admission.wait_for_capacity(
+            load_config("lab", ["train.workers=6", "cluster.capacity_timeout_s=60"])
+        )
 
     assert time.monotonic() - began < 3
 
@@ -93,7 +99,7 @@ def test_a_cluster_of_this_node_alone_is_not_asked_what_was_looked_at_already():
 
 def test_a_node_that_has_just_gone_is_no_fault(monkeypatch):
     # Ray lists a node for some moments after its end; here one that never was.
-    config = load_config("lab", ["cluster.patience_s=30"])
+    config = load_config("lab", ["cluster.capacity_timeout_s=30"])
     there = live._alive()
     listed = [[*there, there[0] | {"NodeID": "1" * 56}], there]
     said = []
@@ -107,7 +113,7 @@ def test_a_node_that_has_just_gone_is_no_fault(monkeypatch):
                 said.append(str(error))
                 raise
 
-    need = admission.wait_for_room(config, say=lambda text: None, look=look)
+    need = admission.wait_for_capacity(config, say=lambda text: None, look=look)
 
     assert need.cpus == 3
     assert listed == []
@@ -122,7 +128,7 @@ def checked(tmp_path_factory):
     commands = {
         "fits": [f"train.storage={folder}/storage"],
         "too many": ["train.workers=9"],
-        "too large": ["train.workers=1", "train.cpus_per_worker=4", "train.gpus_per_worker=0"],
+        "too large": ["train.workers=1", "cluster.cpus_per_worker=4", "cluster.gpus_per_worker=0"],
         "no storage": [f"train.storage={folder}/file"],
         "no table": ["results.store=dynamodb", "results.endpoint_url=http://127.0.0.1:9"],
     }

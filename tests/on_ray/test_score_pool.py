@@ -1,7 +1,6 @@
 """The reward in actors: the same scores as in this process, whatever happens to the actors."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import time
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 import ray
 
-from ray_detox.config import RewardConfig, RewardTerm
-from ray_detox.records import RewardError, Scores
+from ray_detox.config import RewardConfig, RewardTerm, RunConfig, ServingConfig
+from ray_detox.records import RewardError, ScoreRequest, Scores
 from ray_detox.rewards.reward import Reward
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.directory import RewardDirectory
@@ -32,13 +31,23 @@ TERMS = (
 
 def settings(model, terms=TERMS, **more):
     """Small batches, little of the cluster for an actor, and these terms."""
-    more = {"batch_size": CHUNK, "cpus_per_actor": 0.1, "reads": "prompt+response"} | more
-    return RewardConfig(model=str(model), terms=terms, **more)
+    reward = RewardConfig(model=str(model), terms=terms, batch_size=CHUNK, input="prompt+response")
+    serving = ServingConfig(cpus_per_actor=0.1)
+    return changed(RunConfig(reward=reward, serving=serving), **more)
+
+
+def changed(config, **settings):
+    """A run with other settings of its reward and of how that is served."""
+    of_reward = {k: v for k, v in settings.items() if k in RewardConfig.model_fields}
+    of_serving = {k: v for k, v in settings.items() if k not in of_reward}
+    return config.replace(
+        reward=config.reward.replace(**of_reward), serving=config.serving.replace(**of_serving)
+    )
 
 
 @pytest.fixture(scope="module")
 def config(tiny_roberta):
-    return settings(tiny_roberta, actors=3, silence_s=4.0)
+    return settings(tiny_roberta, actors=3, heartbeat_timeout_s=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +66,17 @@ def batch(**columns):
     prompts = [f"prompt {i:02}" for i in range(TEXTS)]
     ids = [[i] * (i % 5) for i in range(TEXTS)]
     usual = {"facts": ["f" * i for i in range(TEXTS)], "seconds": [0.0] * TEXTS}
-    return prompts, responses, ids, usual | {"marker": [""] * TEXTS, "hang": [""] * TEXTS} | columns
-
-
-def rows_of(whole, rows):
-    prompts, responses, ids, columns = whole
-    pick = lambda values: [values[i] for i in rows]
-    return pick(prompts), pick(responses), pick(ids), {n: pick(c) for n, c in columns.items()}
+    usual |= {"marker": [""] * TEXTS, "hang": [""] * TEXTS}
+    return ScoreRequest(prompts, responses, ids, usual | columns)
 
 
 @pytest.fixture(scope="module")
 def expected(config):
     """Scores of the usual batch: its chunks by length, one after another in this process."""
-    reward = Reward(config)
-    order = sorted(range(TEXTS), key=lambda i: len(batch()[1][i]))
+    reward = Reward(config.reward)
+    order = sorted(range(TEXTS), key=lambda i: len(batch().responses[i]))
     chunks = [order[i : i + CHUNK] for i in range(0, TEXTS, CHUNK)]
-    scores = Scores.concatenate([reward(*rows_of(batch(), rows)) for rows in chunks])
+    scores = Scores.concatenate([reward(batch().select(rows)) for rows in chunks])
     return scores.select(np.argsort(order))
 
 
@@ -95,9 +99,9 @@ def directory_of(pool, numbers):
     ray.kill(directory)
 
 
-def score(directory, config, *arguments):
+def score(directory, config, request):
     with contextlib.closing(RewardClient(directory, config)) as client:
-        return client.submit(*arguments).result()
+        return client.submit(request).result()
 
 
 def wait_until(so, timeout_s=120):
@@ -108,7 +112,7 @@ def wait_until(so, timeout_s=120):
 
 
 def all_up(pool):
-    figures = pool.figures()
+    figures = pool.metrics()
     return figures["actors"] == figures["wanted"]
 
 
@@ -118,7 +122,7 @@ def all_up(pool):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_actors_score_as_this_process_does_whatever_their_number(config, pool, expected, count):
     with directory_of(pool, range(count)) as directory:
-        found = score(directory, config, *batch())
+        found = score(directory, config, batch())
 
     assert_equal(found, expected)
     assert set(found.terms) == {term.name for term in TERMS}
@@ -131,7 +135,7 @@ def test_all_actors_take_part_and_say_where_they_are(config, pool):
     wait_until(lambda: all_up(pool))
     before = [about["texts"] for about in pool.describe()]
 
-    score(pool.directory, config, *batch())
+    score(pool.directory, config, batch())
 
     after = pool.describe()
     shares = [about["texts"] - then for about, then in zip(after, before, strict=True)]
@@ -146,7 +150,7 @@ def test_all_actors_take_part_and_say_where_they_are(config, pool):
 
 def test_batches_that_are_scored_at_the_same_time_keep_their_order(config, pool, expected):
     with contextlib.closing(RewardClient(pool.directory, config)) as client:
-        waiting = [client.submit(*rows_of(batch(), range(i, TEXTS))) for i in range(4)]
+        waiting = [client.submit(batch().select(range(i, TEXTS))) for i in range(4)]
         found = [pending.result() for pending in reversed(waiting)][::-1]
 
     for i, scores in enumerate(found):
@@ -159,7 +163,7 @@ def test_two_clients_share_the_actors(config, pool, expected):
         contextlib.closing(RewardClient(pool.directory, config)) as one,
         contextlib.closing(RewardClient(pool.directory, config)) as other,
     ):
-        found = [client.submit(*batch()) for client in (one, other, one)]
+        found = [client.submit(batch()) for client in (one, other, one)]
 
         for pending in found:
             assert_equal(pending.result(), expected)
@@ -173,7 +177,7 @@ def test_an_actor_has_no_more_than_two_chunks_of_a_client(config, pool):
         directory_of(pool, [0]) as directory,
         contextlib.closing(RewardClient(directory, config)) as client,
     ):
-        pending = client.submit(*batch(seconds=[0.05] * TEXTS))
+        pending = client.submit(batch(seconds=[0.05] * TEXTS))
         seen = [held()]
         while not pending.scores.done():
             seen.append(held())
@@ -191,7 +195,7 @@ def test_actors_that_die_every_few_chunks_lose_nothing(config, pool, expected, t
     marks = [""] * TEXTS
     for i in range(count):
         marks[order[2 * i * CHUNK]] = str(tmp_path / f"died {i}")
-    before = pool.figures()
+    before = pool.metrics()
 
     with directory_of(pool, range(count)) as directory:
         found = score(directory, config, *batch(marker=marks))
@@ -199,20 +203,20 @@ def test_actors_that_die_every_few_chunks_lose_nothing(config, pool, expected, t
     assert {path.name for path in tmp_path.iterdir()} == {f"died {i}" for i in range(count)}
     assert_equal(found, expected)
     wait_until(lambda: all_up(pool))
-    assert pool.figures()["restarts"] > before["restarts"]
+    assert pool.metrics()["restarts"] > before["restarts"]
 
 
 def test_an_actor_that_is_gone_for_good_is_done_without_and_replaced(config, pool, expected):
     wait_until(lambda: all_up(pool))
-    lost = pool.figures()["lost"]
+    lost = pool.metrics()["lost"]
 
     with contextlib.closing(RewardClient(pool.directory, config)) as client:
-        pending = client.submit(*batch(seconds=[0.1] * TEXTS))
+        pending = client.submit(batch(seconds=[0.1] * TEXTS))
         ray.kill(pool._actors[1].handle)
         found = pending.result()
 
     np.testing.assert_array_equal(found.logits, expected.logits)
-    wait_until(lambda: pool.figures()["lost"] == lost + 1 and all_up(pool))
+    wait_until(lambda: pool.metrics()["lost"] == lost + 1 and all_up(pool))
     assert len(pool.describe()) == 3
 
 
@@ -220,35 +224,35 @@ def test_an_actor_that_is_gone_for_good_is_done_without_and_replaced(config, poo
 def test_an_actor_that_hangs_is_done_without_or_started_again(
     config, pool, expected, tmp_path, count
 ):
-    impatient = dataclasses.replace(config, silence_s=1.0)
+    impatient = changed(config, heartbeat_timeout_s=1.0)
     wait_until(lambda: all_up(pool))
-    before = pool.figures()
+    before = pool.metrics()
     hang = [str(tmp_path / "hung") if i == 20 else "" for i in range(TEXTS)]
 
     with directory_of(pool, range(count)) as directory:
         try:
-            found = score(directory, impatient, *batch(hang=hang))
+            found = score(directory, impatient, batch(hang=hang))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int((tmp_path / "hung").read_text()), signal.SIGCONT)
 
     assert_equal(found, expected)
     if count == 1:
-        assert pool.figures()["restarts"] > before["restarts"]
+        assert pool.metrics()["restarts"] > before["restarts"]
 
 
 def test_figures_tell_of_what_was_sent_again(config, pool, expected, tmp_path):
     wait_until(lambda: all_up(pool))
-    before = pool.figures()
+    before = pool.metrics()
     marks = [str(tmp_path / "died") if i == 20 else "" for i in range(TEXTS)]
 
     with contextlib.closing(RewardClient(pool.directory, config)) as client:
-        found = client.submit(*batch(marker=marks)).result()
-        wait_until(lambda: pool.figures()["resent"] > before["resent"])
+        found = client.submit(batch(marker=marks)).result()
+        wait_until(lambda: pool.metrics()["resent"] > before["resent"])
 
     assert_equal(found, expected)
     wait_until(lambda: all_up(pool))
-    figures = pool.figures()
+    figures = pool.metrics()
     assert set(figures) == set("actors wanted waiting in_flight resent restarts lost".split())
     assert (figures["actors"], figures["wanted"], figures["waiting"]) == (3, 3, 0)
     assert figures["restarts"] > before["restarts"]
@@ -256,43 +260,43 @@ def test_figures_tell_of_what_was_sent_again(config, pool, expected, tmp_path):
 
 def test_an_error_of_the_scoring_reaches_the_caller_as_it_is(config, pool):
     without_facts = batch()
-    del without_facts[3]["facts"]
+    del without_facts.columns["facts"]
 
     with pytest.raises(TypeError, match="facts"):
-        score(pool.directory, config, *without_facts)
+        score(pool.directory, config, without_facts)
 
 
 # ---- deadlines, and actors that do not come ----------------------------------------------------
 
 
 def test_a_deadline_is_an_error_of_one_line_that_names_the_actor_and_its_node(config, pool):
-    impatient = dataclasses.replace(config, deadline_s=0.5)
+    impatient = changed(config, timeout_s=0.5)
     node = ray.get_runtime_context().get_node_id()[:8]
 
     with directory_of(pool, [2]) as directory, pytest.raises(RewardError) as caught:
-        score(directory, impatient, *batch(seconds=[2.0] * TEXTS))
+        score(directory, impatient, batch(seconds=[2.0] * TEXTS))
 
     sentence = str(caught.value)
     assert "\n" not in sentence
-    assert "of 50 texts within 0.5 s (reward.deadline_s): reward actor" in sentence
+    assert "of 50 texts within 0.5 s (serving.timeout_s): reward actor" in sentence
     assert f"on node {node} " in sentence
     assert "Add actors (reward.actors), or raise the deadline." in sentence
 
 
 def test_actors_that_the_cluster_has_no_room_for_are_an_error_of_one_line(tiny_roberta):
-    config = settings(tiny_roberta, actors=2, cpus_per_actor=1000, deadline_s=2.0)
+    config = settings(tiny_roberta, actors=2, cpus_per_actor=1000, timeout_s=2.0)
     with contextlib.closing(RewardPool(config, 0.0)) as pool:
         with pytest.raises(RewardError) as caught:
             pool.wait(timeout_s=0.5)
         wait_until(lambda: ray.get(pool.directory.sync.remote("", -1, 0, 0))[1])
         with pytest.raises(RewardError) as waited:
-            score(pool.directory, config, *batch())
-        figures = pool.figures()
+            score(pool.directory, config, batch())
+        figures = pool.metrics()
 
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert "2 of 2 reward actors did not come up within 0.5 s" in sentence
-    assert "reward.cpus_per_actor" in sentence
+    assert "serving.cpus_per_actor" in sentence
     assert "reward actor 0 on no node yet has not come up yet" in str(waited.value)
     assert (figures["actors"], figures["wanted"]) == (0, 2)
 
@@ -312,23 +316,23 @@ def test_an_actor_that_cannot_start_is_an_error_of_one_line(tiny_roberta):
 
 
 def test_actors_come_with_the_load_and_go_without_it_and_change_no_score(config, expected):
-    moving = dataclasses.replace(config, actors="1..2", grow_after_s=0.4, shrink_after_s=1.0)
+    moving = changed(config, actors="1..2", upscale_delay_s=0.4, downscale_delay_s=1.0)
     with (
         contextlib.closing(RewardPool(moving, 0.0)) as pool,
         contextlib.closing(RewardClient(pool.directory, moving)) as client,
     ):
         pool.wait(timeout_s=240)
-        load = [client.submit(*batch(seconds=[0.2] * TEXTS)) for _ in range(3)]
-        wait_until(lambda: pool.figures()["wanted"] == 2)
-        while pool.figures()["actors"] < 2:
-            load.append(client.submit(*batch(seconds=[0.2] * TEXTS)))
+        load = [client.submit(batch(seconds=[0.2] * TEXTS)) for _ in range(3)]
+        wait_until(lambda: pool.metrics()["wanted"] == 2)
+        while pool.metrics()["actors"] < 2:
+            load.append(client.submit(batch(seconds=[0.2] * TEXTS)))
             load[-2].result()
         found = [pending.result() for pending in load]
-        wait_until(lambda: pool.figures()["wanted"] == 1)
-        found.append(client.submit(*batch(seconds=[0.0] * TEXTS)).result())
+        wait_until(lambda: pool.metrics()["wanted"] == 1)
+        found.append(client.submit(batch(seconds=[0.0] * TEXTS)).result())
         wait_until(lambda: len(pool._actors) == 1)
-        found.append(client.submit(*batch(seconds=[0.0] * TEXTS)).result())
-        lost = pool.figures()["lost"]
+        found.append(client.submit(batch(seconds=[0.0] * TEXTS)).result())
+        lost = pool.metrics()["lost"]
 
     for scores in found:
         assert_equal(scores, expected)
@@ -336,7 +340,7 @@ def test_actors_come_with_the_load_and_go_without_it_and_change_no_score(config,
 
 
 def test_shrinking_takes_back_at_once_what_has_not_come(config):
-    moving = dataclasses.replace(config, actors="1..3", cpus_per_actor=1000)
+    moving = changed(config, actors="1..3", cpus_per_actor=1000)
     with contextlib.closing(RewardPool(moving, 0.0)) as pool:
         with pool._lock:
             pool._wanted = 3
@@ -345,11 +349,11 @@ def test_shrinking_takes_back_at_once_what_has_not_come(config):
         pool.shrink()
 
         assert len(pool._actors) == 1
-        assert pool.figures()["wanted"] == 1
+        assert pool.metrics()["wanted"] == 1
 
 
 def test_an_actor_whose_node_has_gone_comes_up_elsewhere(config):
-    one = dataclasses.replace(config, actors=1)
+    one = changed(config, actors=1)
     with contextlib.closing(RewardPool(one, 0.0, [ray.NodeID.from_random().hex()])) as pool:
         (about,) = pool.wait(timeout_s=240)
 
@@ -357,13 +361,13 @@ def test_an_actor_whose_node_has_gone_comes_up_elsewhere(config):
 
 
 def test_across_workers_texts_share_forward_passes(config, expected):
-    shared = dataclasses.replace(
-        config, actors=1, across_workers=True, batch_wait_ms=500.0, batch_tokens=10_000
+    shared = changed(
+        config, actors=1, batch_across_workers=True, batch_wait_ms=500.0, max_batch_tokens=10_000
     )
     with contextlib.closing(RewardPool(shared, 0.0)) as pool:
         pool.wait(timeout_s=240)
 
-        found = score(pool.directory, shared, *batch())
+        found = score(pool.directory, shared, batch())
 
         passes = pool.describe()[0]["passes"]
     np.testing.assert_allclose(found.rewards, expected.rewards, atol=1e-5)

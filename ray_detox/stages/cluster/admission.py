@@ -13,19 +13,19 @@ from ray.exceptions import RayError
 
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
-from ray_detox.resources import Bundle, Phase, shortage, shortage_beside
-from ray_detox.stages.cluster.nodes import POLL_S, T, free_nodes
+from ray_detox.resources import Bundle, Phase, shortfall, shortfall_beside
+from ray_detox.stages.cluster.nodes import CAPACITY_POLL_S, T, free_nodes
 from ray_detox.stages.cluster.probe import NodeGoneError
 
-SETTLE_S = 1.0
+NODE_JOIN_S = 1.0
 """A node that has just joined is seen by all of Ray within this time."""
 
 
-ASK_S = 5.0
-"""Between two requests for the same nodes; see `wait_for_room` on why one is not enough."""
+REQUEST_INTERVAL_S = 5.0
+"""Between two requests for the same nodes; see `wait_for_capacity` on why one is not enough."""
 
 
-END_S = 10.0
+THREAD_END_TIMEOUT_S = 10.0
 """Longest wait for a thread that was told to end; it may wait within Ray for what is lost."""
 
 
@@ -46,7 +46,7 @@ def has_autoscaler() -> bool:
     return any(not name.startswith("node_") for name in types.values())
 
 
-def wait_for_room(
+def wait_for_capacity(
     config: RunConfig,
     say: Callable[[str], None] = print,
     look: Callable[[], object] = lambda: None,
@@ -62,50 +62,52 @@ def wait_for_room(
 
     Raises:
         ConfigError: what is short. At once where no wait could help: nothing adds nodes, and those
-            there are would be too small even if they were idle. Else after `cluster.patience_s`.
+            there are would be too small even if they were idle. Else after `cluster.capacity_timeout_s`.
     """
     began, waiting = time.monotonic(), False
     try:
         while True:
             nodes = free_nodes()
             need = resources.needs(config, sum(node.total.gpus for node in nodes))
-            short = shortage(need.phases, nodes)
+            short = shortfall(need.phases, nodes)
             waited_s = time.monotonic() - began
             if short is None:
                 try:
                     look()
                     return need
                 except NodeGoneError:
-                    if waited_s >= config.cluster.patience_s:
+                    if waited_s >= config.cluster.capacity_timeout_s:
                         raise
-                    time.sleep(POLL_S)
+                    time.sleep(CAPACITY_POLL_S)
                     continue
-            never = shortage(need.phases, [node.when_idle() for node in nodes])
+            never = shortfall(need.phases, [node.when_idle() for node in nodes])
             grows = has_autoscaler()
-            if never and not grows and waited_s >= SETTLE_S:
+            if never and not grows and waited_s >= NODE_JOIN_S:
                 raise ConfigError(never)
-            if waited_s >= max(SETTLE_S, config.cluster.patience_s):
-                raise ConfigError(short + (_launches() if grows else ""))
+            if waited_s >= max(NODE_JOIN_S, config.cluster.capacity_timeout_s):
+                raise ConfigError(short + (_autoscaler_status() if grows else ""))
             if (grows or not never) and not waiting:
                 waiting = True
-                say(f"{'':<9} waiting up to {config.cluster.patience_s:g} s for room: {short}")
+                say(
+                    f"{'':<9} waiting up to {config.cluster.capacity_timeout_s:g} s for room: {short}"
+                )
             if waiting:
                 # Again and again: a cluster keeps the last request alone, and where Ray Data has
                 # been used before, an actor that it left asks for nothing every 20 seconds.
-                _ask_for(config, need, config.train.least_workers)
-            time.sleep(POLL_S)
+                _request_capacity(config, need, config.train.min_workers)
+            time.sleep(CAPACITY_POLL_S)
     finally:
         if waiting:
             # What was asked for stands until it is taken back, and would hold nodes for ever.
-            _request([])
+            _request_bundles([])
 
 
-def _ask_for(config: RunConfig, need: resources.Needs, workers: int) -> None:
-    _request([need.worker] * workers + [need.actor] * config.reward.least_actors)
+def _request_capacity(config: RunConfig, need: resources.Needs, workers: int) -> None:
+    _request_bundles([need.worker] * workers + [need.actor] * config.reward.min_actors)
 
 
 @contextmanager
-def asking_for_workers(config: RunConfig, need: resources.Needs) -> Iterator[None]:
+def requesting_workers(config: RunConfig, need: resources.Needs) -> Iterator[None]:
     """Inside, an autoscaler keeps nodes for as many workers as may be, and for the least actors.
 
     A group waits for its room before it starts, so nothing of it is ever pending: without this
@@ -121,8 +123,8 @@ def asking_for_workers(config: RunConfig, need: resources.Needs) -> Iterator[Non
         while not over.is_set():
             # Where the head is lost, who trains will say so.
             with suppress(RayError, RuntimeError):
-                _ask_for(config, need, config.train.most_workers)
-            over.wait(ASK_S)
+                _request_capacity(config, need, config.train.max_workers)
+            over.wait(REQUEST_INTERVAL_S)
 
     asking = threading.Thread(target=ask, name="asking-for-workers", daemon=True)
     asking.start()
@@ -130,18 +132,18 @@ def asking_for_workers(config: RunConfig, need: resources.Needs) -> Iterator[Non
         yield
     finally:
         over.set()
-        asking.join(ASK_S)
+        asking.join(REQUEST_INTERVAL_S)
         with suppress(RayError, RuntimeError):
-            _request([])
+            _request_bundles([])
 
 
-def _request(bundles: list[Bundle]) -> None:
+def _request_bundles(bundles: list[Bundle]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[{"CPU": b.cpus, "GPU": b.gpus} for b in bundles])
 
 
-def _launches() -> str:
+def _autoscaler_status() -> str:
     """What the autoscaler says about nodes that do not come."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
@@ -158,7 +160,7 @@ def _launches() -> str:
     return f" The autoscaler: {'; '.join(said[:4])}." if said else ""
 
 
-class Patience:
+class CapacityWatchdog:
     """Notices that a stage waits for room that the cluster no longer has.
 
     Args:
@@ -175,22 +177,22 @@ class Patience:
         """Call again and again.
 
         Raises:
-            ConfigError: nothing happened, nor could, for `cluster.patience_s`.
+            ConfigError: nothing happened, nor could, for `cluster.capacity_timeout_s`.
         """
         now = time.monotonic()
         if something_happened:
             self._since = now
-        if now - self._looked < POLL_S:
+        if now - self._looked < CAPACITY_POLL_S:
             return
         self._looked = now
-        short = shortage_beside(self._phase, [node.when_idle() for node in free_nodes()])
+        short = shortfall_beside(self._phase, [node.when_idle() for node in free_nodes()])
         if short is None:
             self._since = now
-        elif now - self._since > self._config.cluster.patience_s:
+        elif now - self._since > self._config.cluster.capacity_timeout_s:
             raise ConfigError(short)
 
 
-def attended(work: Callable[[], T], patience: Patience) -> T:
+def run_with_watchdog(work: Callable[[], T], patience: CapacityWatchdog) -> T:
     """What `work` returns; given up where Ray would wait for ever for nodes that are gone.
 
     Raises:
@@ -209,17 +211,17 @@ def attended(work: Callable[[], T], patience: Patience) -> T:
     try:
         while True:
             try:
-                return ended.result(timeout=POLL_S)
+                return ended.result(timeout=CAPACITY_POLL_S)
             except TimeoutError:
                 if ended.done():  # it is what the work raised
                     raise
                 patience.check()
     except BaseException:
-        _end(worker)
+        _end_thread(worker)
         raise
 
 
-def _end(worker: threading.Thread) -> None:
+def _end_thread(worker: threading.Thread) -> None:
     """Have a thread leave what it does: were it to call Ray after Ray's shutdown, the process would end.
 
     It leaves Ray Data as Ctrl-C would, which ends the threads below it.
@@ -227,4 +229,4 @@ def _end(worker: threading.Thread) -> None:
     if worker.ident is not None and worker.is_alive():
         thread, reason = ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, reason)
-        worker.join(END_S)
+        worker.join(THREAD_END_TIMEOUT_S)

@@ -20,7 +20,7 @@ from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.runs.console import Console
 
-KNOCK_S = 5.0
+GCS_PROBE_TIMEOUT_S = 5.0
 """Longest wait for a cluster to say that it is there."""
 
 
@@ -34,7 +34,7 @@ def cluster(config: RunConfig, console: Console) -> Iterator[resources.Needs]:
     with connected(config, console):
         from ray_detox.stages.cluster import admission, probe
 
-        yield admission.wait_for_room(
+        yield admission.wait_for_capacity(
             config, say=console.line, look=lambda: probe.probe_nodes(config)
         )
 
@@ -117,7 +117,7 @@ def _connect(config: RunConfig) -> None:
         address = os.environ["RAY_ADDRESS"]
     # RAY_ADDRESS=auto, which Ray resolves from its own files.
     if address != "auto":
-        _knock(address)
+        _probe_gcs(address)
     try:
         ray.init(address=address, **quiet)
     except (RuntimeError, OSError, ValueError, AssertionError, ray.exceptions.RayError) as error:
@@ -128,7 +128,7 @@ def _connect(config: RunConfig) -> None:
         ) from (error)
 
 
-def _knock(address: str) -> None:
+def _probe_gcs(address: str) -> None:
     """See that a Ray of our version answers and lets us in; `ray.init` would try for minutes.
 
     Raises:
@@ -150,7 +150,9 @@ def _knock(address: str) -> None:
         # No proxy, as in Ray's own connections.
         with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            answer = service.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=KNOCK_S)
+            answer = service.CheckAlive(
+                gcs_service_pb2.CheckAliveRequest(), timeout=GCS_PROBE_TIMEOUT_S
+            )
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise ConfigError(

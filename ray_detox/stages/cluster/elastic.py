@@ -10,22 +10,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
-from ray_detox.resources import Needs, shortage_beside, workers_that_fit
+from ray_detox.resources import Needs, shortfall_beside, workers_that_fit
 from ray_detox.stages.cluster.nodes import free_nodes
 
-LOOK_S = 0.5
-SETTLE_S = 20.0
+RESOURCE_POLL_S = 0.5
+RELEASE_TIMEOUT_S = 20.0
 """Longest wait for what an earlier group held to be free again, where fewer workers would do."""
 
 
-def workers_with_room(
+def wait_for_workers(
     config: RunConfig,
     need: Needs,
     pool: Any,
     hoped: int,
     stop_requested: threading.Event,
 ) -> int:
-    """Wait until at least `train.least_workers` fit, and return how many do; 0 once a stop is asked for.
+    """Wait until at least `train.min_workers` fit, and return how many do; 0 once a stop is asked for.
 
     Reward actors above their least number are let go where workers lack room, and those that have
     lost their place and wait for another come first: without them no worker gets far.
@@ -38,31 +38,31 @@ def workers_with_room(
         stop_requested: by a person.
 
     Raises:
-        ConfigError: too few fit, and have not for `cluster.patience_s`.
+        ConfigError: too few fit, and have not for `cluster.capacity_timeout_s`.
     """
-    least = config.train.least_workers
+    least = config.train.min_workers
     began = time.monotonic()
     while True:
-        nodes, homeless = free_nodes(), _homeless(config, pool)
-        fit = workers_that_fit(need.training, nodes, homeless)
+        nodes, unplaced = free_nodes(), _unplaced_actors(config, pool)
+        fit = workers_that_fit(need.training, nodes, unplaced)
         # Of what was held, reward actors from a node that was lost may take a part.
         idle = [node.when_idle() for node in nodes]
-        at_best = workers_that_fit(need.training, idle, config.reward.least_actors)
+        at_best = workers_that_fit(need.training, idle, config.reward.min_actors)
         waited_s = time.monotonic() - began
-        if fit >= least and (fit >= min(hoped, at_best) or waited_s > SETTLE_S):
+        if fit >= least and (fit >= min(hoped, at_best) or waited_s > RELEASE_TIMEOUT_S):
             return fit
         if stop_requested.is_set():
             return 0
-        if waited_s > max(config.cluster.patience_s, SETTLE_S):
-            sentence = shortage_beside(need.training, nodes, homeless)
+        if waited_s > max(config.cluster.capacity_timeout_s, RELEASE_TIMEOUT_S):
+            sentence = shortfall_beside(need.training, nodes, unplaced)
             assert sentence is not None, "workers that fit are not short of anything"
             raise ConfigError(sentence)
         pool.shrink()
-        time.sleep(LOOK_S)
+        time.sleep(RESOURCE_POLL_S)
 
 
-class RoomForOneMore:
-    """Notices that another worker has had room for `train.grow_after_s`.
+class UpscaleTrigger:
+    """Notices that another worker has had room for `cluster.upscale_delay_s`.
 
     Args:
         config: of the run.
@@ -94,20 +94,20 @@ class RoomForOneMore:
 
     def is_there(self) -> bool:
         """Whether a group with more workers should take over."""
-        long_s = self._config.train.grow_after_s
+        long_s = self._config.cluster.upscale_delay_s
         # Starting a group takes a while, too: what is left must be worth it.
-        if self._workers == self._config.train.most_workers or self._left_s < long_s:
+        if self._workers == self._config.train.max_workers or self._left_s < long_s:
             return False
         now = self._clock()
-        if now - self._looked < LOOK_S:
+        if now - self._looked < RESOURCE_POLL_S:
             return False
         self._looked = now
-        homeless = _homeless(self._config, self._pool)
-        if not workers_that_fit(self._need.training, free_nodes(), homeless):
+        unplaced = _unplaced_actors(self._config, self._pool)
+        if not workers_that_fit(self._need.training, free_nodes(), unplaced):
             self._since = now
         return now - self._since >= long_s
 
 
-def _homeless(config: RunConfig, pool: Any) -> int:
+def _unplaced_actors(config: RunConfig, pool: Any) -> int:
     """Reward actors that a run must have and that are nowhere now."""
-    return max(0, config.reward.least_actors - int(pool.figures()["actors"]))
+    return max(0, config.reward.min_actors - int(pool.metrics()["actors"]))

@@ -1,12 +1,12 @@
 """A look at the connected cluster before a run takes it: is there room, can every node do its part?
 
-    wait_for_room   nodes --> room.shortage --> none: go on
+    wait_for_capacity   nodes --> room.shortfall --> none: go on
                                             --> nothing can add nodes, and idle ones would not do: refuse
-                                            --> else wait, cluster.patience_s at most
+                                            --> else wait, cluster.capacity_timeout_s at most
     probe_nodes     every node at once: look at what the run names, versions, disk
                                             --> the first fault, with its node
     free_nodes, draining_nodes              what `stages/workers.py` goes by when nodes come and go
-    asking_for_workers                      an autoscaler brings nodes for as many workers as may be
+    requesting_workers                      an autoscaler brings nodes for as many workers as may be
 
 No wait here is without an end.
 """
@@ -18,12 +18,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_detox import resources
-from ray_detox.resources import Bundle, Node, place
+from ray_detox.resources import Bundle, Node, placement
 
 T = TypeVar("T")
 
-POLL_S = 0.5
-KNOCK_S = 1.0
+CAPACITY_POLL_S = 0.5
+CONNECT_TIMEOUT_S = 1.0
 """Longest wait for a node to take a connection."""
 
 
@@ -53,18 +53,16 @@ def staying_nodes() -> set[str]:
     return {node["NodeID"] for node in alive_nodes() if takes_connections(node)}
 
 
-def nodes_for_actors(need: resources.Needs) -> list[str]:
+def place_actors(need: resources.Needs) -> list[str]:
     """Ids of the nodes for the reward actors that a run must have, one for each.
 
     They come up before the workers do. Ray would put them on any node with room, such as one of the
     two that alone are large enough for a worker.
     """
     nodes = free_nodes()
-    placement = place(need.training, nodes)
+    placed = placement(need.training, nodes)
     return [
-        node.node_id
-        for node, (_, actors) in zip(nodes, placement, strict=True)
-        for _ in range(actors)
+        node.node_id for node, (_, actors) in zip(nodes, placed, strict=True) for _ in range(actors)
     ]
 
 
@@ -90,7 +88,7 @@ def takes_connections(node: dict[str, Any]) -> bool:
     """Whether a node takes a connection: Ray lists one that was cut off for half a minute more."""
     try:
         address = (node["NodeManagerAddress"], node["NodeManagerPort"])
-        socket.create_connection(address, timeout=KNOCK_S).close()
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
     except OSError:
         return False
     return True

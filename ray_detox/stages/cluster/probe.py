@@ -16,9 +16,9 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.stages import preflight
 from ray_detox.stages.cluster.nodes import alive_nodes, node_name, takes_connections
-from ray_detox.stages.errors import one_line
+from ray_detox.stages.errors import last_line
 
-PROBE_S = 60.0
+NODE_PROBE_TIMEOUT_S = 60.0
 """Longest wait for the nodes to answer; a first process on a busy node takes seconds to start."""
 
 
@@ -52,20 +52,20 @@ def probe_nodes(config: RunConfig) -> list[Probe]:
         return []
     began = time.monotonic()
     asked = {
-        _look.options(
+        _find_fault_on_node.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(config.to_dict(), versions()): node
         for node in nodes
     }
     probes, waiting = [], list(asked)
-    while waiting and (left_s := PROBE_S - (time.monotonic() - began)) > 0:
+    while waiting and (left_s := NODE_PROBE_TIMEOUT_S - (time.monotonic() - began)) > 0:
         done, waiting = ray.wait(waiting, timeout=left_s)
         seconds = time.monotonic() - began
         probes += [Probe(node_name(asked[ref]), _answer(ref, asked[ref]), seconds) for ref in done]
     for ref in waiting:
         ray.cancel(ref, force=True)
-        fault = f"it did not answer within {PROBE_S:g} s."
-        probes.append(Probe(node_name(asked[ref]), fault, PROBE_S))
+        fault = f"it did not answer within {NODE_PROBE_TIMEOUT_S:g} s."
+        probes.append(Probe(node_name(asked[ref]), fault, NODE_PROBE_TIMEOUT_S))
     faulty = [probe for probe in probes if probe.fault]
     if faulty:
         more = f" (and {len(faulty) - 1} more)" if len(faulty) > 1 else ""
@@ -79,7 +79,7 @@ def _answer(ref: Any, node: dict[str, Any]) -> str | None:
     except RayError as error:
         if isinstance(error, NodeDiedError | TaskUnschedulableError) or not takes_connections(node):
             raise NodeGoneError(f"Node {node_name(node)} went away while it was asked.") from None
-        return one_line(error)  # such as that of a node without this package
+        return last_line(error)  # such as that of a node without this package
     return fault
 
 
@@ -90,7 +90,7 @@ def versions() -> dict[str, str]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(settings: dict[str, Any], expected: dict[str, str]) -> str | None:
+def _find_fault_on_node(settings: dict[str, Any], expected: dict[str, str]) -> str | None:
     return find_fault(settings, expected)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import ray
 
-from ray_detox.config import RewardConfig
-from ray_detox.records import Scores
+from ray_detox.config import RunConfig
+from ray_detox.records import ScoreRequest, Scores
 
 
 @ray.remote(concurrency_groups={"health": 2, "life": 1})
@@ -17,21 +17,21 @@ class RewardActor:
     it from answering.
     """
 
-    def __init__(self, config: RewardConfig, threads: int) -> None:
+    def __init__(self, config: RunConfig, threads: int) -> None:
         import torch
 
         from ray_detox.rewards.batching import ModelThread
         from ray_detox.rewards.reward import Reward
 
         torch.set_num_threads(threads)
-        reward = Reward(config, "cuda" if ray.get_gpu_ids() else "cpu")
+        reward = Reward(config.reward, "cuda" if ray.get_gpu_ids() else "cpu")
         self._device = str(reward.classifier.device)
         self._max_tokens = reward.classifier.max_tokens
-        self._model = ModelThread(reward)
+        self._model = ModelThread(reward, config.serving)
 
-    def score(self, *batch: Any) -> tuple[Scores, int]:
-        """Scores of one chunk, and the texts still held; arguments as in `Scorer.submit`."""
-        scores = self._model.score(*batch)
+    def score(self, request: ScoreRequest) -> tuple[Scores, int]:
+        """Return the scores of one chunk, and the number of texts that the actor still holds."""
+        scores = self._model.score(request)
         return scores, self._model.state()["held"]
 
     @ray.method(concurrency_group="health")

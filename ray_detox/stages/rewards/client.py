@@ -14,16 +14,16 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from ray_detox.config import RewardConfig
-from ray_detox.records import Columns, Pending, RewardError
-from ray_detox.rewards.router import Batch, Call, Member, Router
-from ray_detox.stages.errors import one_line
+from ray_detox.config import RunConfig
+from ray_detox.records import Pending, RewardError, ScoreRequest
+from ray_detox.rewards.router import ActorState, Batch, Call, Router
+from ray_detox.stages.errors import last_line
 from ray_detox.stages.rewards.actor import RewardActor
 
 __all__ = ["RewardActor", "RewardClient", "RewardError"]
@@ -37,10 +37,10 @@ TICK_S = 0.1
 class RewardClient:
     """A worker's way to the actors; itself a `Scorer`. Its thread ends with `close`."""
 
-    def __init__(self, directory: Any, config: RewardConfig) -> None:
+    def __init__(self, directory: Any, config: RunConfig) -> None:
         self._directory = directory
         self._config = config
-        self._router = Router(config, self._send, self._ping)
+        self._router = Router(config.serving, self._send, self._ping)
         self._name = uuid.uuid4().hex
         self._version = -1
         self._synced_s = 0.0
@@ -52,17 +52,11 @@ class RewardClient:
         self._thread = threading.Thread(target=self._run, name="reward-client", daemon=True)
         self._thread.start()
 
-    def submit(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        response_ids: Sequence[Sequence[int]],
-        columns: Columns,
-    ) -> Pending:
-        """Send a batch to the actors, in chunks; arguments as in `Scorer.submit`."""
+    def submit(self, request: ScoreRequest) -> Pending:
+        """Send a batch to the actors, in chunks."""
         if not self._thread.is_alive():
             raise RewardError("This way to the reward actors was closed. Make another client.")
-        batch = Batch(self._config, prompts, responses, response_ids, columns)
+        batch = Batch(self._config.reward, self._config.serving, request)
         self._events.put(lambda: self._router.submit(batch))
         return batch
 
@@ -108,7 +102,7 @@ class RewardClient:
 
     def _send(self, call: Call) -> None:
         try:
-            ref = call.member.handle.score.remote(*call.chunk.arguments)
+            ref = call.actor.handle.score.remote(call.chunk.request)
         except Exception as error:  # such as a column that cannot be pickled: the caller's to see
             reason = error
             self._events.put(lambda: self._router.failed(call, reason))
@@ -120,20 +114,20 @@ class RewardClient:
         if error is None:
             self._router.scored(call, *answer.result())
         elif is_lost(error):
-            self._router.lost(call, one_line(error))
+            self._router.lost(call, last_line(error))
         else:
             self._router.failed(call, error)
 
-    def _ping(self, member: Member) -> None:
-        self._when_done(member.handle.ping.remote(), lambda answer: self._take_pong(member, answer))
+    def _ping(self, actor: ActorState) -> None:
+        self._when_done(actor.handle.ping.remote(), lambda answer: self._take_pong(actor, answer))
 
-    def _take_pong(self, member: Member, answer: Future[Any]) -> None:
+    def _take_pong(self, actor: ActorState, answer: Future[Any]) -> None:
         error = answer.exception()
         if error is None:
             pong = answer.result()
-            self._router.ponged(member, pong["held"], pong["standstill_s"])
+            self._router.ponged(actor, pong["held"], pong["standstill_s"])
         else:
-            self._router.ping_failed(member, one_line(error))
+            self._router.ping_failed(actor, last_line(error))
 
     def _when_done(self, ref: Any, then: Callable[[Future[Any]], None]) -> None:
         """Have the thread hear of the end of a call; nothing waits for it."""

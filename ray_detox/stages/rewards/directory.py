@@ -7,7 +7,7 @@ import time
 
 import ray
 
-from ray_detox.rewards.router import Listing
+from ray_detox.rewards.router import ActorInfo
 
 REPORT_S = 5.0
 """A worker's word about what waits there is forgotten after this."""
@@ -23,11 +23,11 @@ class RewardDirectory:
 
     def __init__(self) -> None:
         self._version = 0
-        self._listings: list[Listing] = []
+        self._listings: list[ActorInfo] = []
         self._waiting: dict[str, tuple[float, int]] = {}
         self._resent = 0
 
-    def publish(self, version: int, listings: list[Listing]) -> dict[str, int]:
+    def publish(self, version: int, listings: list[ActorInfo]) -> dict[str, int]:
         """Take the list of actors.
 
         Returns:
@@ -49,7 +49,7 @@ class RewardDirectory:
 
     def sync(
         self, client: str, version: int, waiting: int, resent: int
-    ) -> tuple[int, list[Listing] | None]:
+    ) -> tuple[int, list[ActorInfo] | None]:
         """Take a worker's word and give it the list, unless it has that version already.
 
         Args:

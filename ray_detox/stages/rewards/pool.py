@@ -23,26 +23,26 @@ import ray
 from ray.exceptions import ActorDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_detox.config import RewardConfig
+from ray_detox.config import RunConfig
 from ray_detox.records import RewardError
-from ray_detox.rewards.router import Listing
+from ray_detox.rewards.router import ActorInfo
 from ray_detox.stages.cluster.nodes import on_this_node
-from ray_detox.stages.errors import one_line
+from ray_detox.stages.errors import last_line
 from ray_detox.stages.rewards.actor import RewardActor
 from ray_detox.stages.rewards.client import REFRESH_S, is_lost
 from ray_detox.stages.rewards.directory import RewardDirectory
 
-WATCH_S = 0.2
+WATCH_INTERVAL_S = 0.2
 """Between two looks at what the actors have answered."""
-ASK_S = 1.0
+PING_INTERVAL_S = 1.0
 """Longest time between two questions to an actor."""
-DESCRIBE_S = 5.0
+DESCRIBE_TIMEOUT_S = 5.0
 """Longest wait for what actors say of themselves."""
-LEAVE_S = 30.0
+DRAIN_TIMEOUT_S = 30.0
 """Longest time that an actor that is let go may take for what it holds."""
-RETRY_S = 30.0
+START_RETRY_S = 30.0
 """Before another actor is asked for, where one could not load its model."""
-PATIENCE = 3
+STANDSTILL_FACTOR = 3
 """Silences before an actor is restarted whose model stands still. More than the one after which
 workers ask another: that costs a chunk scored twice, and this the loading of a model."""
 
@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class _Actor:
+class _PooledActor:
     """One actor, as the pool sees it."""
 
     number: int
@@ -77,28 +77,26 @@ class _Actor:
         """Ask how it gets on; one that is still coming up answers when it has."""
         self.pong, self.asked_s = self.handle.ping.remote().future(), now
 
-    def listing(self) -> Listing:
+    def listing(self) -> ActorInfo:
         """What the workers are told of it."""
         node = f"node {self.about['node']}" if self.about else "no node yet"
-        return Listing(f"reward actor {self.number}", node, self.handle, self.down)
+        return ActorInfo(f"reward actor {self.number}", node, self.handle, self.down)
 
 
 class RewardPool:
     """The reward actors of a run. Workers reach them through `directory`; `close` ends them.
 
     Args:
-        config: of the reward.
+        config: of the run.
         gpus_per_actor: resolved for this cluster.
         nodes: ids of the nodes that the first actors should go to; Ray chooses for all others.
     """
 
-    def __init__(
-        self, config: RewardConfig, gpus_per_actor: float, nodes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, config: RunConfig, gpus_per_actor: float, nodes: Sequence[str] = ()) -> None:
         self._config = config
         self._nodes = list(nodes)
         self._options = {
-            "num_cpus": config.cpus_per_actor,
+            "num_cpus": config.serving.cpus_per_actor,
             "num_gpus": gpus_per_actor,
             "max_restarts": -1,
             "max_task_retries": 0,
@@ -109,18 +107,18 @@ class RewardPool:
             scheduling_strategy=on_this_node(), max_restarts=-1, max_task_retries=0
         ).remote()
         self._lock = threading.Lock()
-        self._actors: list[_Actor] = []
+        self._actors: list[_PooledActor] = []
         self._numbers = 0
-        self._wanted = config.least_actors
+        self._wanted = config.reward.min_actors
         self._refused: str | None = None
         self._retry_s = 0.0
-        self._listed: tuple[Listing, ...] = ()
+        self._listed: tuple[ActorInfo, ...] = ()
         self._version = 0
         self._published: Future[dict[str, int]] | None = None
         self._told = {"waiting": 0, "resent": 0}
         self._counts = {"resent": 0, "restarts": 0, "lost": 0}
-        self._crowded = _Lasting(config.grow_after_s)
-        self._idle = _Lasting(config.shrink_after_s)
+        self._crowded = _Lasting(config.serving.upscale_delay_s)
+        self._idle = _Lasting(config.serving.downscale_delay_s)
         self._closing = threading.Event()
         self._fill_up(time.monotonic())
         self._thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
@@ -139,7 +137,7 @@ class RewardPool:
             with self._lock:
                 up = [a.about for a in self._actors if a.up and a.about]
                 refused = self._refused
-            least = self._config.least_actors
+            least = self._config.reward.min_actors
             if len(up) >= least:
                 return up
             if refused:
@@ -148,7 +146,7 @@ class RewardPool:
                 raise RewardError(
                     f"{least - len(up)} of {least} reward actors did not come up within "
                     f"{timeout_s:g} s. The cluster may lack the CPUs or GPUs they ask for "
-                    "(reward.cpus_per_actor, reward.gpus_per_actor); free now: "
+                    "(serving.cpus_per_actor, serving.gpus_per_actor); free now: "
                     f"{ray.available_resources()}."
                 )
             time.sleep(0.05)
@@ -160,7 +158,7 @@ class RewardPool:
         send to another.
         """
         with self._lock:
-            self._wanted = self._config.least_actors
+            self._wanted = self._config.reward.min_actors
             leaving = [a for a in self._actors if a.leaving_s is not None]
             for actor in leaving + self._surplus():
                 self._end(actor)
@@ -170,10 +168,10 @@ class RewardPool:
         """Node, device, texts and peak_mb of each actor that answers within seconds."""
         with self._lock:
             asked = [a.handle.ping.remote().future() for a in self._actors if a.up]
-        answered, _ = wait_for(asked, timeout=DESCRIBE_S)
+        answered, _ = wait_for(asked, timeout=DESCRIBE_TIMEOUT_S)
         return [pong.result() for pong in asked if pong in answered and pong.exception() is None]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The pool in numbers, without waiting for anybody.
 
         Returns:
@@ -206,7 +204,7 @@ class RewardPool:
 
     def _run(self) -> None:
         # Ray's calls would start a cluster of their own where the driver's has ended.
-        while not self._closing.wait(WATCH_S) and ray.is_initialized():
+        while not self._closing.wait(WATCH_INTERVAL_S) and ray.is_initialized():
             try:
                 with self._lock:
                     self._look(time.monotonic())
@@ -221,49 +219,55 @@ class RewardPool:
                 if now - actor.asked_s >= self._pause_s:
                     actor.ask(now)
             elif actor.pong.done():
-                self._hear(actor, actor.pong)
-            elif actor.up and now - actor.asked_s > self._config.silence_s:
-                self._restart(actor, f"gave no sign of life for {self._config.silence_s:g} s")
+                self._on_heartbeat(actor, actor.pong)
+            elif actor.up and now - actor.asked_s > self._config.serving.heartbeat_timeout_s:
+                self._restart(
+                    actor,
+                    f"gave no sign of life for {self._config.serving.heartbeat_timeout_s:g} s",
+                )
         self._fit(now)
         self._fill_up(now)
         self._publish()
 
-    def _hear(self, actor: _Actor, pong: Future[dict[str, Any]]) -> None:
+    def _on_heartbeat(self, actor: _PooledActor, pong: Future[dict[str, Any]]) -> None:
         actor.pong = None
         if pong.exception() is not None:
             return  # `life` ends, too, where it died; else it is asked again
         actor.about, actor.down = pong.result(), None
-        if actor.about["standstill_s"] > PATIENCE * self._config.silence_s:
+        if (
+            actor.about["standstill_s"]
+            > STANDSTILL_FACTOR * self._config.serving.heartbeat_timeout_s
+        ):
             self._restart(actor, f"stood still for {actor.about['standstill_s']:.0f} s")
 
-    def _lose(self, actor: _Actor, now: float) -> None:
+    def _lose(self, actor: _PooledActor, now: float) -> None:
         """An actor died. Ray starts it again by itself, unless it is gone for good."""
         error = actor.life.exception()
         assert error is not None, "RewardActor.live returned"
         if isinstance(error, ActorDiedError) or not is_lost(error):
-            self._bury(actor, one_line(error), now)
+            self._forget(actor, last_line(error), now)
             return
         if actor.up:
-            self._mark_down(actor, f"died and is started again: {one_line(error)}")
+            self._mark_down(actor, f"died and is started again: {last_line(error)}")
         actor.life = actor.handle.live.remote().future()
         actor.ask(now)  # anew: an answer from before its death would mislead
 
-    def _restart(self, actor: _Actor, cause: str) -> None:
+    def _restart(self, actor: _PooledActor, cause: str) -> None:
         self._mark_down(actor, f"{cause} and is started again")
         ray.kill(actor.handle, no_restart=False)
 
-    def _mark_down(self, actor: _Actor, cause: str) -> None:
+    def _mark_down(self, actor: _PooledActor, cause: str) -> None:
         _log.warning("Reward actor %d %s", actor.number, cause)
         actor.down = cause
         self._counts["restarts"] += 1
 
-    def _bury(self, actor: _Actor, cause: str, now: float) -> None:
+    def _forget(self, actor: _PooledActor, cause: str, now: float) -> None:
         """Forget an actor that is gone for good; another takes its place."""
         _log.warning("Reward actor %d is gone for good: %s", actor.number, cause)
         self._actors.remove(actor)
         if actor.about is None:
             # It never came up, and the next one would hardly do better.
-            self._refused, self._retry_s = cause, now + RETRY_S
+            self._refused, self._retry_s = cause, now + START_RETRY_S
         else:
             self._counts["lost"] += 1
 
@@ -278,27 +282,31 @@ class RewardPool:
             len(abouts) < len(staying) or any(not about["held"] for about in abouts)
         )
         all_up = len(abouts) == self._wanted
-        if self._crowded.lasts(crowded, now) and all_up and self._wanted < self._config.most_actors:
+        if (
+            self._crowded.lasts(crowded, now)
+            and all_up
+            and self._wanted < self._config.reward.max_actors
+        ):
             self._wanted += 1
             self._crowded.begin_again()
-        if self._idle.lasts(idle, now) and self._wanted > self._config.least_actors:
+        if self._idle.lasts(idle, now) and self._wanted > self._config.reward.min_actors:
             self._wanted -= 1
             self._idle.begin_again()
         for actor in self._surplus():
             actor.leaving_s = now
         for actor in list(self._actors):
             if actor.leaving_s is not None:
-                self._see_off(actor, now - actor.leaving_s)
+                self._drain(actor, now - actor.leaving_s)
 
-    def _surplus(self) -> list[_Actor]:
+    def _surplus(self) -> list[_PooledActor]:
         """More actors than are wanted: those that are not up, then the youngest."""
         staying = [a for a in self._actors if a.leaving_s is None]
         return sorted(staying, key=lambda a: (not a.up, a.number))[self._wanted :]
 
-    def _see_off(self, actor: _Actor, since_s: float) -> None:
+    def _drain(self, actor: _PooledActor, since_s: float) -> None:
         """End an actor that is let go, once no worker has it on its list and it holds nothing."""
         done = actor.about is not None and not actor.about["held"] and since_s > 3 * REFRESH_S
-        if done or not actor.up or since_s > LEAVE_S:
+        if done or not actor.up or since_s > DRAIN_TIMEOUT_S:
             self._end(actor)
 
     def _fill_up(self, now: float) -> None:
@@ -313,9 +321,9 @@ class RewardPool:
                 )
                 options = options | {"scheduling_strategy": there}
             handle = RewardActor.options(**options).remote(  # type: ignore[attr-defined]
-                self._config, max(1, int(self._config.cpus_per_actor))
+                self._config, max(1, int(self._config.serving.cpus_per_actor))
             )
-            actor = _Actor(self._numbers, handle, handle.live.remote().future())
+            actor = _PooledActor(self._numbers, handle, handle.live.remote().future())
             actor.ask(now)
             self._actors.append(actor)
             self._numbers += 1
@@ -333,15 +341,18 @@ class RewardPool:
             self._listed, self._version = listed, self._version + 1
         self._published = self.directory.publish.remote(self._version, list(listed)).future()
 
-    def _end(self, actor: _Actor) -> None:
+    def _end(self, actor: _PooledActor) -> None:
         self._actors.remove(actor)
         ray.kill(actor.handle)
 
     @property
     def _pause_s(self) -> float:
         """Between two questions: often enough to see a load that lasts as long as it must."""
-        config = self._config
-        return min(ASK_S, config.silence_s / 4, config.grow_after_s / 4, config.shrink_after_s / 4)
+        serving = self._config.serving
+        shortest = min(
+            serving.heartbeat_timeout_s, serving.upscale_delay_s, serving.downscale_delay_s
+        )
+        return min(PING_INTERVAL_S, shortest / 4)
 
 
 class _Lasting:

@@ -88,7 +88,7 @@ def test_who_is_not_waited_for_any_more_leaves_ray_alone():
             left.set()
 
     with pytest.raises(KeyboardInterrupt):
-        admission.attended(work, Interrupted())
+        admission.run_with_watchdog(work, Interrupted())
 
     assert left.is_set()
 
@@ -109,13 +109,13 @@ def test_an_autoscaler_is_asked_for_all_workers_until_training_ends(monkeypatch)
     config = load_config("lab", ["train.workers=2..4", "reward.actors=1..8"])
     need = resources.needs(config, 0)
 
-    with admission.asking_for_workers(config, need):
+    with admission.requesting_workers(config, need):
         assert often.wait(30)
 
     assert asked[0] == asked[2] == [need.worker] * 4 + [need.actor]
     assert asked[-1] == []
     asked.clear()
     monkeypatch.setattr(live, "has_autoscaler", lambda: False)
-    with admission.asking_for_workers(config, need):
+    with admission.requesting_workers(config, need):
         pass
     assert asked == []

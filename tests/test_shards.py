@@ -1,11 +1,11 @@
-"""Lanes: the global batch of a step is the same whatever the number of workers."""
+"""PromptShards: the global batch of a step is the same whatever the number of workers."""
 
 import pytest
 import torch
 
 from ray_detox.config import DataConfig, PPOConfig, RunConfig, TrainConfig
 from ray_detox.data.prompts import prompt_id
-from ray_detox.data.shards import Lanes, lanes_of_worker, make_batch
+from ray_detox.data.shards import PromptShards, make_batch, shards_of_worker
 
 LANES = 8
 
@@ -23,20 +23,20 @@ def row(number):
 
 def config(prompts_per_step=16, workers=1):
     return RunConfig(
-        data=DataConfig(lanes=LANES),
+        data=DataConfig(shards=LANES),
         ppo=PPOConfig(prompts_per_step=prompts_per_step, minibatches=2),
         train=TrainConfig(workers=workers),
     )
 
 
-def rows_by_lane(count=50):
-    return {lane: [row(n) for n in range(lane, count, LANES)] for lane in range(LANES)}
+def rows_by_shard(count=50):
+    return {shard: [row(n) for n in range(shard, count, LANES)] for shard in range(LANES)}
 
 
-def lanes_of(rank, workers, **settings):
-    rows = rows_by_lane()
-    mine = {lane: rows[lane] for lane in lanes_of_worker(LANES, rank, workers)}
-    return Lanes(config(workers=workers, **settings), mine, pad_id=0)
+def shards_of(rank, workers, **settings):
+    rows = rows_by_shard()
+    mine = {shard: rows[shard] for shard in shards_of_worker(LANES, rank, workers)}
+    return PromptShards(config(workers=workers, **settings), mine, pad_id=0)
 
 
 def test_a_batch_holds_the_rows_and_keeps_the_datas_other_columns():
@@ -54,8 +54,8 @@ def test_a_batch_of_no_rows_is_empty():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 8])
-def test_workers_hold_all_lanes_in_order_and_none_twice(workers):
-    held = [lane for rank in range(workers) for lane in lanes_of_worker(LANES, rank, workers)]
+def test_workers_hold_all_shards_in_order_and_none_twice(workers):
+    held = [shard for rank in range(workers) for shard in shards_of_worker(LANES, rank, workers)]
 
     assert held == list(range(LANES))
 
@@ -63,8 +63,8 @@ def test_workers_hold_all_lanes_in_order_and_none_twice(workers):
 @pytest.mark.parametrize("workers", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("step", [0, 3, 17])
 def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers, step):
-    alone = lanes_of(0, 1).batch(step)
-    parts = [lanes_of(rank, workers) for rank in range(workers)]
+    alone = shards_of(0, 1).batch(step)
+    parts = [shards_of(rank, workers) for rank in range(workers)]
 
     batches = [part.batch(step) for part in parts]
 
@@ -80,37 +80,37 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers, step
 
 
 def test_every_prompt_is_answered_once_before_any_is_answered_twice():
-    lanes = lanes_of(0, 1)  # 50 rows: lanes of 7, 7, 6, 6, ... and 2 rows of each a step
+    shards = shards_of(0, 1)  # 50 rows: shards of 7, 7, 6, 6, ... and 2 rows of each a step
 
-    seen = [text for step in range(3) for text in lanes.batch(step).texts]
+    seen = [text for step in range(3) for text in shards.batch(step).texts]
 
     assert len(set(seen)) == len(seen) == 48
-    later = {text for step in range(3, 7) for text in lanes.batch(step).texts}
+    later = {text for step in range(3, 7) for text in shards.batch(step).texts}
     assert {f"prompt {n}" for n in range(50)} <= later | set(seen)
 
 
 def test_a_step_draws_the_same_rows_whenever_it_is_asked():
-    lanes, again = lanes_of(0, 1), lanes_of(0, 1)
+    shards, again = shards_of(0, 1), shards_of(0, 1)
     for step in range(5):
-        lanes.batch(step)
+        shards.batch(step)
 
-    assert lanes.batch(2).ids == again.batch(2).ids
-    assert lanes.batch(3).ids != again.batch(2).ids
+    assert shards.batch(2).ids == again.batch(2).ids
+    assert shards.batch(3).ids != again.batch(2).ids
 
 
 def test_another_seed_draws_other_rows():
-    rows = rows_by_lane()
+    rows = rows_by_shard()
     batches = [
-        Lanes(RunConfig(seed=seed, data=DataConfig(lanes=LANES)), rows, pad_id=0).batch(0)
+        PromptShards(RunConfig(seed=seed, data=DataConfig(shards=LANES)), rows, pad_id=0).batch(0)
         for seed in (0, 1)
     ]
 
     assert batches[0].ids != batches[1].ids
 
 
-def test_a_lane_shorter_than_its_share_of_a_step_starts_over():
-    rows = {lane: [row(lane)] for lane in range(LANES)}
+def test_a_shard_shorter_than_its_share_of_a_step_starts_over():
+    rows = {shard: [row(shard)] for shard in range(LANES)}
 
-    batch = Lanes(config(prompts_per_step=32), rows, pad_id=0).batch(0)
+    batch = PromptShards(config(prompts_per_step=32), rows, pad_id=0).batch(0)
 
-    assert batch.texts == [f"prompt {lane}" for lane in range(LANES) for _ in range(4)]
+    assert batch.texts == [f"prompt {shard}" for shard in range(LANES) for _ in range(4)]

@@ -18,7 +18,7 @@ def stats(step: int, **changes: object) -> dict[str, object]:
 
 def test_a_step_is_one_line_in_fixed_order_with_units():
     figures = stats(
-        7, score=2.314, toxicity=0.0349, kl=0.43, clip_fraction=0.07, value_explained=0.62,
+        7, score=2.314, toxicity=0.0349, kl=0.43, clip_fraction=0.07, explained_variance=0.62,
         length=31.2, seconds=5.07,
     )  # fmt: skip
 

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from ray_detox import resources
 from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
-from ray_detox.resources import Bundle, Node, Part, Phase, place, shortage, table, workers_that_fit
+from ray_detox.resources import (
+    Bundle,
+    Node,
+    Part,
+    Phase,
+    placement,
+    shortfall,
+    table,
+    workers_that_fit,
+)
 
 
 def node(cpus, gpus=0.0, *, free=None):
@@ -26,7 +35,7 @@ def phase(workers, worker, actors, actor):
 
 
 def placed(demand, nodes):
-    return tuple(map(sum, zip(*place(demand, nodes), strict=True)))
+    return tuple(map(sum, zip(*placement(demand, nodes), strict=True)))
 
 
 # ---- placing ---------------------------------------------------------------------------------
@@ -63,7 +72,7 @@ def test_actors_that_have_lost_their_place_come_before_workers():
 def test_everything_is_placed_where_filling_node_by_node_would_fail():
     demand = phase(1, Bundle(3), 4, Bundle(2))
 
-    assert place(demand, [node(4), node(7)]) == [(0, 2), (1, 2)]
+    assert placement(demand, [node(4), node(7)]) == [(0, 2), (1, 2)]
 
 
 def test_workers_and_actors_share_gpus_but_no_device_is_cut_in_two():
@@ -93,14 +102,14 @@ def test_a_placement_is_found_whenever_there_is_one(
     possible = any(map(holds, itertools.product(range(len(nodes)), repeat=len(sizes))))
 
     assert (placed(demand, nodes) == (workers, actors)) == possible
-    assert (shortage([demand], nodes) is None) == possible
+    assert (shortfall([demand], nodes) is None) == possible
 
 
 @given(st.integers(1, 4), SIZES, st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 2.0]), NODES)
 def test_no_node_is_given_more_than_it_has_and_another_node_never_hurts(workers, cpus, gpus, nodes):
     demand = phase(workers, Bundle(cpus, gpus), 1, Bundle(1, gpus / 2 if gpus <= 1 else 1))
 
-    homes = place(demand, nodes)
+    homes = placement(demand, nodes)
 
     for home, (here, beside) in zip(nodes, homes, strict=True):
         assert here * cpus + beside <= home.free.cpus
@@ -114,7 +123,7 @@ def test_no_node_is_given_more_than_it_has_and_another_node_never_hurts(workers,
 def test_a_cluster_that_is_too_small_is_told_by_kind_with_need_and_have():
     demand = phase(3, Bundle(2, 1), 2, Bundle(1, 0.25))
 
-    sentence = shortage([demand], [node(4, 1), node(2, free=Bundle(1))])
+    sentence = shortfall([demand], [node(4, 1), node(2, free=Bundle(1))])
 
     assert sentence is not None
     assert sentence.startswith(
@@ -127,7 +136,7 @@ def test_a_cluster_that_is_too_small_is_told_by_kind_with_need_and_have():
 def test_pieces_that_are_too_small_are_told_with_the_largest():
     demand = phase(2, Bundle(4), 1, Bundle(1))
 
-    sentence = shortage([demand], [node(3), node(5), node(3)])
+    sentence = shortfall([demand], [node(3), node(5), node(3)])
 
     assert sentence is not None
     assert "1 of 2 training worker(s) (train.workers=2) with 4 CPUs each" in sentence
@@ -143,7 +152,7 @@ def needs(*settings, gpus=0.0):
 
 
 def test_a_run_needs_what_it_holds_while_it_trains():
-    need = needs("train.workers=3", "train.cpus_per_worker=2", "reward.actors=2")
+    need = needs("train.workers=3", "cluster.cpus_per_worker=2", "reward.actors=2")
 
     assert (need.cpus, need.gpus) == (8, 0)
 
@@ -157,7 +166,7 @@ def test_the_least_of_a_range_must_be_there_and_the_most_is_shown():
 
 
 def test_preparing_the_data_takes_a_whole_cpu_beside_the_actors():
-    need = needs("train.workers=1", "train.cpus_per_worker=0.25", "reward.cpus_per_actor=0.5")
+    need = needs("train.workers=1", "cluster.cpus_per_worker=0.25", "serving.cpus_per_actor=0.5")
 
     assert need.cpus == 1.5
 
@@ -173,14 +182,14 @@ def test_gpus_left_open_are_settled_by_what_there_is(gpus, per_worker, per_actor
     assert need.gpus <= gpus
 
 
-@pytest.mark.parametrize("setting", ["train.gpus_per_worker", "reward.gpus_per_actor"])
+@pytest.mark.parametrize("setting", ["cluster.gpus_per_worker", "serving.gpus_per_actor"])
 def test_more_than_one_gpu_is_a_whole_number_of_them(setting):
     with pytest.raises(ConfigError, match=f"{setting} is 1.5; expected a share of one GPU"):
         needs(f"{setting}=1.5")
 
 
 def test_the_table_shows_the_sums_and_what_the_nodes_have():
-    need = needs("train.workers=2..4", "train.cpus_per_worker=3")
+    need = needs("train.workers=2..4", "cluster.cpus_per_worker=3")
 
     lines = table(need.phases, [node(16, 1, free=Bundle(9, 1))]).splitlines()
 

@@ -13,7 +13,12 @@ from ray_detox.stages.cluster import nodes as live
 
 CONFIG = load_config(
     "lab",
-    ["train.workers=2..4", "train.grow_after_s=10", "cluster.patience_s=60", "train.steps=100"],
+    [
+        "train.workers=2..4",
+        "cluster.upscale_delay_s=10",
+        "cluster.capacity_timeout_s=60",
+        "train.steps=100",
+    ],
 )
 NEED = resources.needs(CONFIG, cluster_gpus=0)
 
@@ -42,12 +47,12 @@ class Nodes:
     def shrink(self):
         self.shrunk += 1
 
-    def figures(self):
+    def metrics(self):
         return {"actors": float(self.actors)}
 
 
 def room(nodes, stop=None, hoped=2):
-    return workers.workers_with_room(CONFIG, NEED, nodes, hoped, stop or threading.Event())
+    return workers.wait_for_workers(CONFIG, NEED, nodes, hoped, stop or threading.Event())
 
 
 def test_all_that_may_be_start_at_once_where_they_fit(monkeypatch):
@@ -124,7 +129,7 @@ def test_a_person_who_stops_the_run_does_not_wait_for_nodes(monkeypatch):
 
 def look(nodes, until, count=2, step_s=5.0, step=10):
     """Seconds until a group of `count` workers hears that there is room for one more; or None."""
-    more = workers.RoomForOneMore(CONFIG, NEED, nodes, count, clock=lambda: nodes.now)
+    more = workers.UpscaleTrigger(CONFIG, NEED, nodes, count, clock=lambda: nodes.now)
     more.step_took({"step": step, "seconds": step_s})
     while nodes.now < until:
         nodes.sleep(1.0)
@@ -170,7 +175,9 @@ def test_reward_actors_leave_the_nodes_to_the_workers_that_fit_on_no_other(monke
     types = {"a": small, "b": large, "c": small, "d": large}
     nodes = [Node("", has, has, name) for name, has in types.items()]
     monkeypatch.setattr(live, "free_nodes", lambda: nodes)
-    words = ["train.workers=2", "train.cpus_per_worker=6", "reward.actors=5..9"]
-    config = load_config("lab", [*words, "train.gpus_per_worker=1", "reward.gpus_per_actor=0.25"])
+    words = ["train.workers=2", "cluster.cpus_per_worker=6", "reward.actors=5..9"]
+    config = load_config(
+        "lab", [*words, "cluster.gpus_per_worker=1", "serving.gpus_per_actor=0.25"]
+    )
 
-    assert live.nodes_for_actors(resources.needs(config, 0)) == ["a", "a", "a", "a", "c"]
+    assert live.place_actors(resources.needs(config, 0)) == ["a", "a", "a", "a", "c"]
