@@ -1,7 +1,7 @@
-"""The README's table of settings, made from the dataclasses in `ray_detox/config.py`.
+"""Generate the table of settings in `ray_detox/recipes/README.md` from `ray_detox/config.py`.
 
-python scripts/settings_table.py           print it
-python scripts/settings_table.py --write   put it into the README, between its two markers
+python scripts/settings_table.py           print the table
+python scripts/settings_table.py --write   write it into the README, between the two markers
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Any
 
 from ray_detox import config
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[1] / "ray_detox/recipes/README.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 
 
@@ -66,7 +66,7 @@ def table() -> str:
 
 
 def with_table(readme: str) -> str:
-    """A README with the table between its markers brought up to date."""
+    """Return the README with the current table between its markers."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
