@@ -49,12 +49,12 @@ from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait
 
 ASKED = [
     "train.workers=2",
-    "train.cpus_per_worker=6",
-    "train.gpus_per_worker=1",
+    "cluster.cpus_per_worker=6",
+    "cluster.gpus_per_worker=1",
     "reward.actors=1..8",
-    "reward.gpus_per_actor=0.25",
+    "serving.gpus_per_actor=0.25",
 ]
-"""Words of the README."""
+"""Settings of the command in cluster/README.md."""
 HERE = [
     "cluster.patience_s=600",
     "reward.grow_after_s=1",
