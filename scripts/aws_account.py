@@ -232,7 +232,7 @@ class Account:
         names = {t["node_config"]["IamInstanceProfile"]["Name"] for t in self._types.values()}
         return [
             f"The instance profile {name!r} is not in account {self.number}. Deploy cluster/iam.yaml, as "
-            "the README says."
+            "cluster/README.md says."
             for name in sorted(names)
             if _found(get, "NoSuchEntity", InstanceProfileName=name) is None
         ]

@@ -195,7 +195,7 @@ def emulated_aws() -> Any:
     (Path(home) / ".ray").mkdir()
     (Path(home) / ".ray/auth_token").write_text("a token of nobody's")
     kept_folder = Path.cwd()
-    os.chdir(ROOT)  # as the README says, for file_mounts
+    os.chdir(ROOT)  # as cluster/README.md says, for file_mounts
     try:
         with mock_aws():
             yield

@@ -1,41 +1,28 @@
-"""The README's table of settings, made from the dataclasses in `ray_detox/config.py`.
+"""Generate what is derived from `ray_detox/config.py`: the README's table and the JSON schema.
 
-python scripts/settings_table.py           print it
-python scripts/settings_table.py --write   put it into the README, between its two markers
+python scripts/settings_table.py           print the table
+python scripts/settings_table.py --write   write the table into `ray_detox/recipes/README.md`, between
+                                           its two markers, and the schema into `schema.json` beside it
 """
 
-import ast
-import dataclasses
-import inspect
-import itertools
+import json
 import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
-from ray_detox import config
+from pydantic.fields import FieldInfo
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from ray_detox.config import RunConfig, Section
+from ray_detox.recipes.loading import schema
+
+RECIPES = Path(__file__).resolve().parents[1] / "ray_detox/recipes"
+README, SCHEMA = RECIPES / "README.md", RECIPES / "schema.json"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 
 
-def sentences(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, after in itertools.pairwise(body.body):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[field.target.id] = " ".join(str(after.value.value).split())
-    return found
-
-
-def default(field: "dataclasses.Field[Any]") -> str:
-    """A field's default as YAML would have it."""
+def default(field: FieldInfo) -> str:
+    """Return a field's default as YAML writes it."""
     value = field.default
-    if value is dataclasses.MISSING:
+    if field.is_required():
         return "required"
     if value is None:
         return "null"
@@ -48,25 +35,23 @@ def default(field: "dataclasses.Field[Any]") -> str:
 
 
 def table() -> str:
-    """Every setting with its default and its sentence, section by section."""
+    """Return every setting with its default and its description, section by section."""
     lines = []
-    for section in dataclasses.fields(config.RunConfig):
-        cls = section.type
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+    for name, section in RunConfig.model_fields.items():
+        cls = section.annotation
+        if not (isinstance(cls, type) and issubclass(cls, Section)):
             continue
-        lines += [f"**{section.name}**: {(cls.__doc__ or '').strip()}", ""]
+        lines += [f"**{name}**: {(cls.__doc__ or '').strip()}", ""]
         lines += ["| setting | default | |", "|---|---|---|"]
-        text = sentences(cls)
-        lines += [
-            f"| `{section.name}.{f.name}` | `{default(f)}` | {text[f.name].replace('|', chr(92) + '|')} |"
-            for f in dataclasses.fields(cls)
-        ]
+        for setting, field in cls.model_fields.items():
+            text = " ".join((field.description or "").split()).replace("|", r"\|")
+            lines.append(f"| `{name}.{setting}` | `{default(field)}` | {text} |")
         lines.append("")
     return "\n".join(lines).strip()
 
 
 def with_table(readme: str) -> str:
-    """A README with the table between its markers brought up to date."""
+    """Return the README with the current table between its markers."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
@@ -75,5 +60,6 @@ def with_table(readme: str) -> str:
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
         README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+        SCHEMA.write_text(json.dumps(schema(), indent=2) + "\n", encoding="utf-8")
     else:
         print(table())

@@ -148,7 +148,7 @@ def test_what_an_hour_costs(cluster, prices):
     assert cost(train_gpu=2, reward_gpu_spot=1) == 3.24
     assert cost(train_gpu=4, reward_gpu_spot=4) == 7.38
     assert re.fullmatch(r"20\d\d-\d\d", str(prices["date"]))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "cluster/README.md").read_text(encoding="utf-8")
     for dollars in ("$0.21", "$3.24", "$7.38", f"list prices of {prices['date']}"):
         assert dollars in readme
 

@@ -1,6 +1,5 @@
-"""The README's table of what may go wrong: every message, setting and file in it is one that exists."""
+"""Troubleshooting in cluster/README.md: every message, setting and file that it names exists."""
 
-import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -10,17 +9,19 @@ import pytest
 from ray_detox.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("\n## When something goes wrong\n")[2].partition("\n## ")[0]
-ROWS = [row.strip("| ").split(" | ") for row in SECTION.splitlines() if row.startswith("| ")][1:]
+README = (ROOT / "cluster/README.md").read_text(encoding="utf-8")
+SECTION = README.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+MESSAGES = [part.partition("\n") for part in SECTION.split("\n### ")[1:]]
+"""Heading, newline and text of each message."""
+HEADINGS = [heading for heading, _, _ in MESSAGES]
 OURS = {
-    "The run needs ": "room.py",
-    "waiting up to ": "stages/live.py",
-    "The autoscaler:": "stages/live.py",
-    "wants a token": "connect.py",
-    ", and here is Ray ": "connect.py",
-    "its temporary folder ": "stages/live.py",
-    "lost its connection to another worker": "stages/train.py",
+    "The run needs ": "resources.py",
+    "waiting up to ": "stages/cluster/admission.py",
+    "The autoscaler:": "stages/cluster/admission.py",
+    "wants a token": "stages/cluster/connect.py",
+    ", and here is Ray ": "stages/cluster/connect.py",
+    "its temporary folder ": "stages/cluster/probe.py",
+    "lost its connection to another worker": "stages/errors.py",
 }
 RAYS = {
     "No available node types can fulfill": "autoscaler/v2/event_logger.py",
@@ -34,37 +35,45 @@ RAYS = {
     "The object store is using ": "_private/services.py",
     "killed due to the node running low on memory": "core/src/ray/raylet/raylet",
 }
+IN_THE_TEXT = {"The autoscaler:", ".rayignore"}
+"""Words that are no message of their own, so that no heading has them."""
 
 
-def test_every_row_says_what_is_seen_why_and_what_to_do():
-    assert 12 <= len(ROWS) <= 18
-    for row in ROWS:
-        assert len(row) == 3, row
-        assert all(row)
+def test_every_message_has_a_heading_a_cause_and_a_fix():
+    assert 24 <= len(MESSAGES) <= 48
+    assert len(set(HEADINGS)) == len(HEADINGS)
+    for heading, _, text in MESSAGES:
+        assert re.match(r"`[^`]+`", heading), heading
+        assert re.fullmatch(r"\s*Cause: \S.+\n\nFix: \S.+", text, re.S), heading
 
 
 @pytest.mark.parametrize("message", OURS)
 def test_a_message_of_ours_is_one_that_we_print(message):
-    assert message in SECTION
+    assert is_named(message)
     assert message in (ROOT / "ray_detox" / OURS[message]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("message", RAYS)
 def test_a_message_of_rays_is_one_of_this_ray(message):
-    assert message in SECTION
+    assert is_named(message)
     (installed,) = importlib.util.find_spec("ray").submodule_search_locations  # not imported yet
     assert message.encode() in (Path(installed) / RAYS[message]).read_bytes()
 
 
+def is_named(message):
+    """Whether a heading has the message, or the text if it belongs to another message."""
+    return message in (SECTION if message in IN_THE_TEXT else "\n".join(HEADINGS))
+
+
 def test_settings_and_files_that_it_names_are_there():
-    sections = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+    sections = {k: v for k, v in RunConfig().to_dict().items() if isinstance(v, dict)}
     named = re.findall(r"\b([a-z]+)\.([a-z_]+)\b", " ".join(re.findall(r"`([^`]*)`", SECTION)))
-    settings = [(section, name) for section, name in named if section in sections]
+    settings = {(section, name) for section, name in named if section in sections}
     files = set(re.findall(r"\b(?:cluster|scripts)/\w+\.\w+", SECTION))
 
-    assert len(set(settings)) >= 8
+    assert len(settings) >= 8
     for section, name in settings:
-        assert name in {f.name for f in dataclasses.fields(sections[section])}, (section, name)
+        assert name in sections[section], (section, name)
     assert {"cluster/aws.yaml", "scripts/aws_account.py", "cluster/setup_node.sh"} <= files
     for file in files:
         assert (ROOT / file).is_file(), file

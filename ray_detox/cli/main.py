@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_output(sub)
     cli_results.add_verbs(add, add_output)
+    add("schema", _schema, "Print the JSON schema of a recipe, for editors.")
     sub = add("export", _export, "Merge a run's adapter into its model, as a plain model.")
     sub.add_argument("run_id", metavar="RUN")
     sub.add_argument("folder", type=Path, metavar="FOLDER")
@@ -275,6 +276,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(f"ray-detox: {error}", file=sys.stderr)
         return FAILED
     print(json.dumps(report, indent=2) if args.json else "\n" + describe_run(report))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from ray_detox.recipes.loading import schema
+
+    print(json.dumps(schema(), indent=2))
     return 0
 
 

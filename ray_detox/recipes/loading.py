@@ -49,6 +49,14 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     return recipes[0] if recipes else "lab", [word for word in words if "=" in word]
 
 
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe, with which editors complete and check settings."""
+    tree = RunConfig.model_json_schema()
+    tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    tree["title"] = "A recipe of ray-detox"
+    return tree
+
+
 def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:
     """Make a run from nested plain values, as in a recipe or a stored config.json.
 

@@ -57,7 +57,7 @@ ASKED = [
     "reward.actors=1..8",
     "serving.gpus_per_actor=0.25",
 ]
-"""Words of the README."""
+"""Settings of the command in cluster/README.md."""
 HERE = [
     "cluster.capacity_timeout_s=600",
     "serving.upscale_delay_s=1",

@@ -107,9 +107,8 @@ def test_no_text_and_no_actor_was_lost_and_the_autoscaler_warned_of_nothing(stor
 def test_the_run_is_started_as_the_readme_says():
     from tests.on_ray.fake_autoscaler import ASKED
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = text[text.index("bash scripts/submit.sh flan-t5-base \\\n     train") :].split("```")[
-        0
-    ]
+    text = (ROOT / "cluster/README.md").read_text(encoding="utf-8")
+    start = text.index("bash scripts/submit.sh flan-t5-base \\\n  train")
+    command = text[start:].split("```")[0]
 
     assert [word for word in ASKED if word not in command.split()] == []
