@@ -1,4 +1,4 @@
-"""What `ray up cluster/aws.yaml` would do, on an emulated AWS: no account, no cost, 10 seconds.
+"""What `ray up cluster/aws.yaml` would do, on an emulated AWS: no account, no cost, 20 seconds.
 
 python scripts/aws_dry_run.py            prints it as JSON
 python scripts/aws_dry_run.py --write    into tests/data/aws_launch.json, which the tests compare
@@ -6,10 +6,20 @@ python scripts/aws_dry_run.py --write    into tests/data/aws_launch.json, which 
 Before that, it looks for mistakes that the launcher would not name, and prints a sentence for each.
 
     cluster/iam.yaml --> CloudFormation      roles, instance profiles, bucket
-    Ray's launcher   --> EC2                 key, subnets, security group, the head
-    Ray's autoscaler --> EC2                 one worker of each type, tags, and its end
+    ray up           --> EC2, SSH            key, subnets, security group, the head and its setup
+    Ray's autoscaler --> EC2, SSH            one worker of each type, its setup, and its end
 
-All of it is Ray's own code against moto; only what would go through SSH is written down instead.
+Ray runs unchanged: the launcher from `create_or_update_cluster` on, and the parts of autoscaler v2 that
+touch a node (`FileConfigReader`, `NodeProviderAdapter`, `RayInstaller`), with login shells, as `ray up`
+has them. These parts are stand-ins:
+
+    AWS                    moto
+    ssh, rsync, programs   tests/fake_ssh.py: processes that a real shell of the node starts and that
+    of a node              write themselves down; nothing is installed and no Ray starts
+    the head               this process. It reads the configuration that the launcher copied to the
+                           head, but a temporary folder is its /home/ray, and its address is "HEAD"
+    autoscaler's decision  one node of each type, instead of what the scheduler asks for
+
 Needs the extra `dev`. `aws_account.py` looks at your own account.
 """
 
@@ -17,9 +27,13 @@ import difflib
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -31,12 +45,9 @@ GOLDEN = ROOT / "tests/data/aws_launch.json"
 CLUSTER = ROOT / "cluster/aws.yaml"
 IAM = ROOT / "cluster/iam.yaml"
 PRICES = ROOT / "cluster/prices.yaml"
-ANSWERS = {
-    "command -v docker": "/usr/bin/docker",
-    ".Config.Env": '["HOME=/home/ray"]',
-    "printenv HOME": "/home/ray",
-}
-"""What a fresh node says to a command with these words in it; nothing to all others."""
+PATIENCE_S = 120
+"""Longest wait for instances to be launched or terminated on moto."""
+fake_ssh = runpy.run_path(str(ROOT / "tests/fake_ssh.py"))
 
 
 # ---- what can be said without AWS ------------------------------------------------------------
@@ -55,7 +66,18 @@ def find_faults(cluster: dict[str, Any], prices: dict[str, Any]) -> list[str]:
     ray = re.findall(r"^ray==(\S+)$", versions, re.M)[0]
     images = cluster["docker"]
     region = cluster["provider"]["region"]
-    for key, kind in (("head_image", r"(cpu|cu\d+)"), ("worker_image", r"cu\d+")):
+    if "image" not in images:
+        faults.append(
+            "docker.image is missing: Ray's autoscaler reads it even where worker_image is set, and no "
+            "worker comes up without it. Set it to the workers' image."
+        )
+    for key, kind in (
+        ("head_image", r"(cpu|cu\d+)"),
+        ("image", r"cu\d+"),
+        ("worker_image", r"cu\d+"),
+    ):
+        if key != "head_image" and key not in images:
+            continue
         if not re.fullmatch(rf"rayproject/ray:{re.escape(ray)}-py311-{kind}", images.get(key, "")):
             faults.append(
                 f"docker.{key} is {images.get(key)!r}; expected rayproject/ray:{ray}-py311-"
@@ -132,31 +154,6 @@ def max_workers(cluster: dict[str, Any]) -> dict[str, int]:
 # ---- what it would do on AWS -----------------------------------------------------------------
 
 
-class Commands:
-    """Stands in for `subprocess`: writes down what would be run through ssh and rsync."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def run(command: list[str], *_: Any, **__: Any) -> Any:
-            said = self.note(command)
-            answer = next((ANSWERS[words] for words in ANSWERS if words in said), "")
-            return 0 if name == "call" else answer.encode()
-
-        return run
-
-    def note(self, command: list[str]) -> str:
-        # Less the options of ssh.
-        said = command[-1] if command[0] == "ssh" else " ".join([command[0], *command[3:]])
-        self.seen.append(said)
-        return said
-
-    def take(self) -> list[str]:
-        seen, self.seen = self.seen, []
-        return seen
-
-
 class Calls:
     """Every request to AWS, by name, and the parameters of those that start instances."""
 
@@ -177,14 +174,14 @@ class Calls:
 
 @contextmanager
 def emulated_aws() -> Any:
-    """An AWS of this process with nobody's credentials, and a home that is thrown away."""
+    """Emulate AWS and its nodes for this process, with fake credentials and a temporary home folder."""
     from moto import mock_aws
 
     home = tempfile.mkdtemp(prefix="ray-detox-home-")
     kept = dict(os.environ)
     for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_"))]:
         del os.environ[name]
-    os.environ |= {
+    os.environ |= fake_ssh["install"](f"{home}/fake") | {
         "HOME": home,
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
@@ -194,11 +191,12 @@ def emulated_aws() -> Any:
     }
     (Path(home) / ".ray").mkdir()
     (Path(home) / ".ray/auth_token").write_text("a token of nobody's")
+    (Path(home) / "ray-detox").mkdir()
     kept_folder = Path.cwd()
     os.chdir(ROOT)  # as cluster/README.md says, for file_mounts
     try:
         with mock_aws():
-            yield
+            yield Path(home)
     finally:
         os.chdir(kept_folder)
         os.environ.clear()
@@ -212,38 +210,47 @@ def dry_run(cluster: dict[str, Any]) -> dict[str, Any]:
     Args:
         cluster: as in `cluster/aws.yaml`.
     """
-    with emulated_aws():
+    with emulated_aws() as home:
         import boto3
-        from ray.autoscaler._private import commands, subprocess_output_util
+        from ray.autoscaler._private import commands
         from ray.autoscaler._private.cli_logger import cli_logger
 
         cli_logger.configure(log_style="record", verbosity=0)
         boto3.setup_default_session()
-        calls, spoken = Calls(boto3.DEFAULT_SESSION), Commands()
+        calls = Calls(boto3.DEFAULT_SESSION)
         stack = _deploy(boto3.client("cloudformation"))
         calls.take()
 
-        config = commands._bootstrap_config(json.loads(json.dumps(cluster)), no_config_cache=True)
-        commands.set_using_login_shells(False)
-        subprocess_output_util.set_allow_interactive(False)
-        subprocess_output_util.set_output_redirected(True)
-        subprocess_output_util.run_cmd_redirected = lambda command, **_: spoken.call(command)
-        commands.get_or_create_head_node(
-            json.loads(json.dumps(config)), str(CLUSTER), False, False, True, None, _runner=spoken
+        file = home / "aws.yaml"
+        file.write_text(json.dumps(cluster), "utf-8")
+        config = commands.create_or_update_cluster(
+            str(file), None, None, False, False, yes=True, no_config_cache=True
         )
         groups = boto3.client("ec2").describe_security_groups(
             GroupIds=config["available_node_types"]["head"]["node_config"]["SecurityGroupIds"]
         )
-        found = {
+        (head,) = (file.stem for file in (home / "fake").glob("*.jsonl"))
+        ran = fake_ssh["records"](f"{home}/fake", head)
+        found: dict[str, Any] = {
             "stack": stack,
             "resources": {n: t["resources"] for n, t in config["available_node_types"].items()},
             "ingress": [_rule(rule) for rule in groups["SecurityGroups"][0]["IpPermissions"]],
             "asked_by_you": calls.take(),
-            "head": spoken.take(),
+            "head": [fake_ssh["line"](record) for record in ran],
         }
-        _start_workers(config, spoken)
-        found |= {"asked_by_the_head": calls.take(), "worker": spoken.take()}
-        found["started"] = {_node_type(call): call for call in calls.started}
+        workers = _bring_up_workers(home, head)
+        found |= {
+            "asked_by_the_head": calls.take(),
+            "workers": {
+                name: [fake_ssh["line"](record) for record in records]
+                for name, records in workers.items()
+            },
+        }
+        # The launcher runs rsync itself.
+        on_nodes = [r for records in [ran, *workers.values()] for r in records]
+        found["login_shells"] = all(r["login"] for r in on_nodes if r["argv"][0] != "rsync")
+        started = {_node_type(call): call for call in calls.started}
+        found["started"] = {name: started[name] for name in config["available_node_types"]}
         return _without_chance(found)
 
 
@@ -258,47 +265,72 @@ def _deploy(cloudformation: Any) -> dict[str, str]:
     return {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
 
 
-def _start_workers(config: dict[str, Any], spoken: Commands) -> None:
-    """What the autoscaler on the head does: start, tag, set up and end workers."""
-    from ray.autoscaler import tags
-    from ray.autoscaler._private.providers import _get_node_provider
-    from ray.autoscaler._private.updater import NodeUpdater
-    from ray.autoscaler._private.util import with_head_node_ip
+def _bring_up_workers(home: Path, head: str) -> dict[str, list[dict[str, Any]]]:
+    """Launch, set up and terminate a worker of each type, as the autoscaler on the head does.
 
-    provider = _get_node_provider(config["provider"], config["cluster_name"])
-    for name, node in config["available_node_types"].items():
-        if name == config["head_node_type"]:
-            continue
-        marks = {
-            tags.TAG_RAY_NODE_KIND: tags.NODE_KIND_WORKER,
-            tags.TAG_RAY_NODE_NAME: f"ray-{config['cluster_name']}-worker",
-            tags.TAG_RAY_USER_NODE_TYPE: name,
-        }
-        provider.create_node(json.loads(json.dumps(node["node_config"])), marks, 1)
-    workers = provider.non_terminated_nodes({tags.TAG_RAY_NODE_KIND: tags.NODE_KIND_WORKER})
-    (train,) = provider.non_terminated_nodes({tags.TAG_RAY_USER_NODE_TYPE: "train_gpu"})
-    NodeUpdater(
-        node_id=train,
-        provider_config=config["provider"],
-        provider=provider,
-        auth_config=config["auth"],
-        cluster_name=config["cluster_name"],
-        # The head has them where they go; here they are where they came from.
-        file_mounts={k: os.path.expanduser(v) for k, v in config["file_mounts"].items()},
-        initialization_commands=config["initialization_commands"],
-        setup_commands=config["worker_setup_commands"],
-        ray_start_commands=with_head_node_ip(config["worker_start_ray_commands"], "HEAD"),
-        runtime_hash="",
-        file_mounts_contents_hash="",
-        is_head_node=False,
-        node_resources=config["available_node_types"]["train_gpu"]["resources"],
-        process_runner=spoken,
-        use_internal_ip=True,
-        docker_config=config["docker"],
-        rsync_options={key: config[key] for key in ("rsync_exclude", "rsync_filter")},
-    ).run()
-    for worker in workers:
-        provider.terminate_node(worker)
+    Args:
+        home: stands for the home folder of the head's container.
+        head: the address under which the launcher reached the head.
+
+    Returns:
+        By type, everything that ran on the worker.
+    """
+    from ray.autoscaler._private.providers import _get_node_provider
+    from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND
+    from ray.autoscaler.v2.instance_manager.config import FileConfigReader
+    from ray.autoscaler.v2.instance_manager.node_provider import NodeProviderAdapter
+    from ray.autoscaler.v2.instance_manager.ray_installer import RayInstaller
+    from ray.core.generated.instance_manager_pb2 import Instance, NodeKind
+
+    for file in (home / "fake/nodes" / head / "container/home/ray").iterdir():
+        shutil.copy(file, home)
+    settings = home / "ray_bootstrap_config.yaml"
+    sent = json.loads(settings.read_text("utf-8"))
+    sent["file_mounts"] = {
+        remote: local.replace("/home/ray/", f"{home}/")
+        for remote, local in sent["file_mounts"].items()
+    }
+    settings.write_text(json.dumps(sent), "utf-8")
+
+    reader = FileConfigReader(str(settings))
+    config = reader.get_cached_autoscaling_config()
+    provider = _get_node_provider(config.get_provider_config(), config.get_config("cluster_name"))
+    adapter = NodeProviderAdapter(provider, reader)
+    types = [n for n in config.get_node_type_configs() if n != config.get_head_node_type()]
+    os.environ["FAKE_GPU"] = "1"
+
+    def workers() -> list[str]:
+        for error in adapter.poll_errors():
+            raise RuntimeError(f"EC2 refused a request: {error}") from error.__cause__
+        return list(provider.non_terminated_nodes({TAG_RAY_NODE_KIND: NODE_KIND_WORKER}))
+
+    def install(worker: str) -> tuple[str, list[dict[str, Any]]]:
+        instance = Instance(
+            instance_id=worker,
+            cloud_instance_id=worker,
+            instance_type=adapter.get_non_terminated()[worker].node_type,
+            node_kind=NodeKind.WORKER,
+            status=Instance.RAY_INSTALLING,
+        )
+        RayInstaller(provider, config).install_ray(instance, "HEAD")
+        ran = fake_ssh["records"](f"{home}/fake", provider.internal_ip(worker))
+        return instance.instance_type, ran
+
+    adapter.launch(dict.fromkeys(types, 1), "dry-run")
+    _wait_for(lambda: len(workers()) == len(types))
+    with ThreadPoolExecutor(len(types)) as pool:
+        ran = dict(pool.map(install, workers()))
+    adapter.terminate(workers(), "dry-run")
+    _wait_for(lambda: not workers())
+    return {name: ran[name] for name in types}
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("The emulated EC2 did not do what it was asked for.")
+        time.sleep(0.1)
 
 
 def _rule(rule: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +353,7 @@ def _without_chance(found: dict[str, Any]) -> dict[str, Any]:
     for pattern, word in (
         (r"(subnet|sg|ami|i)-[0-9a-f]{8,}", r"\1-..."),
         (r"\b(?!127\.)\d+\.\d+\.\d+\.\d+\b(?!/)", "ADDRESS"),
-        (r"/[^ ]*/ray-detox-home-\w+", "~"),
+        (r"/[^\s\"']*/ray-detox-home-\w+", "~"),
         (r"[^\s\"']*/ray-bootstrap-\w+", "RAY-BOOTSTRAP"),
         (re.escape(str(ROOT)), "."),
         (r'("Key": "ray-launch-config", "Value": )"\w+"', r'\1"HASH"'),

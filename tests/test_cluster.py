@@ -7,6 +7,7 @@ cluster), and what the scripts on a node do (against a metadata service of our o
 import copy
 import fnmatch
 import http.server
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from ray_detox.recipes.loading import load_config
 from ray_detox.runs.storage import Storage
 from ray_detox.store.dynamodb import DynamoDBStore
 from tests.autoscaler import nodes_asked_for
+from tests.dry_run import aws_dry_run
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY_RUN = ROOT / "scripts/aws_dry_run.py"
@@ -99,6 +101,7 @@ def test_a_mistake_that_the_launcher_knows_is_named_by_it(cluster, change, sente
          "cluster/iam.yaml makes 'ray-detox-worker'."),
         ({"docker": {"worker_image": "rayproject/ray:2.59.0-py311-cu128"}}, "the Ray of constraints"),
         ({"docker": {"worker_image": "rayproject/ray:2.60.0-py311-cpu"}}, "-py311-cu128, the Ray of"),
+        ({"docker": {"image": "rayproject/ray:2.60.0-py311-cpu"}}, "docker.image is 'rayproject/ray:2"),
         ({"docker": {"head_image": "rayproject/ray:2.60.0"}}, "docker.head_image is 'rayproject/ray"),
         ({"provider": {"region": "eu-central-1"}}, "another AWS_DEFAULT_REGION than provider.region"),
         ({"docker": {"run_options": ["-e AWS_DEFAULT_REGION=us-east-1"]}}, "anybody may use it."),
@@ -108,6 +111,14 @@ def test_a_mistake_that_the_launcher_lets_pass_is_a_sentence(cluster, prices, ch
     faults = tool["find_faults"](changed(cluster, change), prices)
 
     assert any(sentence in fault for fault in faults), faults
+
+
+def test_an_image_that_the_autoscaler_needs_is_missed(cluster, prices):
+    del cluster["docker"]["image"]
+
+    (fault,) = tool["find_faults"](cluster, prices)
+
+    assert fault.startswith("docker.image is missing: Ray's autoscaler reads it even where")
 
 
 def changed(cluster, change):
@@ -235,12 +246,8 @@ def test_ray_does_not_remember_what_ec2_refused():
 
 @pytest.fixture(scope="module")
 def dry_run():
-    """What `scripts/aws_dry_run.py` prints; in a process of its own, for the launcher keeps state."""
-    done = subprocess.run(
-        [sys.executable, DRY_RUN], capture_output=True, text=True, timeout=200, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What `scripts/aws_dry_run.py` prints."""
+    return aws_dry_run()
 
 
 def test_what_would_be_launched_is_what_was_looked_at(dry_run):
@@ -250,7 +257,7 @@ def test_what_would_be_launched_is_what_was_looked_at(dry_run):
 
 
 def test_the_dashboard_is_open_to_nobody_and_everything_asks_for_the_token(dry_run):
-    said = dry_run["head"] + dry_run["worker"]
+    said = [*dry_run["head"], *itertools.chain(*dry_run["workers"].values())]
     starts = [command for command in said if "ray start" in command]
     containers = [command for command in said if command.startswith("docker run")]
 
@@ -258,7 +265,7 @@ def test_the_dashboard_is_open_to_nobody_and_everything_asks_for_the_token(dry_r
         (None, None): ["itself"],
         (22, 22): ["0.0.0.0/0"],  # Ray's own group; the one of iam.yaml is narrower
     }
-    assert len(starts) == len(containers) == 2
+    assert len(starts) == len(containers) == len(dry_run["started"]) == 5
     assert "--dashboard-host=127.0.0.1 " in starts[0]
     assert "--num-cpus=0 --num-gpus=0" in starts[0]
     for command in containers:
