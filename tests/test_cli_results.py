@@ -144,7 +144,7 @@ def test_publish_stores_a_run_from_its_files_and_a_repeat_writes_nothing(folder,
     store = SQLiteStore(folder.store_path)
     assert store.get_run("third") == make_report("third")
     assert list(store.get_samples("third")) == [SAMPLE]
-    assert store.get_curves("third") == [{"step": 1, "score": 0.5}]
+    assert store.get_history("third") == [{"step": 1, "score": 0.5}]
     assert "is stored in" in first
     assert "unchanged" in second
 

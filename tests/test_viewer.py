@@ -53,7 +53,7 @@ SAMPLES = [
     for i in range(12)
 ]
 CURVES = [{"step": i, "score": i / 3, "kl": 0.1 * i} for i in range(5)]
-FULL = {f"/api/runs/first{rest}" for rest in ("", "/curves", "/samples", "/samples/3")}
+FULL = {f"/api/runs/first{rest}" for rest in ("", "/history", "/samples", "/samples/3")}
 
 
 def make_report(run_id, n, created="2026-01-31T12:00:00+00:00"):
@@ -216,8 +216,8 @@ def test_a_report_is_answered_as_it_was_stored(store, run_id):
 
 
 def test_curves_are_rows_by_step(store):
-    assert ok(store, "/api/runs/first/curves") == {"steps": CURVES}
-    assert ok(store, "/api/runs/empty/curves") == {"steps": []}
+    assert ok(store, "/api/runs/first/history") == {"steps": CURVES}
+    assert ok(store, "/api/runs/empty/history") == {"steps": []}
 
 
 def test_a_sample_is_answered_in_full_whatever_its_text(store):
@@ -324,7 +324,7 @@ def test_a_parameter_that_is_not_right_is_named(sqlite_store, query, sentence):
     assert sentence in refused(sqlite_store, f"/api/runs/first/samples?{query}", 400)
 
 
-@pytest.mark.parametrize("path", ["", "/curves", "/samples/3"])
+@pytest.mark.parametrize("path", ["", "/history", "/samples/3"])
 def test_routes_without_parameters_take_none(sqlite_store, path):
     assert "expected none" in refused(sqlite_store, f"/api/runs/first{path}?limit=1", 400)
 
@@ -414,7 +414,7 @@ def test_a_cursor_that_was_tampered_with_is_refused_or_leads_elsewhere_in_the_li
         "/api/runs/nobody/samples",
         "/api/runs/nobody/samples?index=1",
         "/api/runs/nobody/samples/1",
-        "/api/runs/nobody/curves",
+        "/api/runs/nobody/history",
         "/api/runs/../etc",
         "/api/runs/%2e%2e",
         "/api/runs/..%2f..%2fetc%2fpasswd",
@@ -495,7 +495,7 @@ def test_a_sample_that_is_too_big_loses_the_ends_of_its_texts(tmp_path, monkeypa
 def test_curves_that_would_be_too_big_are_thinned_and_keep_the_last_step(store, monkeypatch):
     monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 200)
 
-    steps = ok(store, "/api/runs/first/curves")["steps"]
+    steps = ok(store, "/api/runs/first/history")["steps"]
 
     assert [row["step"] for row in steps] == [0, 2, 4]
 
@@ -917,7 +917,7 @@ def test_a_run_in_its_page_is_what_the_api_answers(modules, sqlite_store):
 
     assert embedded(page) == {
         "report": ok(sqlite_store, "/api/runs/first"),
-        "curves": ok(sqlite_store, "/api/runs/first/curves")["steps"],
+        "curves": ok(sqlite_store, "/api/runs/first/history")["steps"],
         "samples": ok(sqlite_store, "/api/runs/first/samples?limit=100")["samples"],
     }
     assert page.lower().count("<script") == page.lower().count("</script") == 2

@@ -212,7 +212,7 @@ class SQLiteStore:
                 rows.append(row)
         return Page(rows, None)
 
-    def get_curves(self, run_id: str) -> list[dict[str, Any]]:
+    def get_history(self, run_id: str) -> list[dict[str, Any]]:
         """The figures of each training step."""
         query = "SELECT curves FROM runs WHERE run_id = :run_id"
         rows = list(self._select(query, run_id=check_run_id(run_id)))

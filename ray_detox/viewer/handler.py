@@ -4,7 +4,7 @@
 
     /api/runs                          summaries, newest first, in pages
     /api/runs/{run}                    one report
-    /api/runs/{run}/curves             how training went, step by step
+    /api/runs/{run}/history             how training went, step by step
     /api/runs/{run}/samples            samples, sorted and filtered, in pages; or ?index=3,17
     /api/runs/{run}/samples/{index}    one sample in full
 
@@ -161,9 +161,9 @@ def _route(path: str, query: str, store: ResultStore) -> str:
         case ["", "api", "runs", run_id]:
             _parameters(query)
             return to_text(_report(store, _run_id(run_id)))
-        case ["", "api", "runs", run_id, "curves"]:
+        case ["", "api", "runs", run_id, "history"]:
             _parameters(query)
-            return _curves(store, _run_id(run_id))
+            return _history(store, _run_id(run_id))
         case ["", "api", "runs", run_id, "samples"]:
             names = ("sort", "order", "show", "q", "limit", "cursor", "index")
             return _samples(store, _run_id(run_id), _parameters(query, *names))
@@ -185,8 +185,8 @@ def _report(store: ResultStore, run_id: str) -> dict[str, Any]:
     return report
 
 
-def _curves(store: ResultStore, run_id: str) -> str:
-    steps = store.get_curves(run_id)
+def _history(store: ResultStore, run_id: str) -> str:
+    steps = store.get_history(run_id)
     if not steps:
         _report(store, run_id)
     while _weight(body := to_text({"steps": steps})) > MAX_BODY_BYTES and len(steps) > 1:

@@ -437,12 +437,12 @@ def test_samples_that_fail_leave_the_overview_and_no_old_rows(open_page, address
 
 def test_curves_that_fail_leave_everything_else(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
-    page.route("**/curves", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
+    page.route("**/history", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
     page.goto(f"{address}#/run/first")
     expect(page.get_by_role("alert")).to_contain_text("502")
     expect(samples_of(page)).to_have_count(25)
 
-    page.unroute("**/curves")
+    page.unroute("**/history")
     page.get_by_role("button", name="Try again").click()
 
     expect(page.locator(".charts canvas")).to_have_count(6)

@@ -25,7 +25,7 @@ function overHttp() {
     standalone: false,
     runs: (cursor, signal) => ask("/api/runs", { limit: 50, cursor }, signal),
     run: (id, signal) => ask(run(id), {}, signal),
-    curves: async (id, signal) => (await ask(`${run(id)}/curves`, {}, signal)).steps,
+    curves: async (id, signal) => (await ask(`${run(id)}/history`, {}, signal)).steps,
     samples: (id, query, signal) => ask(`${run(id)}/samples`, query, signal),
     samplesAt: async (id, indices, signal) => (await ask(`${run(id)}/samples`, { index: indices.join(",") }, signal)).samples,
     sample: (id, index, signal) => ask(`${run(id)}/samples/${index}`, {}, signal),
