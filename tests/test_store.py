@@ -531,7 +531,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_held_file_is_named(sqlite_store, monkeypatch):
-    monkeypatch.setattr("ray_detox.store.sqlite._PATIENCE_S", 0.05)
+    monkeypatch.setattr("ray_detox.store.sqlite._BUSY_TIMEOUT_S", 0.05)
 
     with sqlite_store._writing(), pytest.raises(StoreError, match="database is locked"):
         sqlite_store.put_run(make_report(), [])
