@@ -52,7 +52,7 @@ SAMPLES = [
     }
     for i in range(12)
 ]
-CURVES = [{"step": i, "score": i / 3, "kl": 0.1 * i} for i in range(5)]
+HISTORY = [{"step": i, "score": i / 3, "kl": 0.1 * i} for i in range(5)]
 FULL = {f"/api/runs/first{rest}" for rest in ("", "/history", "/samples", "/samples/3")}
 
 
@@ -79,7 +79,7 @@ REPORTS = {
 
 
 def fill(store):
-    store.put_run(REPORTS["first"], SAMPLES, CURVES)
+    store.put_run(REPORTS["first"], SAMPLES, HISTORY)
     store.put_run(REPORTS["second.run_2"], SAMPLES[:3])
     store.put_run(REPORTS["empty"], [])
     return store
@@ -215,8 +215,8 @@ def test_a_report_is_answered_as_it_was_stored(store, run_id):
     assert ok(store, f"/api/runs/{run_id}") == REPORTS[run_id]
 
 
-def test_curves_are_rows_by_step(store):
-    assert ok(store, "/api/runs/first/history") == {"steps": CURVES}
+def test_the_history_has_a_row_per_step(store):
+    assert ok(store, "/api/runs/first/history") == {"steps": HISTORY}
     assert ok(store, "/api/runs/empty/history") == {"steps": []}
 
 
@@ -301,14 +301,14 @@ def test_a_limit_is_a_whole_number_from_1_to_100(store, path, limit):
 @pytest.mark.parametrize(
     "query, sentence",
     [
-        ("sort=kl", "sort must be one of index, toxicity, reward"),
-        ("sort=", "sort must be one of"),
-        ("order=DESC", "order must be one of asc, desc"),
-        ("show=bad", "show must be one of all, better, worse"),
-        ("show=all&show=all", "show is given 2 times"),
-        ("q=" + "a" * 201, "more than 200 characters"),
+        ("sort=kl", "sort is 'kl'; expected one of index, toxicity, reward"),
+        ("sort=", "sort is ''; expected one of"),
+        ("order=DESC", "order is 'DESC'; expected one of asc, desc"),
+        ("show=bad", "show is 'bad'; expected one of all, better, worse"),
+        ("show=all&show=all", "show appears 2 times"),
+        ("q=" + "a" * 201, "q has 201 characters; expected at most 200"),
         ("q=%ff", "percent-encoded UTF-8"),
-        ("&".join(f"x{i}=1" for i in range(30)), "cannot be read"),
+        ("&".join(f"x{i}=1" for i in range(30)), "The query is not valid"),
         ("page=2", "Unknown parameter 'page'; expected sort, order, show, q, limit, cursor, index"),
         ("index=", "1 to 100 whole numbers"),
         ("index=1,,2", "1 to 100 whole numbers"),
@@ -316,7 +316,7 @@ def test_a_limit_is_a_whole_number_from_1_to_100(store, path, limit):
         ("index=%D9%A3", "1 to 100 whole numbers"),
         ("index=123456789", "1 to 100 whole numbers"),
         ("index=" + ",".join(["1"] * 101), "1 to 100 whole numbers"),
-        ("index=1&limit=2", "index cannot go with"),
+        ("index=1&limit=2", "index cannot be combined with"),
         ("cursor=", "cursor is empty"),
     ],
 )
@@ -356,7 +356,9 @@ def encoded(value):
 )
 def test_a_cursor_that_is_junk_is_refused(store, cursor):
     for path in ("/api/runs", "/api/runs/first/samples", "/api/runs/empty/samples"):
-        assert "cursor is not one of this list" in refused(store, f"{path}?cursor={cursor}", 400)
+        assert "cursor does not belong to this list" in refused(
+            store, f"{path}?cursor={cursor}", 400
+        )
 
 
 def test_a_cursor_is_good_for_its_own_list_only(store):
@@ -492,7 +494,7 @@ def test_a_sample_that_is_too_big_loses_the_ends_of_its_texts(tmp_path, monkeypa
     assert rows[1]["response_before"] == SAMPLES[1]["response_before"]
 
 
-def test_curves_that_would_be_too_big_are_thinned_and_keep_the_last_step(store, monkeypatch):
+def test_a_history_that_is_too_big_is_thinned_and_keeps_the_last_step(store, monkeypatch):
     monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 200)
 
     steps = ok(store, "/api/runs/first/history")["steps"]
@@ -888,7 +890,7 @@ def test_joined_modules_do_what_they_did_apart(modules, tmp_path):
 def test_a_page_allows_its_own_script_and_style_and_nothing_else(modules, page_folder):
     folder = modules if page_folder == "modules" else STATIC
 
-    page = render(REPORTS["first"], SAMPLES, CURVES, static=folder)
+    page = render(REPORTS["first"], SAMPLES, HISTORY, static=folder)
 
     found = Scripts(page)
     (policy,) = (a["content"] for a, _ in found.all("meta") if a.get("http-equiv"))
@@ -913,11 +915,11 @@ def test_a_page_allows_its_own_script_and_style_and_nothing_else(modules, page_f
 
 
 def test_a_run_in_its_page_is_what_the_api_answers(modules, sqlite_store):
-    page = render(REPORTS["first"], SAMPLES, CURVES, static=modules)
+    page = render(REPORTS["first"], SAMPLES, HISTORY, static=modules)
 
     assert embedded(page) == {
         "report": ok(sqlite_store, "/api/runs/first"),
-        "curves": ok(sqlite_store, "/api/runs/first/history")["steps"],
+        "history": ok(sqlite_store, "/api/runs/first/history")["steps"],
         "samples": ok(sqlite_store, "/api/runs/first/samples?limit=100")["samples"],
     }
     assert page.lower().count("<script") == page.lower().count("</script") == 2
@@ -962,6 +964,7 @@ def test_a_module_that_cannot_be_joined_stops_the_building(modules, text):
     (modules / "app.js").write_text(text)
 
     with pytest.raises(
-        AssertionError, match=r"cannot be inlined|imports|import in a circle|script"
+        AssertionError,
+        match=r"unsupported form of import|imports|import each other in a cycle|script",
     ):
         render(REPORTS["first"], [], [], static=modules)
