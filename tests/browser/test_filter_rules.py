@@ -1,7 +1,8 @@
-"""The standalone report filters in JavaScript, the stores in Python and SQL: all must agree."""
+"""Agreement of the filter rules in JavaScript (standalone report), Python and SQL (stores)."""
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from ray_detox.store.pages import (
 from ray_detox.store.sqlite import SQLiteStore
 from tests.browser.runs import make_report, make_samples
 
-# Both limits, their neighbours, and what is not a number.
+# The limits, a value just above one, and values that are not numbers.
 TOXICITIES = (0, 0.25, 0.5, math.nextafter(0.5, 1), 0.75, 1, None, True, "0.9")
 PAIRS = list(itertools.product(TOXICITIES, repeat=2))
 TEXTS = ("STRASSE", "straße", "ẞ", "ΟΔΟΣΑ", "ΟΔΟΣ", "ırmak", "İstanbul", "ﬁne", "笨蛋", "", None)
@@ -35,14 +36,14 @@ SEARCHES = (
     "nowhere",
     "",
 )
-REPORTED_LIMITS = (
+REPORTED_LIMITS: tuple[dict[str, Any], ...] = (
     {"toxic_above": 0.5, "same_within": 0.25},
     {"toxic_above": 0.75, "same_within": 0.0},
     {"toxic_above": None, "same_within": None},
     {},
 )
 
-# `embedded` makes the page's own module open the source of a standalone report.
+# An element `embedded` makes openSource() return the source of a standalone report.
 ASK_JAVASCRIPT = """
 async ([report, samples, queries]) => {
   const embedded = document.createElement("div");
@@ -112,4 +113,4 @@ def test_javascript_python_and_sql_select_the_same_samples(open_page, address, t
         assert found == wanted, query
         assert [row["index"] for row in page.rows] == wanted, query
         sizes.add(len(wanted))
-    assert len(sizes) > 10  # the rows tell the queries apart
+    assert len(sizes) > 10  # the queries select different samples

@@ -167,7 +167,7 @@ def test_a_link_leads_to_one_sample_and_back(open_page, address):
     expect(samples_of(page)).to_have_count(25)
 
 
-def test_settings_in_the_address_that_mean_nothing_are_left_out(open_page, address):
+def test_invalid_settings_in_the_address_are_ignored(open_page, address):
     page = open_page(f"{address}#/run/first?sort=drop+table&show=%3Cscript%3E&sample=x")
 
     expect(samples_of(page)).to_have_count(25)
@@ -304,7 +304,7 @@ def test_the_samples_that_match_the_filters_can_be_saved(open_page, address, sto
     assert [float(row["kl"]) for row in rows] == [s["kl"] for s in wanted]
 
 
-# ---- what a model may write ------------------------------------------------------------------
+# ---- hostile model output -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -379,7 +379,7 @@ def test_a_report_in_one_file_needs_no_server_and_runs_nothing_hostile(
     expect(samples_of(page)).to_have_count(1)
 
 
-# ---- faults ----------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 FAILED_LOADS = ("Failed to load resource", "net::ERR")
 
@@ -409,7 +409,7 @@ def test_an_error_is_shown_and_a_retry_continues(open_page, address, answer, sen
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_busy_store_is_asked_again_without_a_click(open_page, address):
+def test_a_busy_store_is_retried_without_a_click(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
     left = [1]
 
@@ -455,7 +455,7 @@ def test_a_history_that_fails_leaves_everything_else(open_page, address):
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_slow_answer_to_an_earlier_question_is_not_shown(open_page, address):
+def test_a_slow_response_to_an_earlier_request_is_not_shown(open_page, address):
     page = open_page(f"{address}#/run/first?sort=index+asc")
     expect(samples_of(page)).to_have_count(25)
     held = threading.Event()
@@ -558,7 +558,7 @@ def test_ten_thousand_samples_do_not_freeze_the_page(open_page, serve, tmp_path)
 def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
     seen = {}
-    # The page's own origin: its security policy lets it talk to nobody else here.
+    # Use the page's own origin, the only one that its security policy allows here.
     auth = {"authorize": f"{address}login", "token": f"{address}token", "client_id": "page"}
 
     def login(route):

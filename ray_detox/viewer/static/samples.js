@@ -63,7 +63,7 @@ async function showList(view, report, other, section) {
     type: "search",
     value: state.q,
     maxlength: "200",
-    placeholder: "text in prompt or responses",
+    placeholder: "prompts and responses",
     autocomplete: "off",
     oninput: () => {
       clearTimeout(timer);
