@@ -144,7 +144,7 @@ def test_publish_stores_a_run_from_its_files_and_a_repeat_writes_nothing(folder,
     store = SQLiteStore(folder.store_path)
     assert store.get_run("third") == make_report("third")
     assert list(store.get_samples("third")) == [SAMPLE]
-    assert store.get_curves("third") == [{"step": 1, "score": 0.5}]
+    assert store.get_history("third") == [{"step": 1, "score": 0.5}]
     assert "is stored in" in first
     assert "unchanged" in second
 
@@ -282,7 +282,7 @@ def test_a_table_that_cannot_hold_the_run_is_found_before_training(no_run, aws, 
 def test_a_results_file_that_cannot_take_the_run_is_found_before_training(
     no_run, results, monkeypatch
 ):
-    monkeypatch.setattr("ray_detox.store.sqlite._PATIENCE_S", 0.05)
+    monkeypatch.setattr("ray_detox.store.sqlite._BUSY_TIMEOUT_S", 0.05)
     file = RunFolder(results, "").store_path
     with closing(sqlite3.connect(file, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")

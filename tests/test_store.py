@@ -306,7 +306,7 @@ def test_a_store_checks_run_ids_on_every_way_in(store):
         lambda: store.get_samples("../x"),
         lambda: store.get_sample("../x", 0),
         lambda: store.sample_page("../x"),
-        lambda: store.get_curves("../x"),
+        lambda: store.get_history("../x"),
     ):
         with pytest.raises(StoreError, match="cannot be used"):
             act()
@@ -526,7 +526,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_held_file_is_named(sqlite_store, monkeypatch):
-    monkeypatch.setattr("ray_detox.store.sqlite._PATIENCE_S", 0.05)
+    monkeypatch.setattr("ray_detox.store.sqlite._BUSY_TIMEOUT_S", 0.05)
 
     with sqlite_store._writing(), pytest.raises(StoreError, match="database is locked"):
         sqlite_store.put_run(make_report(), [])
@@ -928,7 +928,7 @@ def test_a_run_that_says_no_limits_is_read_by_those_of_its_time():
 def test_a_run_that_is_not_there_has_no_page_no_sample_and_no_curves(store):
     assert store.sample_page("first") is None
     assert store.get_sample("first", 0) is None
-    assert store.get_curves("first") == []
+    assert store.get_history("first") == []
 
 
 def test_an_empty_run_and_one_of_a_single_sample_have_pages(store):
@@ -944,7 +944,7 @@ def test_one_sample_and_the_curves_come_back_as_they_were_put(store):
     store.put_run(make_report(), make_samples(3), CURVES)
 
     assert json.dumps(store.get_sample("first", 1)) == json.dumps(make_samples(3)[1])
-    assert json.dumps(store.get_curves("first")) == json.dumps(CURVES)
+    assert json.dumps(store.get_history("first")) == json.dumps(CURVES)
 
 
 def test_the_list_comes_in_pages(store):
@@ -1021,4 +1021,4 @@ def test_a_file_of_an_earlier_version_is_read_and_brought_up_to_date(tmp_path):
 
     assert store.get_run("first") == report
     assert store.sample_page("first", SampleQuery("toxicity")).rows == [as_row(sample)]
-    assert store.get_curves("first") == []
+    assert store.get_history("first") == []

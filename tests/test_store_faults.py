@@ -71,7 +71,7 @@ def store(proxy, table, monkeypatch):
 
 
 def stored(store):
-    return store.get_run("first"), list(store.get_samples("first")), store.get_curves("first")
+    return store.get_run("first"), list(store.get_samples("first")), store.get_history("first")
 
 
 MANIFEST = make_report(), make_samples(60), CURVES

@@ -53,8 +53,8 @@ SAMPLES = [
     }
     for i in range(12)
 ]
-CURVES = [{"step": i, "score": i / 3, "kl": 0.1 * i} for i in range(5)]
-FULL = {f"/api/runs/first{rest}" for rest in ("", "/curves", "/samples", "/samples/3")}
+HISTORY = [{"step": i, "score": i / 3, "kl": 0.1 * i} for i in range(5)]
+FULL = {f"/api/runs/first{rest}" for rest in ("", "/history", "/samples", "/samples/3")}
 
 
 def make_report(run_id, n, created="2026-01-31T12:00:00+00:00"):
@@ -80,7 +80,7 @@ REPORTS = {
 
 
 def fill(store):
-    store.put_run(REPORTS["first"], SAMPLES, CURVES)
+    store.put_run(REPORTS["first"], SAMPLES, HISTORY)
     store.put_run(REPORTS["second.run_2"], SAMPLES[:3])
     store.put_run(REPORTS["empty"], [])
     return store
@@ -118,7 +118,7 @@ def dynamo(aws):
 
 @pytest.fixture(scope="module")
 def dynalite(aws):
-    """A stricter table, which refuses what it would not have answered itself."""
+    """A table in an emulator that also rejects cursors it did not return itself."""
     with emulator("dynalite") as address:
         store = DynamoDBStore("results", region=REGION, endpoint_url=address)
         store.create_table()
@@ -132,7 +132,7 @@ def store(request):
 
 
 class Broken:
-    """A store that is down, and says more than anyone outside should read."""
+    """A store that always fails, with a message that clients must not see."""
 
     error = StoreError("Table 'secret-table' at 10.9.8.7 is throttled.")
 
@@ -144,7 +144,7 @@ class Broken:
 
 
 def event(target, method="GET", **headers):
-    """What API Gateway makes of a request."""
+    """The event that API Gateway makes of a request."""
     path, _, query = target.partition("?")
     return {
         "version": "2.0",
@@ -167,7 +167,7 @@ def ok(store, target):
 
 
 def refused(store, target, status):
-    """The sentence with which a request is refused."""
+    """The error message of a rejected request."""
     got, body = ask(store, target)
     assert (got, list(body)) == (status, ["error"])
     assert "\n" not in body["error"]
@@ -175,7 +175,7 @@ def refused(store, target, status):
 
 
 def walk(store, target, name):
-    """Every row of a list, page by page."""
+    """All rows of a list, read page by page."""
     rows, cursor = [], None
     for _ in range(50):
         more = f"&{urlencode({'cursor': cursor})}" if cursor else ""
@@ -191,7 +191,7 @@ def indices(rows):
     return [row["index"] for row in rows]
 
 
-# What is answered
+# Responses
 
 
 def test_runs_are_listed_newest_first_with_their_summaries(store):
@@ -212,16 +212,16 @@ def test_runs_come_in_pages(store):
 
 
 @pytest.mark.parametrize("run_id", list(REPORTS))
-def test_a_report_is_answered_as_it_was_stored(store, run_id):
+def test_a_report_is_returned_as_it_was_stored(store, run_id):
     assert ok(store, f"/api/runs/{run_id}") == REPORTS[run_id]
 
 
-def test_curves_are_rows_by_step(store):
-    assert ok(store, "/api/runs/first/curves") == {"steps": CURVES}
-    assert ok(store, "/api/runs/empty/curves") == {"steps": []}
+def test_the_history_has_a_row_per_step(store):
+    assert ok(store, "/api/runs/first/history") == {"steps": HISTORY}
+    assert ok(store, "/api/runs/empty/history") == {"steps": []}
 
 
-def test_a_sample_is_answered_in_full_whatever_its_text(store):
+def test_a_sample_is_returned_in_full_whatever_its_text(store):
     for sample in SAMPLES:
         answer = ok(store, f"/api/runs/first/samples/{sample['index']}")
 
@@ -281,7 +281,7 @@ def test_a_run_id_may_be_percent_encoded(store):
 
 
 @pytest.mark.parametrize("target", ["/api/runs", *sorted(FULL)])
-def test_answers_are_never_kept_or_taken_for_documents(sqlite_store, target):
+def test_responses_are_never_cached_or_treated_as_documents(sqlite_store, target):
     headers = respond(event(target), sqlite_store)["headers"]
 
     assert headers["content-type"] == "application/json; charset=utf-8"
@@ -290,7 +290,7 @@ def test_answers_are_never_kept_or_taken_for_documents(sqlite_store, target):
     assert headers["content-security-policy"].startswith("default-src 'none'")
 
 
-# What is refused
+# Rejected requests
 
 
 @pytest.mark.parametrize("limit", ["0", "101", "-1", "%D9%A3", "1e2", "", "5.0", "%2B5", "9" * 99])
@@ -302,14 +302,14 @@ def test_a_limit_is_a_whole_number_from_1_to_100(store, path, limit):
 @pytest.mark.parametrize(
     "query, sentence",
     [
-        ("sort=kl", "sort must be one of index, toxicity, reward"),
-        ("sort=", "sort must be one of"),
-        ("order=DESC", "order must be one of asc, desc"),
-        ("show=bad", "show must be one of all, better, worse"),
-        ("show=all&show=all", "show is given 2 times"),
-        ("q=" + "a" * 201, "more than 200 characters"),
+        ("sort=kl", "sort is 'kl'; expected one of index, toxicity, reward"),
+        ("sort=", "sort is ''; expected one of"),
+        ("order=DESC", "order is 'DESC'; expected one of asc, desc"),
+        ("show=bad", "show is 'bad'; expected one of all, better, worse"),
+        ("show=all&show=all", "show appears 2 times"),
+        ("q=" + "a" * 201, "q has 201 characters; expected at most 200"),
         ("q=%ff", "percent-encoded UTF-8"),
-        ("&".join(f"x{i}=1" for i in range(30)), "cannot be read"),
+        ("&".join(f"x{i}=1" for i in range(30)), "The query is not valid"),
         ("page=2", "Unknown parameter 'page'; expected sort, order, show, q, limit, cursor, index"),
         ("index=", "1 to 100 whole numbers"),
         ("index=1,,2", "1 to 100 whole numbers"),
@@ -317,15 +317,15 @@ def test_a_limit_is_a_whole_number_from_1_to_100(store, path, limit):
         ("index=%D9%A3", "1 to 100 whole numbers"),
         ("index=123456789", "1 to 100 whole numbers"),
         ("index=" + ",".join(["1"] * 101), "1 to 100 whole numbers"),
-        ("index=1&limit=2", "index cannot go with"),
+        ("index=1&limit=2", "index cannot be combined with"),
         ("cursor=", "cursor is empty"),
     ],
 )
-def test_a_parameter_that_is_not_right_is_named(sqlite_store, query, sentence):
+def test_an_invalid_parameter_is_named(sqlite_store, query, sentence):
     assert sentence in refused(sqlite_store, f"/api/runs/first/samples?{query}", 400)
 
 
-@pytest.mark.parametrize("path", ["", "/curves", "/samples/3"])
+@pytest.mark.parametrize("path", ["", "/history", "/samples/3"])
 def test_routes_without_parameters_take_none(sqlite_store, path):
     assert "expected none" in refused(sqlite_store, f"/api/runs/first{path}?limit=1", 400)
 
@@ -355,12 +355,14 @@ def encoded(value):
         encoded('{"pk": {"S": "RUN#first"}, "sk": {"S": "META"}}'),
     ],
 )
-def test_a_cursor_that_is_junk_is_refused(store, cursor):
+def test_a_malformed_cursor_is_rejected(store, cursor):
     for path in ("/api/runs", "/api/runs/first/samples", "/api/runs/empty/samples"):
-        assert "cursor is not one of this list" in refused(store, f"{path}?cursor={cursor}", 400)
+        assert "cursor does not belong to this list" in refused(
+            store, f"{path}?cursor={cursor}", 400
+        )
 
 
-def test_a_cursor_is_good_for_its_own_list_only(store):
+def test_a_cursor_is_valid_for_its_own_list_only(store):
     path = "/api/runs/first/samples"
     cursor = quote(ok(store, f"{path}?sort=toxicity&limit=2")["next"])
     runs = quote(ok(store, "/api/runs?limit=1")["next"])
@@ -379,7 +381,7 @@ def test_a_cursor_is_good_for_its_own_list_only(store):
 
 
 @pytest.mark.parametrize("query", ["", "sort=toxicity&", "sort=reward&order=desc&", "q=kind&"])
-def test_a_cursor_that_was_tampered_with_is_refused_or_leads_elsewhere_in_the_list(store, query):
+def test_a_forged_cursor_is_rejected_or_points_elsewhere_in_the_list(store, query):
     path = f"/api/runs/first/samples?{query}limit=2"
     cursor = ok(store, path)["next"]
     parts = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
@@ -415,7 +417,7 @@ def test_a_cursor_that_was_tampered_with_is_refused_or_leads_elsewhere_in_the_li
         "/api/runs/nobody/samples",
         "/api/runs/nobody/samples?index=1",
         "/api/runs/nobody/samples/1",
-        "/api/runs/nobody/curves",
+        "/api/runs/nobody/history",
         "/api/runs/../etc",
         "/api/runs/%2e%2e",
         "/api/runs/..%2f..%2fetc%2fpasswd",
@@ -433,19 +435,19 @@ def test_a_cursor_that_was_tampered_with_is_refused_or_leads_elsewhere_in_the_li
         "/api/runs/first/samples/3/query",
     ],
 )
-def test_what_is_not_there_is_not_found(store, path):
+def test_a_path_that_does_not_exist_is_not_found(store, path):
     refused(store, path, 404)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get"])
-def test_results_are_only_read(sqlite_store, method):
+def test_the_api_is_read_only(sqlite_store, method):
     answer = respond(event("/api/runs", method), sqlite_store)
 
     assert answer["statusCode"] == 405
     assert answer["headers"]["allow"] == "GET, HEAD"
 
 
-def test_with_an_origin_secret_only_those_who_know_it_are_answered(sqlite_store):
+def test_an_origin_secret_is_required_if_it_is_set(sqlite_store):
     def status(secret, **headers):
         return respond(event("/api/runs", **headers), sqlite_store, secret)["statusCode"]
 
@@ -456,16 +458,16 @@ def test_with_an_origin_secret_only_those_who_know_it_are_answered(sqlite_store)
     assert status(None) == 200
 
 
-# What is too big
+# Size limits
 
 
-def test_a_page_that_would_be_too_big_is_shorter_and_goes_on(store, monkeypatch):
+def test_a_page_that_is_too_big_is_shortened_and_has_a_next(store, monkeypatch):
     monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 1500)
     target = "/api/runs/first/samples?sort=toxicity&limit=100"
 
     first = respond(event(target), store)
 
-    # What Lambda sends is this answer as JSON, in which each quote takes two bytes.
+    # Lambda encodes the response as JSON again, which escapes each quote with a second byte.
     assert len(json.dumps(first["body"], ensure_ascii=False).encode()) < 1500 + 1100
     assert 1 <= len(json.loads(first["body"])["samples"]) < 11
     rows = walk(store, target, "samples")
@@ -473,7 +475,7 @@ def test_a_page_that_would_be_too_big_is_shorter_and_goes_on(store, monkeypatch)
     assert rows == walk(store, target, "samples")
 
 
-def test_a_sample_that_is_too_big_loses_the_ends_of_its_texts(tmp_path, monkeypatch):
+def test_a_sample_that_is_too_big_is_truncated(tmp_path, monkeypatch):
     monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 10_000)
     store = SQLiteStore(tmp_path / "results.sqlite")
     big = {**SAMPLES[0], "query": "q" * 50_000, "facts": ["f" * 50_000]}
@@ -493,19 +495,19 @@ def test_a_sample_that_is_too_big_loses_the_ends_of_its_texts(tmp_path, monkeypa
     assert rows[1]["response_before"] == SAMPLES[1]["response_before"]
 
 
-def test_curves_that_would_be_too_big_are_thinned_and_keep_the_last_step(store, monkeypatch):
+def test_a_history_that_is_too_big_is_thinned_and_keeps_the_last_step(store, monkeypatch):
     monkeypatch.setattr(handler_module, "MAX_BODY_BYTES", 200)
 
-    steps = ok(store, "/api/runs/first/curves")["steps"]
+    steps = ok(store, "/api/runs/first/history")["steps"]
 
     assert [row["step"] for row in steps] == [0, 2, 4]
 
 
-# What fails
+# Failures of the store
 
 
 @pytest.mark.parametrize("target", ["/api/runs", "/api/runs/first/samples?index=1", *sorted(FULL)])
-def test_a_store_that_fails_is_asked_again_later_and_tells_nothing(target, caplog):
+def test_a_failing_store_returns_503_and_leaks_nothing(target, caplog):
     answer = respond(event(target), Broken())
 
     assert answer["statusCode"] == 503
@@ -515,7 +517,7 @@ def test_a_store_that_fails_is_asked_again_later_and_tells_nothing(target, caplo
     assert "secret-table" in caplog.text
 
 
-def test_a_mistake_of_ours_tells_nothing_either(caplog):
+def test_an_unexpected_error_returns_500_and_leaks_nothing(caplog):
     store = Broken()
     store.error = RuntimeError("secret-table")
 
@@ -527,7 +529,7 @@ def test_a_mistake_of_ours_tells_nothing_either(caplog):
 
 
 @pytest.mark.parametrize("kind", ["throttle", "broken", "reset", "lost", "denied", "expired"])
-def test_a_table_in_trouble_is_asked_once_and_the_reader_told_when_to_come_back(dynamo, kind):
+def test_a_failing_table_is_read_once_and_the_response_says_when_to_retry(dynamo, kind):
     proxy = FaultProxy(dynamo.client.meta.endpoint_url)
     store = open_store("dynamodb", "", dynamo.table, REGION, proxy.address, hurried=True)
     for operation in ("GetItem", "Query"):
@@ -547,7 +549,7 @@ def test_a_table_in_trouble_is_asked_once_and_the_reader_told_when_to_come_back(
     assert healed["statusCode"] == 200
 
 
-def test_a_table_that_hangs_is_given_up_in_finite_time(caplog):
+def test_a_table_that_hangs_times_out(caplog):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         store = open_store("dynamodb", "", "secret-table", REGION, endpoint, hurried=True)
@@ -559,7 +561,7 @@ def test_a_table_that_hangs_is_given_up_in_finite_time(caplog):
     assert endpoint not in json.dumps(answer)
 
 
-# The function on AWS
+# The serverless function
 
 
 def test_a_function_opens_its_table_once_and_checks_the_secret(sqlite_store, monkeypatch):
@@ -604,7 +606,7 @@ def test_the_function_needs_python_and_the_store_only():
     assert done.stdout.strip() == "['ray_detox']"
 
 
-# The server on this machine
+# The local server
 
 
 @contextmanager
@@ -617,7 +619,7 @@ def running(store, static=STATIC):
 
 @pytest.fixture
 def static(tmp_path):
-    """A small page, with something beside it that is nobody's business."""
+    """A small page, next to files that must not be served."""
     folder = tmp_path / "static"
     (folder / "vendor").mkdir(parents=True)
     (tmp_path / "secret.js").write_text("secret")
@@ -669,7 +671,7 @@ def test_the_page_is_served_with_its_policy(port, target, kind, body):
     assert response.headers["server"] == "ray-detox"
 
 
-def test_the_api_is_the_functions_own(port, sqlite_store):
+def test_the_local_server_returns_the_responses_of_the_function(port, sqlite_store):
     for target in ("/api/runs", "/api/runs/first/samples?q=%3Cpad%3E", "/api/nothing"):
         response, body = fetch(port, target)
 
@@ -704,7 +706,7 @@ def test_nothing_but_the_pages_files_can_be_fetched(port, target):
     assert b"secret" not in body
 
 
-def test_what_is_laid_beside_the_page_later_has_no_address(port, static):
+def test_a_file_added_after_the_start_is_not_served(port, static):
     (static / "later.js").write_text("made after the server began")
 
     assert fetch(port, "/later.js")[0].status == 404
@@ -713,7 +715,7 @@ def test_what_is_laid_beside_the_page_later_has_no_address(port, static):
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1", "localhost:1", "127.0.0.1:{}.evil.example"]
 )
-def test_other_names_for_this_machine_are_refused(port, host):
+def test_other_host_names_are_rejected(port, host):
     for target in ("/", "/api/runs", "/config.json"):
         response, body = fetch(port, target, host=host.format(port))
 
@@ -722,20 +724,20 @@ def test_other_names_for_this_machine_are_refused(port, host):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:{}", "localhost:{}", "LocalHost:{}", "[::1]:{}"])
-def test_a_browser_here_is_answered_by_any_name(port, host):
+def test_every_local_host_name_is_accepted(port, host):
     assert fetch(port, "/", host=host.format(port))[0].status == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 @pytest.mark.parametrize("target", ["/", "/api/runs"])
-def test_a_page_is_only_read(port, target, method):
+def test_the_local_server_is_read_only(port, target, method):
     response, _ = fetch(port, target, method, headers={"Content-Length": "0"})
 
     assert response.status == 405
     assert response.headers["allow"] == "GET, HEAD"
 
 
-def test_a_body_is_not_taken_for_the_next_request(port):
+def test_a_body_is_not_parsed_as_the_next_request(port):
     smuggled = f"GET /style.css HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
     head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(smuggled)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -775,13 +777,15 @@ def test_a_port_that_is_taken_is_named(sqlite_store):
         make_server(sqlite_store, port)
 
 
-def test_a_port_that_cannot_be_is_named(sqlite_store):
+def test_an_invalid_port_is_named(sqlite_store):
     with pytest.raises(StoreError, match="Port 70000 cannot be used"):
         make_server(sqlite_store, 70_000)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_serving_says_where_opens_the_browser_and_stops_on_ctrl_c(sqlite_store, monkeypatch, fails):
+def test_serve_prints_the_address_opens_the_browser_and_stops_on_ctrl_c(
+    sqlite_store, monkeypatch, fails
+):
     opened, said, asked = [], [], threading.Event()
 
     def open_page(address):
@@ -804,11 +808,11 @@ def test_serving_says_where_opens_the_browser_and_stops_on_ctrl_c(sqlite_store, 
     assert said[-1] == "Stopped."
 
 
-# The page in one file
+# The standalone report
 
 
 class Scripts(HTMLParser):
-    """What a browser finds in a page: its elements with their attributes and texts."""
+    """Elements of a page with their attributes and texts, as an HTML parser finds them."""
 
     def __init__(self, page):
         super().__init__()
@@ -840,7 +844,7 @@ def embedded(page):
 
 @pytest.fixture
 def modules(tmp_path):
-    """A page whose modules use one name for different things, and every form that is known."""
+    """A page whose modules share names and use every supported form of import and export."""
     folder = tmp_path / "page"
     (folder / "vendor").mkdir(parents=True)
     texts = {
@@ -870,7 +874,7 @@ def modules(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run JavaScript")
-def test_joined_modules_do_what_they_did_apart(modules, tmp_path):
+def test_joined_modules_behave_like_separate_ones(modules, tmp_path):
     page = render(REPORTS["first"], [], [], static=modules)
     joined = tmp_path / "joined.mjs"
     joined.write_text(next(t for a, t in Scripts(page).all("script") if a["type"] == "module"))
@@ -889,7 +893,7 @@ def test_joined_modules_do_what_they_did_apart(modules, tmp_path):
 def test_a_page_allows_its_own_script_and_style_and_nothing_else(modules, page_folder):
     folder = modules if page_folder == "modules" else STATIC
 
-    page = render(REPORTS["first"], SAMPLES, CURVES, static=folder)
+    page = render(REPORTS["first"], SAMPLES, HISTORY, static=folder)
 
     found = Scripts(page)
     (policy,) = (a["content"] for a, _ in found.all("meta") if a.get("http-equiv"))
@@ -913,12 +917,12 @@ def test_a_page_allows_its_own_script_and_style_and_nothing_else(modules, page_f
     assert page.index("http-equiv") < page.index("<style>") < page.index("<script")
 
 
-def test_a_run_in_its_page_is_what_the_api_answers(modules, sqlite_store):
-    page = render(REPORTS["first"], SAMPLES, CURVES, static=modules)
+def test_the_embedded_run_equals_the_responses_of_the_api(modules, sqlite_store):
+    page = render(REPORTS["first"], SAMPLES, HISTORY, static=modules)
 
     assert embedded(page) == {
         "report": ok(sqlite_store, "/api/runs/first"),
-        "curves": ok(sqlite_store, "/api/runs/first/curves")["steps"],
+        "history": ok(sqlite_store, "/api/runs/first/history")["steps"],
         "samples": ok(sqlite_store, "/api/runs/first/samples?limit=100")["samples"],
     }
     assert page.lower().count("<script") == page.lower().count("</script") == 2
@@ -926,7 +930,7 @@ def test_a_run_in_its_page_is_what_the_api_answers(modules, sqlite_store):
     assert not re.search("[<>&\u2028\u2029]", data)
 
 
-def test_licences_of_others_go_where_their_modules_go(modules):
+def test_licences_of_vendored_modules_are_embedded(modules):
     page = render(REPORTS["first"], [], [], static=modules)
 
     assert "Copyright (c) somebody /* or other * /" in page
@@ -959,10 +963,11 @@ def test_numbers_that_are_not_finite_are_shown_as_missing(modules):
         'import { x } from "./app.js";',
     ],
 )
-def test_a_module_that_cannot_be_joined_stops_the_building(modules, text):
+def test_an_unsupported_module_fails_with_its_line(modules, text):
     (modules / "app.js").write_text(text)
 
     with pytest.raises(
-        AssertionError, match=r"cannot be inlined|imports|import in a circle|script"
+        AssertionError,
+        match=r"unsupported form of import|imports|import each other in a cycle|script",
     ):
         render(REPORTS["first"], [], [], static=modules)

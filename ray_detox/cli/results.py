@@ -114,7 +114,7 @@ def _report(args: argparse.Namespace) -> int:
     store = _open(args)
     try:
         report = _get(store, args.run_id)
-        page = render(report, list(store.get_samples(args.run_id)), store.get_curves(args.run_id))
+        page = render(report, list(store.get_samples(args.run_id)), store.get_history(args.run_id))
     finally:
         store.close()
     file = args.html or Path(f"{args.run_id}.html")

@@ -312,7 +312,7 @@ class DynamoDBStore:
             raise StoreError(f"A text of run {run_id!r} is not whole; publish it again.")
         return dict(joined(parts))
 
-    def get_curves(self, run_id: str) -> list[dict[str, Any]]:
+    def get_history(self, run_id: str) -> list[dict[str, Any]]:
         """The figures of each training step of a finished run."""
         meta = self._meta(check_run_id(run_id))
         if meta is None:

@@ -1,78 +1,149 @@
-"""Pages of samples: what may be asked for, which samples answer it, and how to go on.
+"""Pages of samples: the query, the filter rules, and cursors.
 
-The rules are here, once: a store may use an index to look at fewer samples, never other ones.
+This module is the only definition of which samples match a query. A store may use an index to
+read fewer samples, but it must return the same ones. `viewer/static/source.js` repeats the rules for
+the standalone report, which has no server; `tests/browser/test_filter_rules.py` compares the two.
 """
 
 import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ray_detox.store.errors import BadCursor, StoreError
 
-SORTS = ("index", "toxicity", "reward")
-SHOWS = ("all", "better", "worse", "same", "toxic_before", "toxic_after", "unscored")
-
 MAX_CURSOR_CHARACTERS = 1_000
-MOST_LOOKED_AT = 20_000
-"""Samples that one page of a search looks at; a page may therefore be short, and still have a next."""
+MAX_ROWS_SEARCHED = 20_000
+"""Maximum number of samples searched for one page. A page that hits it may be short or empty, and
+still have a `next`."""
 
-_LARGEST = 2**53  # of a whole number in a cursor: beyond it stores disagree on what one is
+_MAX_CURSOR_INTEGER = 2**53  # larger integers are not exact in every store
 
-_SEARCHED = ("query", "reference", "response_before", "response_after")
+_SEARCHED_FIELDS = ("query", "reference", "response_before", "response_after")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Toxicity threshold and tie margin that a run was evaluated with."""
+
+    toxic_above: float = 0.5
+    """A response counts as toxic if its toxicity is above this value."""
+    same_within: float = 0.0
+    """A prompt counts as unchanged if its toxicity moved by at most this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A test of one field: `field operator sign * limit`, such as `toxicity_diff < -same_within`.
+
+    Stores evaluate it in their own language (`SQLiteStore` as SQL) or with `holds`. As in SQL, a
+    comparison with a missing value is false.
+    """
+
+    field: str
+    operator: str
+    """A key of `_COMPARISONS`, or `IS NULL` or `IS NOT NULL`."""
+    limit: str = ""
+    """A field of `Limits`; empty for `IS NULL` and `IS NOT NULL`."""
+    sign: int = 1
+
+    def holds(self, row: Mapping[str, Any], limits: Limits) -> bool:
+        """Whether a row of `as_row` meets the condition."""
+        value = row.get(self.field)
+        if self.operator == "IS NULL":
+            return not _is_number(value)
+        if self.operator == "IS NOT NULL":
+            return _is_number(value)
+        limit = self.sign * getattr(limits, self.limit)
+        return _is_number(value) and _COMPARISONS[self.operator](value, limit)
+
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+FILTERS: dict[str, tuple[Condition, ...]] = {
+    "all": (),
+    "better": (Condition("toxicity_diff", "<", "same_within", -1),),
+    "worse": (Condition("toxicity_diff", ">", "same_within"),),
+    "same": (
+        Condition("toxicity_diff", ">=", "same_within", -1),
+        Condition("toxicity_diff", "<=", "same_within"),
+    ),
+    "toxic_before": (Condition("toxicity_before", ">", "toxic_above"),),
+    "toxic_after": (Condition("toxicity_after", ">", "toxic_above"),),
+    "unscored": (Condition("toxicity_diff", "IS NULL"),),
+}
+"""Choices of `SampleQuery.show`, each with the conditions that a sample must meet."""
+
+SORTS = ("index", "toxicity", "reward")
+SHOWS = tuple(FILTERS)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleQuery:
-    """Which samples of a run, and in which order.
+    """Filter, search text and order of the samples of a run.
 
-    A difference is after - before: of toxicity, below zero is better; of reward, above zero is.
-    Samples without the difference that is sorted by are left out.
+    A difference is `after - before`: negative is better for toxicity, positive is better for
+    reward. When sorting by a difference, samples without it are left out.
     """
 
     sort: str = "index"
-    """`index`, or `toxicity` or `reward` by difference."""
+    """`index`, or `toxicity` or `reward` for the difference of that metric."""
     descending: bool = False
     show: str = "all"
-    """`all`, `better`, `worse` or `same` by toxicity, `toxic_before` or `toxic_after`, or `unscored`."""
+    """A key of `FILTERS`."""
     search: str = ""
-    """Text that the prompt, the reference or one of the responses must contain, in any case."""
+    """Text that the prompt, the reference or a response must contain; case is ignored."""
 
     def __post_init__(self) -> None:
-        if self.sort not in SORTS or self.show not in SHOWS:
+        if self.sort not in SORTS:
             raise StoreError(
-                f"Samples cannot be sorted by {self.sort!r} and shown as {self.show!r}; expected "
-                f"one of {', '.join(SORTS)} and one of {', '.join(SHOWS)}."
+                f"{self.sort!r} is not a valid sort of samples. Use one of {', '.join(SORTS)}."
+            )
+        if self.show not in SHOWS:
+            raise StoreError(
+                f"{self.show!r} is not a valid filter of samples. Use one of {', '.join(SHOWS)}."
             )
 
     @property
     def key(self) -> str:
-        """What the samples are sorted by: `index`, `toxicity_diff` or `reward_diff`."""
-        # What has no score has no difference to be sorted by.
+        """Field that the samples are sorted by: `index`, `toxicity_diff` or `reward_diff`."""
+        # Unscored samples have no toxicity difference, so they are always sorted by index.
         is_index = self.sort == "index" or self.show == "unscored"
         return "index" if is_index else f"{self.sort}_diff"
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Conditions that a sample must meet, apart from the search text."""
+        has_key = () if self.key == "index" else (Condition(self.key, "IS NOT NULL"),)
+        return FILTERS[self.show] + has_key
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some rows of a list."""
+    """Consecutive rows of a list."""
 
     rows: list[dict[str, Any]]
     next: str | None
-    """Where the list goes on; None at its end."""
+    """Cursor of the next page; None on the last page."""
 
 
 def difference(sample: Mapping[str, Any], name: str) -> float | None:
-    """`after - before` of `toxicity` or `reward`; None where one of them is missing."""
+    """`after - before` of `toxicity` or `reward`; None if either is missing."""
     before, after = sample.get(f"{name}_before"), sample.get(f"{name}_after")
     return after - before if _is_number(before) and _is_number(after) else None
 
 
 def as_row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample as a page has it: with its differences."""
+    """A sample with the differences that pages are sorted and filtered by."""
     return {
         **sample,
         "toxicity_diff": difference(sample, "toxicity"),
@@ -80,16 +151,8 @@ def as_row(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a run calls toxic, and what a change."""
-
-    toxic_above: float = 0.5
-    same_within: float = 0.0
-
-
 def limits_of(summary: Mapping[str, Any]) -> Limits:
-    """The limits by which a run counted, from its report or summary."""
+    """Read the limits of a run from its report or summary; missing ones get their default."""
     toxicity = summary.get("toxicity")
     given = toxicity if isinstance(toxicity, Mapping) else {}
     names = ("toxic_above", "same_within")
@@ -97,49 +160,44 @@ def limits_of(summary: Mapping[str, Any]) -> Limits:
 
 
 def matches(row: Mapping[str, Any], query: SampleQuery, limits: Limits) -> bool:
-    """Whether a row of `as_row` answers a query; `limits` are from `limits_of`."""
-    if query.key != "index" and row.get(query.key) is None:
-        return False
-    diff = row.get("toxicity_diff")
-    if query.show == "unscored":
-        shown = diff is None
-    elif query.show in ("toxic_before", "toxic_after"):
-        toxicity = row.get(query.show.replace("toxic_", "toxicity_"))
-        shown = _is_number(toxicity) and toxicity > limits.toxic_above
-    else:
-        within = limits.same_within
-        shown = query.show == "all" or (
-            diff is not None
-            and {"better": diff < -within, "worse": diff > within, "same": abs(diff) <= within}[
-                query.show
-            ]
-        )
-    return bool(shown) and contains(row, query.search)
+    """Whether a row of `as_row` matches a query, given the run's `limits_of`."""
+    return all(condition.holds(row, limits) for condition in query.conditions) and contains(
+        row, query.search
+    )
 
 
 def contains(row: Mapping[str, Any], search: str) -> bool:
-    """Whether one of the texts of a sample has `search` in it, in any case."""
-    # Casefolded substrings, not words: they find two characters of Chinese, too.
+    """Whether a text of a sample contains `search`, ignoring case."""
+    # Substrings rather than words, because Chinese and Japanese do not separate words by spaces.
     wanted = search.casefold()
-    return not wanted or any(wanted in str(row.get(name) or "").casefold() for name in _SEARCHED)
+    return not wanted or any(
+        wanted in str(row.get(name) or "").casefold() for name in _SEARCHED_FIELDS
+    )
 
 
-def encode_cursor(place: Sequence[Any], *of: object) -> str:
-    """A cursor for what comes after `place` in the list that `of` (run, query) names."""
-    text = json.dumps([_mark(of), *place], separators=(",", ":"))
+def encode_cursor(position: Sequence[Any], *list_id: object) -> str:
+    """Make a cursor that continues after `position` in the list that `list_id` identifies.
+
+    Args:
+        position: sort key of the last row of a page.
+        list_id: everything that the order of the list depends on, such as run and query.
+    """
+    text = json.dumps([_digest(list_id), *position], separators=(",", ":"))
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def decode_cursor(cursor: str, kinds: Sequence[type | tuple[type, ...]], *of: object) -> list[Any]:
-    """The place of a cursor, if it is one that `encode_cursor` made for this list.
+def decode_cursor(
+    cursor: str, kinds: Sequence[type | tuple[type, ...]], *list_id: object
+) -> list[Any]:
+    """Read the position from a cursor that `encode_cursor` made for the same list.
 
     Args:
-        cursor: from anybody.
-        kinds: the type of each part of the place.
-        of: as it was encoded with.
+        cursor: untrusted text.
+        kinds: expected type of each part of the position.
+        list_id: as passed to `encode_cursor`.
 
     Raises:
-        BadCursor: it is not.
+        BadCursor: the cursor is malformed or belongs to another list.
     """
     try:
         if len(cursor) > MAX_CURSOR_CHARACTERS or not cursor.isascii():
@@ -151,21 +209,21 @@ def decode_cursor(cursor: str, kinds: Sequence[type | tuple[type, ...]], *of: ob
     if (
         not isinstance(parts, list)
         or len(parts) != len(kinds) + 1
-        or parts[0] != _mark(of)
+        or parts[0] != _digest(list_id)
         or any(
             isinstance(part, bool)
             or not isinstance(part, kind)
-            or (isinstance(part, int) and abs(part) >= _LARGEST)
+            or (isinstance(part, int) and abs(part) >= _MAX_CURSOR_INTEGER)
             or (isinstance(part, float) and not math.isfinite(part))
             for part, kind in zip(parts[1:], kinds, strict=True)
         )
     ):
-        raise BadCursor("The cursor is none of this list; start again from its first page.")
+        raise BadCursor("The cursor does not belong to this list; start again from its first page.")
     return parts[1:]
 
 
-def _mark(of: Sequence[object]) -> str:
-    return hashlib.sha256(repr(of).encode()).hexdigest()[:12]
+def _digest(list_id: Sequence[object]) -> str:
+    return hashlib.sha256(repr(list_id).encode()).hexdigest()[:12]
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

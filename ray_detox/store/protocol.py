@@ -101,7 +101,7 @@ class ResultStore(Protocol):
         """
         ...
 
-    def get_curves(self, run_id: str) -> list[dict[str, Any]]:
+    def get_history(self, run_id: str) -> list[dict[str, Any]]:
         """The figures of each training step; none where there is no such run."""
         ...
 

@@ -1,7 +1,7 @@
-"""Results in one SQLite file: the store that needs no account and no server.
+"""A store of results in one SQLite file; it needs no account and no server.
 
-Every call opens its own connection, so that one store may be shared by threads and sent to
-other processes. Writers queue up (one transaction per run), readers never wait.
+Every call opens its own connection, so threads may share a store and Ray may send it to other
+processes. Writers wait for each other (one transaction per run); readers never wait.
 """
 
 import json
@@ -10,12 +10,14 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import (
-    MOST_LOOKED_AT,
+    MAX_ROWS_SEARCHED,
+    Condition,
     Page,
     SampleQuery,
     as_row,
@@ -27,8 +29,8 @@ from ray_detox.store.pages import (
 from ray_detox.store.prepare import prepare, to_text
 from ray_detox.store.protocol import SCHEMA, check_run_id
 
-# How long a writer waits for other writers.
-_PATIENCE_S = 30.0
+# How long SQLite waits for a lock that another connection holds.
+_BUSY_TIMEOUT_S = 30.0
 
 _SCHEMA_1 = (
     "CREATE TABLE runs ("
@@ -39,11 +41,13 @@ _SCHEMA_1 = (
     "PRIMARY KEY (run_id, position))",
 )
 
-# Computed from the JSON and kept in the indexes alone. What is not a number has no place there.
+# Virtual columns are computed from the JSON and stored only in the indexes. A value that is not a
+# number becomes NULL.
 _NUMBERS = ("toxicity_before", "toxicity_after", "reward_before", "reward_after")
 _SIDES = {"toxicity_diff": "toxicity", "reward_diff": "reward"}
 
-# Each index holds all that a filter looks at: finding the samples of a page reads no text.
+# Each index covers every column that `pages.FILTERS` compares, so that SQLite finds the samples of
+# a page without reading their texts.
 _SCHEMA_2 = (
     "ALTER TABLE runs ADD COLUMN digest TEXT",
     "ALTER TABLE runs ADD COLUMN attempt TEXT",
@@ -66,19 +70,9 @@ _SCHEMA_2 = (
     "(run_id, reward_diff, position, toxicity_diff, toxicity_before, toxicity_after)",
 )
 
-_SHOWN = {
-    "all": "1",
-    "better": "toxicity_diff < -:within",
-    "worse": "toxicity_diff > :within",
-    "same": "toxicity_diff BETWEEN -:within AND :within",
-    "toxic_before": "toxicity_before > :above",
-    "toxic_after": "toxicity_after > :above",
-    "unscored": "toxicity_diff IS NULL",
-}
-
 
 class SQLiteStore:
-    """A `ResultStore` in one file, created with its folder by the first write."""
+    """A `ResultStore` in one file; the first write creates the file and its folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
@@ -116,7 +110,7 @@ class SQLiteStore:
             if found and not overwrite and (attempt is None or found[1] != attempt):
                 raise StoreError(
                     f"Another run {run.run_id!r} is already in {self.path}. "
-                    "Choose another id, or say --overwrite."
+                    "Choose another run id, or pass `--overwrite`."
                 )
             db.execute("DELETE FROM samples WHERE run_id = :run_id", texts)
             db.execute("DELETE FROM runs WHERE run_id = :run_id", texts)
@@ -149,7 +143,7 @@ class SQLiteStore:
         return Page([json.loads(row[0]) for row in rows[:limit]], more)
 
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
-        """The samples of a run by index, as they were when the reading began."""
+        """The samples of a run by index, from one snapshot of the file."""
         query = "SELECT sample FROM samples WHERE run_id = :run_id ORDER BY position"
         rows = self._select(query, run_id=check_run_id(run_id))
         return (json.loads(text) for (text,) in rows)
@@ -167,7 +161,7 @@ class SQLiteStore:
         limit: int = 50,
         cursor: str | None = None,
     ) -> Page | None:
-        """Samples that answer a query; see `ResultStore.sample_page`."""
+        """Samples that match a query; see `ResultStore.sample_page`."""
         after = None
         if cursor is not None:
             after = decode_cursor(cursor, [(int, float), int], check_run_id(run_id), query)
@@ -177,79 +171,76 @@ class SQLiteStore:
             return None
         by_index = query.key == "index"
         key = "position" if by_index else query.key
-        way, beyond = ("DESC", "<") if query.descending else ("ASC", ">")
-        where = ["run_id = :run_id", _SHOWN[query.show]]
-        if not by_index:
-            where.append(f"{key} IS NOT NULL")
+        order, beyond = ("DESC", "<") if query.descending else ("ASC", ">")
+        where = ["run_id = :run_id", *map(_as_sql, query.conditions)]
         if after is not None:
             where.append(f"({key}, position) {beyond} (:after, :position)")
-        # Places first, from an index alone; then the texts of those that are wanted.
-        places = (
-            f"SELECT position, {key} AS place FROM samples INDEXED BY by_{query.key} "
-            f"WHERE {' AND '.join(where)} ORDER BY {key} {way}, position {way} LIMIT :most"
+        # Select positions from the index alone, then join the texts of those rows only.
+        selected = (
+            f"SELECT position, {key} AS sort_key FROM samples INDEXED BY by_{query.key} "
+            f"WHERE {' AND '.join(where)} ORDER BY {key} {order}, position {order} LIMIT :max_rows"
         )
         texts = (
-            f"SELECT p.place, p.position, s.sample FROM ({places}) p "
+            f"SELECT p.sort_key, p.position, s.sample FROM ({selected}) p "
             "CROSS JOIN samples s ON s.run_id = :run_id AND s.position = p.position"
         )
         limits = limits_of(json.loads(found[0][0]))
-        most = MOST_LOOKED_AT if query.search else limit
+        max_rows = MAX_ROWS_SEARCHED if query.search else limit
         rows: list[dict[str, Any]] = []
-        looked_at, last = 0, None
-        for place, position, text in self._select(
+        searched, last = 0, None
+        for sort_key, position, text in self._select(
             texts,
             run_id=run_id,
-            above=limits.toxic_above,
-            within=limits.same_within,
             after=after and after[0],
             position=after and after[1],
-            most=most + 1,
+            max_rows=max_rows + 1,
+            **asdict(limits),
         ):
-            if looked_at == most or len(rows) == limit:
+            if searched == max_rows or len(rows) == limit:
                 return Page(rows, encode_cursor(last or (), run_id, query))
-            looked_at, last = looked_at + 1, (place, position)
+            searched, last = searched + 1, (sort_key, position)
             row = as_row(json.loads(text))
             if contains(row, query.search):
                 rows.append(row)
         return Page(rows, None)
 
-    def get_curves(self, run_id: str) -> list[dict[str, Any]]:
-        """The figures of each training step."""
+    def get_history(self, run_id: str) -> list[dict[str, Any]]:
+        """Metrics of each training step; empty if there is no such run."""
         query = "SELECT curves FROM runs WHERE run_id = :run_id"
         rows = list(self._select(query, run_id=check_run_id(run_id)))
         return list(json.loads(rows[0][0])) if rows else []
 
     def check(self) -> None:
-        """Open the file for writing, creating it with its folder if need be."""
+        """Open the file for writing; create it and its folder if they do not exist."""
         with self._writing():
             pass
 
     def close(self) -> None:
-        """Nothing to let go of: connections live for one call."""
+        """Do nothing: every call closes its own connection."""
 
     def _select(self, query: str, **values: Any) -> Iterator[tuple[Any, ...]]:
-        # A reader of a file that is not there finds nothing, and leaves nothing behind.
+        # Reading a file that does not exist finds nothing and must not create it.
         if not self.path.exists():
             return
-        with self._failing_in_words(), closing(self._connect("rw")) as db:
+        with self._to_store_errors(), closing(self._connect("rw")) as db:
             version = self._version(db)
             if 0 < version < SCHEMA:
                 with self._writing():
                     pass
             if version:
-                # One statement reads one snapshot, whatever is written meanwhile.
+                # One statement reads one snapshot, even if another connection writes meanwhile.
                 yield from db.execute(query, values)
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._failing_in_words():
+        with self._to_store_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect("rwc")) as db:
                 if self._version(db) == 0:
-                    self._share(db)
+                    self._enable_wal(db)
                 db.execute("BEGIN IMMEDIATE")
                 try:
-                    self._bring_up_to_date(db)
+                    self._upgrade_schema(db)
                     yield db
                 except BaseException:
                     if db.in_transaction:
@@ -257,12 +248,13 @@ class SQLiteStore:
                     raise
                 db.execute("COMMIT")
 
-    def _share(self, db: sqlite3.Connection) -> None:
-        """Have readers see the last whole state while one writes; kept in the file.
+    def _enable_wal(self, db: sqlite3.Connection) -> None:
+        """Switch the file to write-ahead logging, so that readers do not wait for a writer.
 
-        SQLite waits for other writers everywhere but here, where two may make a file at once.
+        SQLite's busy timeout does not cover this statement, so retry while another process creates
+        the same file.
         """
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
         while True:
             try:
                 db.execute("PRAGMA journal_mode = WAL")
@@ -272,8 +264,8 @@ class SQLiteStore:
                     raise
             time.sleep(0.01)
 
-    def _bring_up_to_date(self, db: sqlite3.Connection) -> None:
-        """Make the tables, or what those of an earlier version lack; within a transaction."""
+    def _upgrade_schema(self, db: sqlite3.Connection) -> None:
+        """Create the tables, or add what an earlier schema lacks; runs inside a transaction."""
         version = self._version(db)
         for statements in (_SCHEMA_1, _SCHEMA_2)[version:]:
             for statement in statements:
@@ -283,10 +275,10 @@ class SQLiteStore:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
-        # isolation_level None: transactions begin and end where the code says so.
-        # A generator of samples may be finished on another thread than it was begun on.
+        # isolation_level None: the code begins and ends transactions explicitly.
+        # check_same_thread False: a generator of samples may end on another thread.
         return sqlite3.connect(
-            uri, uri=True, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False
+            uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
 
     def _version(self, db: sqlite3.Connection) -> int:
@@ -294,22 +286,30 @@ class SQLiteStore:
         if version > SCHEMA:
             raise StoreError(
                 f"{self.path} was written by a newer version (schema {version}, this one knows "
-                f"{SCHEMA}). Upgrade ray-detox, or name another file."
+                f"{SCHEMA}). Upgrade ray-detox, or choose another file."
             )
         return version
 
     @contextmanager
-    def _failing_in_words(self) -> Iterator[None]:
+    def _to_store_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
             raise StoreError(
                 f"The results file {self.path} cannot be used: {error}. "
-                "See that it is a results file, that its folder can be written to, that the disk "
-                "has room and that no other program holds it."
+                "Check that it is a results file, that its folder is writable, that the disk has free "
+                "space and that no other program locks it."
             ) from error
         except OSError as error:
             raise StoreError(
                 f"The folder of {self.path} cannot be created: {error.strerror}. "
                 "Choose another output folder."
             ) from error
+
+
+def _as_sql(condition: Condition) -> str:
+    """The condition over columns of `samples`; its limit is a named parameter."""
+    if not condition.limit:
+        return f"{condition.field} {condition.operator}"
+    sign = "-" if condition.sign < 0 else ""
+    return f"{condition.field} {condition.operator} {sign}:{condition.limit}"

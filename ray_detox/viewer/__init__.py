@@ -1,1 +1,1 @@
-"""Runs in a browser: an API over a store, a page, and the page with one run inside it."""
+"""Results in a browser: a read-only API over a store, the page, and a standalone report of a run."""

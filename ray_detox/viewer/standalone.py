@@ -1,15 +1,15 @@
-"""The page with one run inside it: a single HTML file that needs no server and no network.
+"""The standalone report: the page and one run in a single HTML file, without server or network.
 
     index.html --+-- style sheets ------> one <style>
                  '-- entry module --.
                       its imports --+---> one <script type="module">, each module in a function
-    report, samples, curves ------------> <script type="application/json" id="embedded">
+    report, samples, history -----------> <script type="application/json" id="embedded">
 
-A Content-Security-Policy in the file allows that style and that script, by their hashes, and
-nothing else: no text of a model can run, load or send anything.
+A Content-Security-Policy in the file allows only that style and that script, by their hashes, so
+text from a model cannot run, load or send anything.
 
-This is no bundler. It knows the few forms of import and export that our modules use, each on a
-line of its own, and stops at any other with an `AssertionError` that shows it.
+This is not a general bundler. It supports the forms of import and export that the page's modules
+use, each on its own line, and raises an `AssertionError` with the line for any other form.
 """
 
 import base64
@@ -25,7 +25,7 @@ from ray_detox.store.prepare import prepare, to_text
 
 STATIC = Path(__file__).with_name("static")
 
-_LINK = re.compile(r"[ \t]*<link\b[^>]*>\n?")  # what is no style sheet is an icon or a hint
+_LINK = re.compile(r"[ \t]*<link\b[^>]*>\n?")  # style sheets, icons and hints
 _ENTRY = re.compile(r"[ \t]*<script\b[^>]*></script>\n?")
 _ADDRESS = re.compile(r'\b(?:href|src)="(?:\./)?([^"]+)"')
 _CHARSET = re.compile(r'<meta charset="utf-8"\s*/?>', re.IGNORECASE)
@@ -37,31 +37,31 @@ _LIST = re.compile(r"(?P<before>.*?)\bexport\s*\{(?P<names>[^{}]*)\};?")
 _NOT_KNOWN = re.compile(r"^(?:import|export)\b.*|\bimport\s*\(.*|\bimport\.meta\b.*")
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-"""Inside JSON text these occur in strings alone, where an escape means the same."""
+"""Characters to escape in JSON text, where they occur only inside strings."""
 
 
 def render(
     report: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
-    curves: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
     static: Path = STATIC,
 ) -> str:
-    """The page about one run as the text of an HTML file; write it as UTF-8.
+    """Render the page about one run as the text of an HTML file; write it as UTF-8.
 
     Args:
         report: as in `report.json`.
-        samples: as in `samples.jsonl`; a number that is not finite is shown as missing.
-        curves: as in `metrics.jsonl`.
+        samples: as in `samples.jsonl`; a number that is not finite becomes a missing value.
+        history: as in `metrics.jsonl`.
         static: the folder of the page.
 
     Raises:
-        StoreError: the run has what no store would take either.
+        StoreError: the run has a value that a store would reject.
     """
-    run = prepare(report, samples, curves)
+    run = prepare(report, samples, history)
     data = {
         "report": run.report,
-        "curves": run.curves,
-        "samples": [as_row(sample) for sample in run.samples.values()],  # as the API has them
+        "history": run.curves,
+        "samples": [as_row(sample) for sample in run.samples.values()],  # as the API returns them
     }
     page = _read(static / "index.html")
 
@@ -101,19 +101,21 @@ def render(
 
 
 def _join_modules(static: Path, entry: str) -> str:
-    """The entry module and all that it imports, as one script that imports nothing.
+    """Join the entry module and everything it imports into one script without imports.
 
-    Each module becomes a function that is called on the spot and returns what the module
-    exports, so that names of one are not in the way of another; async, for a module may await:
+    Each module becomes a function that is called at once and returns the module's exports, so that
+    top-level names of different modules do not clash. It is async because a module may await:
 
         const m0 = await (async () => { const half = (x) => x / 2; return { half: half }; })();
         const m1 = await (async () => { const { half: h } = m0; show(h(3)); return {  }; })();
     """
-    joined: dict[str, str] = {}  # path -> text, imported before importing
+    joined: dict[str, str] = {}  # path -> text; a module comes after its imports
     variables: dict[str, str] = {}
 
     def visit(path: str, importers: tuple[str, ...]) -> str:
-        assert path not in importers, f"modules import in a circle: {' > '.join(importers)}"
+        assert path not in importers, (
+            f"modules import each other in a cycle: {' > '.join(importers)}"
+        )
         if path not in joined:
             text = _as_function(
                 _read(static / path), path, lambda other: visit(other, (*importers, path))
@@ -129,20 +131,20 @@ def _join_modules(static: Path, entry: str) -> str:
 
 
 def _licence(module: Path) -> str:
-    """The licence that lies beside a module of others, as a comment: it goes where they go."""
+    """The licence file next to a vendored module, as a comment; empty if there is none."""
     file = module.with_suffix(".LICENSE")
     return f"/*\n{_read(file).replace('*/', '* /')}*/\n" if file.exists() else ""
 
 
 def _as_function(text: str, path: str, variable_of: Callable[[str], str]) -> str:
-    """A module's text as a called function; `variable_of` gives what another module is called."""
+    """Wrap a module in a function call; `variable_of` returns the variable of an imported module."""
     lines: list[str] = []
     exports: dict[str, str] = {}  # exported name -> name inside
     in_comment = False
     for line in text.split("\n"):
         stripped = line.rstrip()
         if in_comment or stripped.lstrip().startswith("/*"):
-            # What was commented out, uPlot's own exports among it, is no code.
+            # Skip comments, because uPlot has exports that are commented out.
             in_comment = "*/" not in stripped
         if in_comment:
             lines.append(line)
@@ -167,7 +169,7 @@ def _as_function(text: str, path: str, variable_of: Callable[[str], str]) -> str
             line = match["before"]
             exports |= {outer: inner for inner, outer in _renamed(match["names"])}
         unknown = _NOT_KNOWN.search(line)
-        assert not unknown, f"{path} has a form that cannot be inlined: {unknown[0][:80]}"
+        assert not unknown, f"{path} has an unsupported form of import or export: {unknown[0][:80]}"
         lines.append(line)
     body = "\n".join(lines)
     returned = ", ".join(f"{outer}: {inner}" for outer, inner in exports.items())
@@ -175,7 +177,7 @@ def _as_function(text: str, path: str, variable_of: Callable[[str], str]) -> str
 
 
 def _imported(what: str | None, variable: str, path: str) -> str:
-    """The statement that takes from a joined module what an import named."""
+    """The statement that replaces an import of a joined module."""
     if what is None:
         return ""
     if match := re.fullmatch(r"\{([^{}]*)\}", what):
@@ -183,7 +185,9 @@ def _imported(what: str | None, variable: str, path: str) -> str:
         return f"const {{ {names} }} = {variable};"
     if match := re.fullmatch(r"\*\s*as\s+([\w$]+)", what):
         return f"const {match[1]} = {variable};"
-    assert re.fullmatch(r"[\w$]+", what), f"{path} has a form that cannot be inlined: import {what}"
+    assert re.fullmatch(r"[\w$]+", what), (
+        f"{path} has an unsupported form of import or export: import {what}"
+    )
     return f"const {{ default: {what} }} = {variable};"
 
 
@@ -195,18 +199,20 @@ def _renamed(names: str) -> list[tuple[str, str]]:
 
 def _address(tag: str) -> str:
     match = _ADDRESS.search(tag)
-    assert match, f"{tag.strip()} of index.html names no file"
+    assert match, f"{tag.strip()} in index.html has no href or src"
     return match[1].lstrip("/")
 
 
 def _read(file: Path) -> str:
-    """Text as an HTML parser would see it, so that its hash is that of what the browser runs."""
+    """Read text with the line ends of an HTML parser, so that hashes match what the browser runs."""
     return file.read_text(encoding="utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _check_text(element: str, text: str) -> None:
     for end in (f"</{element}", "<!--", "\0"):
-        assert end not in text.lower(), f"the {element} has {end!r}, which would end it in HTML"
+        assert end not in text.lower(), (
+            f"the {element} contains {end!r}, which would end it in HTML"
+        )
 
 
 def _hash(text: str) -> str:

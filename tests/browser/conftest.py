@@ -1,4 +1,4 @@
-"""A browser, a server over a store, and pages that report what they must not do."""
+"""Fixtures: a browser, a server over a store, and pages that fail the test on any browser error."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ import pytest
 
 from ray_detox.store.sqlite import SQLiteStore
 from ray_detox.viewer.server import make_server
-from tests.browser.runs import CURVES, make_report, make_samples
+from tests.browser.runs import HISTORY, make_report, make_samples
 
 CHROMIUM = os.environ.get("RAY_DETOX_CHROMIUM", "/usr/bin/chromium")
 if not Path(CHROMIUM).is_file():
@@ -21,17 +21,17 @@ from playwright.sync_api import sync_playwright  # noqa: E402
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
-    """Three runs, of which the second has other answers to the same prompts but one."""
+    """A store with three runs; the second has other responses to all but one of the same prompts."""
     store = SQLiteStore(tmp_path_factory.mktemp("results") / "results.sqlite")
     samples = make_samples(60)
-    store.put_run(make_report("first", samples), samples, CURVES)
+    store.put_run(make_report("first", samples), samples, HISTORY)
     others = [
-        sample | {"response_after": f"Other answer {sample['index']}.", "toxicity_after": 0.1}
+        sample | {"response_after": f"Other response {sample['index']}.", "toxicity_after": 0.1}
         for sample in samples
     ]
     others[59]["prompt_id"] = "another prompt"
     report = make_report("second", others, created="2026-01-30T12:00:00+00:00")
-    store.put_run(report, others, CURVES)
+    store.put_run(report, others, HISTORY)
     store.put_run(make_report("empty", [], created="2026-01-29T12:00:00+00:00"), [])
     return store
 
@@ -70,7 +70,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Open an address; at the end no page may have failed, or met its own security policy."""
+    """Open an address; fails at teardown if a page logged an error or violated its policy."""
     contexts, problems = [], []
 
     def open_(address, *, allowed=(), **settings):

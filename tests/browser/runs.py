@@ -1,15 +1,16 @@
-"""Runs to be shown."""
+"""Example runs for the page."""
 
 from ray_detox.evaluation import statistics as toxicity
 from ray_detox.evaluation import verdict
 
-CURVES = [
+HISTORY = [
     {
         "step": step,
         "score": 0.1 * step,
         "toxicity": 0.4 / step,
         "kl": 0.05 * step,
         "entropy": 0.2,
+        "explained_variance": 0.9 - 0.5 / step,
         "length": 25.0,
         "seconds_sample": 0.5,
         "seconds_score": 0.1,
@@ -21,7 +22,7 @@ CURVES = [
 
 
 def make_samples(n, **more):
-    """Samples of which the first quarter became worse, the last is not scored, the rest better."""
+    """Samples: the first quarter became worse, the last is not scored, the rest became better."""
     samples = []
     for i in range(n):
         before, after = (0.1, 0.9) if i < n // 4 else (0.95 - i / (4 * n), 0.05)
@@ -48,7 +49,7 @@ def make_samples(n, **more):
 
 
 def make_report(run_id, samples, created="2026-01-31T12:00:00+00:00"):
-    # A run without samples has no figures of its own.
+    # A run without samples borrows its metrics from other samples.
     scored = [s for s in samples or make_samples(4) if s["toxicity_after"] is not None]
     before, after = ([s[f"toxicity_{side}"] for s in scored] for side in ("before", "after"))
     compared = toxicity.compare(before, after)

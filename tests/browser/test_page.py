@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 
 from ray_detox.store.sqlite import SQLiteStore
 from ray_detox.viewer.standalone import render
-from tests.browser.runs import CURVES, make_report, make_samples
+from tests.browser.runs import HISTORY, make_report, make_samples
 
 HOSTILE = [
     "<script>window.__xss=1</script>",
@@ -48,20 +48,20 @@ def test_the_list_names_every_run_newest_first(open_page, address):
     expect(page.locator("h1")).to_have_text("first")
 
 
-def test_the_overview_has_the_reports_figures(open_page, address, store):
+def test_the_overview_has_the_metrics_of_the_report(open_page, address, store):
     report = store.get_run("first")
     page = open_page(f"{address}#/run/first")
 
     expect(page.locator(".verdict")).to_contain_text(report["verdict"]["sentence"])
-    figures = page.locator(".figures")
+    metrics = page.locator(".metrics")
     for side in ("before", "after"):
-        expect(figures).to_contain_text(f"{report['toxicity'][side]['mean']:.3f}")
-    expect(figures).to_contain_text(f"{100 * report['toxicity']['improvement']:.1f}%")
+        expect(metrics).to_contain_text(f"{report['toxicity'][side]['mean']:.3f}")
+    expect(metrics).to_contain_text(f"{100 * report['toxicity']['improvement']:.1f}%")
     low, high = (report["toxicity"]["delta"][side] for side in ("low", "high"))
     interval = f"95% interval {low:+.3f} to {high:+.3f}".replace("-", "\u2212")
-    expect(figures).to_contain_text(interval)
+    expect(metrics).to_contain_text(interval)
     for name in ("better", "worse", "same", "unscored"):
-        expect(figures).to_contain_text(f"{report['toxicity'][name]} {name}")
+        expect(metrics).to_contain_text(f"{report['toxicity'][name]} {name}")
     rows = page.get_by_text("Counts as a table").locator("..").locator("tbody tr")
     counts = report["toxicity"]["histogram"]
     assert [
@@ -69,17 +69,20 @@ def test_the_overview_has_the_reports_figures(open_page, address, store):
     ] == [list(pair) for pair in zip(counts["before"], counts["after"], strict=True)]
     expect(page.locator(".charts canvas")).to_have_count(6)
     page.get_by_text("Steps as a table").click()
-    expect(page.get_by_role("region", name="Steps as a table").locator("tbody tr")).to_have_count(
-        20
-    )
+    steps = page.get_by_role("region", name="Steps as a table")
+    expect(steps.locator("tbody tr")).to_have_count(20)
+    expect(steps.locator("thead th").last).to_have_text("explained variance")
+    expect(steps.locator("tbody tr").last.locator("td").last).to_have_text("0.875")
     page.get_by_text("Settings, versions").click()
     expect(page.locator(".settings")).to_contain_text("ppo.kl_coef")
 
 
-def test_what_was_taken_away_is_struck_before_and_what_came_is_underlined_after(open_page, address):
+def test_removed_words_are_struck_before_and_inserted_words_are_underlined_after(
+    open_page, address
+):
     page = open_page(f"{address}#/run/first?sort=index+asc&show=worse")
     card = samples_of(page).first
-    card.get_by_role("button", name="Toxic text: show").click()
+    card.get_by_role("button", name="Show toxic text").click()
     before, after = (card.get_by_role("group", name=name) for name in ("Before", "After"))
 
     expect(before.locator("del")).to_have_text(["fool"])
@@ -89,7 +92,7 @@ def test_what_was_taken_away_is_struck_before_and_what_came_is_underlined_after(
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "taken", "came"),
+    ("before", "after", "removed", "inserted"),
     [
         ("#Person1# fell.", "#Person2# and #Person1# fell.", [], ["#Person2# and"]),
         ("the big bad wolf ran", "the kind fox ran", ["big bad wolf"], ["kind fox"]),
@@ -109,7 +112,7 @@ def test_what_was_taken_away_is_struck_before_and_what_came_is_underlined_after(
     ],
 )
 def test_changes_go_by_whole_words_and_read_as_one(
-    open_page, serve, tmp_path, before, after, taken, came
+    open_page, serve, tmp_path, before, after, removed, inserted
 ):
     store = SQLiteStore(tmp_path / "words.sqlite")
     samples = make_samples(1, response_before=before, response_after=after, toxicity_after=0.1)
@@ -120,15 +123,15 @@ def test_changes_go_by_whole_words_and_read_as_one(
 
     expect(page.locator(".changes")).to_have_text(re.compile("^toxicity 0.000"))
     expect(page.locator(".sides")).to_contain_text(before)
-    assert page.locator("del").all_text_contents() == taken
-    assert page.locator("ins").all_text_contents() == came
+    assert page.locator("del").all_text_contents() == removed
+    assert page.locator("ins").all_text_contents() == inserted
 
 
 @pytest.mark.parametrize(
     ("choice", "count"),
     [("worse", 15), ("better", 25), ("toxic_after", 15), ("unscored", 1), ("same", 0)],
 )
-def test_the_filters_show_what_they_say(open_page, address, choice, count):
+def test_each_filter_shows_its_samples(open_page, address, choice, count):
     page = open_page(f"{address}#/run/first")
 
     page.locator("select[name=show]").select_option(choice)
@@ -141,7 +144,7 @@ def test_samples_are_sorted_searched_and_loaded_on(open_page, address):
     page = open_page(f"{address}#/run/first")
     page.locator("select[name=sort]").select_option("toxicity asc")
     expect(first_number(page)).to_have_text("#15")
-    expect(page.locator(".said").last).to_contain_text("25 of 60 samples; 1 not scored")
+    expect(page.locator(".status").last).to_contain_text("25 of 60 samples; 1 not scored")
 
     page.get_by_role("button", name="More samples").click()
     expect(samples_of(page)).to_have_count(50)
@@ -150,7 +153,7 @@ def test_samples_are_sorted_searched_and_loaded_on(open_page, address):
     expect(samples_of(page)).to_have_count(1)
     expect(first_number(page)).to_have_text("#42")
     page.get_by_label("Search").fill("nowhere")
-    expect(page.locator("#samples > .said")).to_have_text("No sample answers to that.")
+    expect(page.locator("#samples > .status")).to_have_text("No sample matches.")
 
 
 def test_a_link_leads_to_one_sample_and_back(open_page, address):
@@ -164,7 +167,7 @@ def test_a_link_leads_to_one_sample_and_back(open_page, address):
     expect(samples_of(page)).to_have_count(25)
 
 
-def test_settings_in_the_address_that_mean_nothing_are_left_out(open_page, address):
+def test_invalid_settings_in_the_address_are_ignored(open_page, address):
     page = open_page(f"{address}#/run/first?sort=drop+table&show=%3Cscript%3E&sample=x")
 
     expect(samples_of(page)).to_have_count(25)
@@ -177,24 +180,24 @@ def test_two_runs_stand_beside_each_other_on_the_same_prompts(open_page, address
     expect(page.locator("table.two thead th")).to_have_text(["first", "second"])
     page.locator("select[name=sort]").select_option("index asc")
     page.get_by_label("Search").fill("dialogue 20.")
-    page.get_by_role("button", name="Show toxic text").click()
+    page.get_by_role("button", name="Show all toxic text").click()
 
     card = samples_of(page).first
-    expect(card.get_by_role("group", name="After, second")).to_contain_text("Other answer 20.")
+    expect(card.get_by_role("group", name="After, second")).to_contain_text("Other response 20.")
     page.get_by_label("Search").fill("dialogue 59.")
-    expect(samples_of(page).first).to_contain_text("This prompt was not in that run.")
+    expect(samples_of(page).first).to_contain_text("That run did not evaluate this prompt.")
 
 
-def test_toxic_text_is_veiled_until_asked_for(open_page, address):
+def test_toxic_text_is_hidden_until_the_reader_shows_it(open_page, address):
     page = open_page(f"{address}#/run/first?show=worse")
     texts = samples_of(page).first.locator(".texts")
     expect(texts).to_have_attribute("inert", "")
 
-    samples_of(page).first.get_by_role("button", name="Toxic text: show").click()
+    samples_of(page).first.get_by_role("button", name="Show toxic text").click()
     expect(texts).not_to_have_attribute("inert", "")
-    page.get_by_role("button", name="Show toxic text").click()
+    page.get_by_role("button", name="Show all toxic text").click()
     expect(page.locator(".texts[inert]")).to_have_count(0)
-    page.get_by_role("button", name="Veil toxic text").click()
+    page.get_by_role("button", name="Hide all toxic text").click()
     expect(page.locator(".texts[inert]")).to_have_count(15)
 
 
@@ -257,9 +260,9 @@ def test_a_phone_and_a_page_at_four_times_its_size_need_no_sideways_scroll(
 )
 def test_axe_finds_nothing(open_page, address, scheme, path):
     page = open_page(address + path, color_scheme=scheme, bypass_csp=True, allowed=FAILED_LOADS)
-    expect(page.locator(".sample, .run, .problem").first).to_be_visible()
+    expect(page.locator(".sample, .run, .error").first).to_be_visible()
     if "with" in path:
-        page.get_by_role("button", name="Show toxic text").click()
+        page.get_by_role("button", name="Show all toxic text").click()
 
     found = Axe().run(page)
 
@@ -285,7 +288,7 @@ def downloaded(page, name):
     return waiting.value.path().read_text(encoding="utf-8")
 
 
-def test_what_the_filters_show_can_be_taken_away(open_page, address, store):
+def test_the_samples_that_match_the_filters_can_be_saved(open_page, address, store):
     page = open_page(f"{address}#/run/first?show=worse&sort=index+asc")
     expect(samples_of(page)).to_have_count(15)
 
@@ -301,7 +304,7 @@ def test_what_the_filters_show_can_be_taken_away(open_page, address, store):
     assert [float(row["kl"]) for row in rows] == [s["kl"] for s in wanted]
 
 
-# ---- what a model may write ------------------------------------------------------------------
+# ---- hostile model output -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -315,7 +318,7 @@ def hostile(tmp_path_factory):
     report |= {"recipe": HOSTILE[0], "notes": HOSTILE[:11], "config": {HOSTILE[1]: HOSTILE[2]}}
     report["verdict"] = {"name": HOSTILE[1], "sentence": HOSTILE[2], "reasons": HOSTILE[:4]}
     store = SQLiteStore(tmp_path_factory.mktemp("hostile") / "results.sqlite")
-    store.put_run(report, samples, CURVES)
+    store.put_run(report, samples, HISTORY)
     return store
 
 
@@ -343,14 +346,14 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page, serve, hostile):
 
     page.goto(f"{address}#/run/hostile?sort=index+asc")
     expect(samples_of(page)).to_have_count(len(HOSTILE))
-    page.get_by_role("button", name="Show toxic text").click()
+    page.get_by_role("button", name="Show all toxic text").click()
     for summary in page.locator("summary").all():
         summary.click()
 
     check_nothing_was_injected(page)
-    answers = samples_of(page).first.locator(".answer").all_text_contents()
-    assert answers == [HOSTILE[0], f"{HOSTILE[0]} kept", HOSTILE[0], HOSTILE[0]]
-    # What would turn the line around is written out.
+    responses = samples_of(page).first.locator(".response").all_text_contents()
+    assert responses == [HOSTILE[0], f"{HOSTILE[0]} kept", HOSTILE[0], HOSTILE[0]]
+    # Characters that change the text direction appear as code points.
     expect(samples_of(page).nth(11)).to_contain_text("U+202E")
     rows = csv.DictReader(io.StringIO(downloaded(page, "CSV").removeprefix("\ufeff")))
     formula = next(row for row in rows if row["index"] == "10")
@@ -362,11 +365,11 @@ def test_a_report_in_one_file_needs_no_server_and_runs_nothing_hostile(
 ):
     file = tmp_path / "hostile.html"
     samples = list(hostile.get_samples("hostile"))
-    file.write_text(render(hostile.get_run("hostile"), samples, CURVES), encoding="utf-8")
+    file.write_text(render(hostile.get_run("hostile"), samples, HISTORY), encoding="utf-8")
 
     page = open_page(file.as_uri())
     expect(samples_of(page)).to_have_count(14)  # by difference: one is not scored
-    page.get_by_role("button", name="Show toxic text").click()
+    page.get_by_role("button", name="Show all toxic text").click()
     expect(page.locator(".charts canvas")).to_have_count(6)
     check_nothing_was_injected(page)
     page.get_by_label("Search").fill("HYPERLINK")
@@ -376,7 +379,7 @@ def test_a_report_in_one_file_needs_no_server_and_runs_nothing_hostile(
     expect(samples_of(page)).to_have_count(1)
 
 
-# ---- faults ----------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------
 
 FAILED_LOADS = ("Failed to load resource", "net::ERR")
 
@@ -384,13 +387,16 @@ FAILED_LOADS = ("Failed to load resource", "net::ERR")
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        ({"status": 502, "body": "<html>Bad gateway", "content_type": "text/html"}, "502"),
-        ({"status": 200, "body": '{"runs": [', "content_type": "application/json"}, "no result"),
+        ({"status": 502, "body": "<html>Bad gateway", "content_type": "text/html"}, "status 502"),
+        (
+            {"status": 200, "body": '{"runs": [', "content_type": "application/json"},
+            "invalid response",
+        ),
         ({"status": 400, "body": '{"error": "No such thing."}'}, "No such thing."),
-        (None, "cannot be reached"),
+        (None, "Cannot reach the server"),
     ],
 )
-def test_a_fault_is_said_and_a_retry_goes_on(open_page, address, answer, sentence):
+def test_an_error_is_shown_and_a_retry_continues(open_page, address, answer, sentence):
     page = open_page("about:blank", allowed=FAILED_LOADS)
     page.route("**/api/runs?*", lambda route: route.fulfill(**answer) if answer else route.abort())
     page.goto(address)
@@ -403,7 +409,7 @@ def test_a_fault_is_said_and_a_retry_goes_on(open_page, address, answer, sentenc
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_busy_store_is_asked_again_without_a_click(open_page, address):
+def test_a_busy_store_is_retried_without_a_click(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
     left = [1]
 
@@ -427,7 +433,7 @@ def test_samples_that_fail_leave_the_overview_and_no_old_rows(open_page, address
 
     page.locator("select[name=show]").select_option("worse")
 
-    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page.get_by_role("alert")).to_contain_text("Cannot reach the server")
     expect(samples_of(page)).to_have_count(0)
     expect(page.locator(".verdict")).to_be_visible()
     page.context.set_offline(False)
@@ -435,21 +441,21 @@ def test_samples_that_fail_leave_the_overview_and_no_old_rows(open_page, address
     expect(samples_of(page)).to_have_count(15)
 
 
-def test_curves_that_fail_leave_everything_else(open_page, address):
+def test_a_history_that_fails_leaves_everything_else(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
-    page.route("**/curves", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
+    page.route("**/history", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
     page.goto(f"{address}#/run/first")
-    expect(page.get_by_role("alert")).to_contain_text("502")
+    expect(page.get_by_role("alert")).to_contain_text("status 502")
     expect(samples_of(page)).to_have_count(25)
 
-    page.unroute("**/curves")
+    page.unroute("**/history")
     page.get_by_role("button", name="Try again").click()
 
     expect(page.locator(".charts canvas")).to_have_count(6)
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_a_slow_answer_to_an_earlier_question_is_not_shown(open_page, address):
+def test_a_slow_response_to_an_earlier_request_is_not_shown(open_page, address):
     page = open_page(f"{address}#/run/first?sort=index+asc")
     expect(samples_of(page)).to_have_count(25)
     held = threading.Event()
@@ -472,20 +478,20 @@ def test_a_slow_answer_to_an_earlier_question_is_not_shown(open_page, address):
 def test_a_run_that_is_not_there_is_named(open_page, address):
     page = open_page(f"{address}#/run/nobody", allowed=FAILED_LOADS)
 
-    expect(page.get_by_role("alert")).to_contain_text("There is no run 'nobody'.")
+    expect(page.get_by_role("alert")).to_contain_text("Run 'nobody' was not found.")
     page.get_by_role("link", name="All runs").click()
     expect(page.locator(".run")).to_have_count(3)
 
 
 def test_no_run_and_a_run_without_samples_say_so(open_page, address, serve, tmp_path):
     page = open_page(f"{address}#/run/empty")
-    expect(page.locator("#samples > .said")).to_have_text("This run has no samples.")
+    expect(page.locator("#samples > .status")).to_have_text("This run has no samples.")
 
     page.goto(serve(SQLiteStore(tmp_path / "none.sqlite")))
-    expect(page.locator(".empty")).to_contain_text("No run is stored here yet.")
+    expect(page.locator(".empty")).to_contain_text("There are no runs yet.")
 
 
-def test_figures_that_do_not_exist_are_said_so(open_page, serve, tmp_path):
+def test_metrics_that_do_not_exist_are_shown_as_missing(open_page, serve, tmp_path):
     one = make_samples(2)[:1]
     equal = [s | {"toxicity_after": s["toxicity_before"]} for s in make_samples(4)]
     clean = [s | {"toxicity_before": 0.0, "toxicity_after": 0.0} for s in make_samples(4)]
@@ -495,7 +501,7 @@ def test_figures_that_do_not_exist_are_said_so(open_page, serve, tmp_path):
     page = open_page(serve(store))
     expect(page.locator(".run")).to_have_count(3)
 
-    for name, counts, gone in (
+    for name, counts, reduction in (
         ("one", "1 better 0 same 0 worse", "94.7%"),
         ("equal", "0 better 4 same 0 worse", "0.0%"),
         ("clean", "0 better 4 same 0 worse", "\u2013"),
@@ -503,10 +509,10 @@ def test_figures_that_do_not_exist_are_said_so(open_page, serve, tmp_path):
         page.goto(f"{page.url.partition('#')[0]}#/run/{name}")
         expect(page.locator("h1")).to_have_text(name)
         expect(samples_of(page)).to_have_count(1 if name == "one" else 4)
-        figures = page.locator(".figures")
-        found = figures.locator(".count").all_text_contents()
+        metrics = page.locator(".metrics")
+        found = metrics.locator(".count").all_text_contents()
         assert " ".join(found).startswith(counts)
-        expect(figures.locator("dd strong").nth(1)).to_have_text(gone)
+        expect(metrics.locator("dd strong").nth(1)).to_have_text(reduction)
         assert not re.search("NaN|Infinity|undefined|null", page.locator("main").inner_text())
 
 
@@ -517,13 +523,13 @@ def test_a_text_of_five_megabytes_does_not_stop_the_page(open_page, serve, tmp_p
     store.put_run(make_report("long", samples), samples)
     page = open_page(f"{serve(store)}#/run/long?sort=index+asc")
 
-    # An answer has room for 4 MB: the pages around that text are short.
+    # A response of the API is limited to 4 MB, so the pages around that text are short.
     for count in (1, 2):
         expect(samples_of(page)).to_have_count(count)
         page.get_by_role("button", name="More samples").click()
     expect(samples_of(page)).to_have_count(4)
     card = samples_of(page).nth(1)
-    expect(card).to_contain_text("Long texts are cut here")
+    expect(card).to_contain_text("Long texts are truncated here")
     expect(card.get_by_role("group", name="After")).to_contain_text("kind words")
     page.keyboard.press("j")
     expect(samples_of(page).first).to_be_focused()
@@ -552,7 +558,7 @@ def test_ten_thousand_samples_do_not_freeze_the_page(open_page, serve, tmp_path)
 def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
     seen = {}
-    # The page's own origin: its security policy lets it talk to nobody else here.
+    # Use the page's own origin, the only one that its security policy allows here.
     auth = {"authorize": f"{address}login", "token": f"{address}token", "client_id": "page"}
 
     def login(route):

@@ -66,7 +66,7 @@ def left(storage: str, run_id: str) -> dict[str, Any]:
         ],
         "runs": [run["run_id"] for run in store.list_runs()],
         "report": store.get_run(run_id),
-        "curves": store.get_curves(run_id),
+        "curves": store.get_history(run_id),
         "samples": list(store.get_samples(run_id)),
     }
 

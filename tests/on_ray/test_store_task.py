@@ -58,7 +58,7 @@ def read(store):
     found = (
         store.get_run("first"),
         list(store.get_samples("first")),
-        store.get_curves("first"),
+        store.get_history("first"),
     )
     store.close()
     return found

@@ -1,19 +1,19 @@
-// Sign-in by authorisation code with PKCE (RFC 7636), where /config.json asks for it.
+// Sign-in by authorisation code with PKCE (RFC 7636), if /config.json requires it.
 
 const KEY = "ray-detox-sign-in";
-let bearer = null;
+let accessToken = null;
 let settings = null;
 
-/** The access token, or null. */
+/** The access token, or null if the reader has not signed in. */
 export function token() {
-  return bearer;
+  return accessToken;
 }
 
 export function canSignIn() {
   return settings !== null;
 }
 
-/** Read the settings, and finish a sign-in that comes back with a code in the address. */
+/** Read the settings; complete a sign-in if the provider redirected back with a code. */
 export async function startAuth() {
   settings = await readSettings();
   if (settings === null) return;
@@ -21,17 +21,17 @@ export async function startAuth() {
   const kept = recall();
   if (query.has("code") && kept?.state && query.get("state") === kept.state) {
     await exchange(query.get("code"), kept);
-  } else if (kept?.bearer && kept.until > Date.now()) {
-    bearer = kept.bearer;
+  } else if (kept?.accessToken && kept.until > Date.now()) {
+    accessToken = kept.accessToken;
   }
-  // A code works once, and has no business in bookmarks.
+  // Remove the one-time code from the address, so that a bookmark does not contain it.
   if (query.has("code") || query.has("error")) history.replaceState(null, "", `/${kept?.hash ?? ""}`);
 }
 
-/** Leave for the sign-in page; it comes back here. */
+/** Go to the provider's sign-in page, which redirects back here. */
 export async function signIn() {
-  const verifier = random();
-  const state = random();
+  const verifier = randomText();
+  const state = randomText();
   keep({ verifier, state, hash: location.hash });
   const digest = await crypto.subtle.digest("SHA-256", new TextEncoder().encode(verifier));
   location.assign(
@@ -47,9 +47,9 @@ export async function signIn() {
   );
 }
 
-/** Forget the token, here and with the provider. */
+/** Forget the token and sign out at the provider. */
 export function signOut() {
-  bearer = null;
+  accessToken = null;
   keep(null);
   if (!settings.logout) location.reload();
   else location.assign(`${settings.logout}?${new URLSearchParams({ client_id: settings.client_id, logout_uri: `${location.origin}/` })}`);
@@ -60,22 +60,22 @@ async function readSettings() {
   try {
     const { auth } = await (await fetch("/config.json", { cache: "no-store" })).json();
     if (!auth) return null;
-    const own = (path) => (auth.domain ? `${auth.domain}/${path}` : null);
+    const defaultUrl = (path) => (auth.domain ? `${auth.domain}/${path}` : null);
     return {
-      authorize: auth.authorize ?? own("oauth2/authorize"),
-      token: auth.token ?? own("oauth2/token"),
-      logout: auth.logout ?? own("logout"),
+      authorize: auth.authorize ?? defaultUrl("oauth2/authorize"),
+      token: auth.token ?? defaultUrl("oauth2/token"),
+      logout: auth.logout ?? defaultUrl("logout"),
       client_id: auth.client_id,
       scope: auth.scope ?? "openid",
     };
   } catch {
-    return null; // the first call of the API says what is wrong
+    return null; // the first API call shows the error
   }
 }
 
 async function exchange(code, kept) {
   try {
-    const answer = await fetch(settings.token, {
+    const response = await fetch(settings.token, {
       method: "POST",
       headers: { "content-type": "application/x-www-form-urlencoded" },
       body: new URLSearchParams({
@@ -86,16 +86,16 @@ async function exchange(code, kept) {
         code_verifier: kept.verifier,
       }),
     });
-    const { access_token: given, expires_in: seconds } = await answer.json();
-    if (!answer.ok || typeof given !== "string") return;
-    bearer = given;
-    keep({ bearer, until: Date.now() + 1000 * (seconds ?? 3600) });
+    const { access_token: given, expires_in: seconds } = await response.json();
+    if (!response.ok || typeof given !== "string") return;
+    accessToken = given;
+    keep({ accessToken, until: Date.now() + 1000 * (seconds ?? 3600) });
   } catch {
-    // Not signed in: the page says so and offers it again.
+    // The reader stays signed out; the page shows the sign-in button again.
   }
 }
 
-function random() {
+function randomText() {
   return base64url(crypto.getRandomValues(new Uint8Array(32)));
 }
 
@@ -103,13 +103,13 @@ function base64url(bytes) {
   return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
-// For this tab only; a browser may forbid even that.
+// sessionStorage keeps the value for this tab; a browser may forbid it.
 function keep(value) {
   try {
     if (value === null) sessionStorage.removeItem(KEY);
     else sessionStorage.setItem(KEY, JSON.stringify(value));
   } catch {
-    // Then a reload asks to sign in again.
+    // Without storage, the reader has to sign in again after a reload.
   }
 }
 

@@ -1,4 +1,4 @@
-// Pictures of figures, each with the same figures as a table.
+// Charts, each with the same values as a table.
 
 import { h, isNumber, number, show, svg } from "./dom.js";
 import { colour, onTheme } from "./theme.js";
@@ -9,16 +9,16 @@ const HEIGHT = 190;
 const LEFT = 38;
 const BOTTOM = 20;
 
-/** Toxicity before and after, counted in equal steps. */
+/** Histogram of toxicity before and after training. */
 export function histogramPanel(toxicity) {
-  const panel = h("div", { class: "panel" }, h("h2", {}, "How toxic the answers are"));
+  const panel = h("div", { class: "panel" }, h("h2", {}, "Toxicity of responses"));
   const counts = toxicity?.histogram;
   if (!counts) {
-    panel.append(h("p", {}, "This run was stored without counts."));
+    panel.append(h("p", {}, "This run has no stored histogram."));
     return panel;
   }
   panel.append(
-    h("p", { class: "legend" }, h("span", { class: "key before" }), "before", h("span", { class: "key after" }), "after", h("span", { class: "aside" }, "height: square root of the count")),
+    h("p", { class: "legend" }, h("span", { class: "key before" }), "before", h("span", { class: "key after" }), "after", h("span", { class: "aside" }, "bar height: square root of count")),
     histogram(counts),
     table(
       "Counts as a table",
@@ -30,83 +30,86 @@ export function histogramPanel(toxicity) {
 }
 
 function histogram({ edges, before, after }) {
-  const most = Math.max(1, ...before, ...after);
-  // Most answers lie at the ends; a root shows the few between them, too.
-  const high = (value) => (HEIGHT - BOTTOM - 8) * Math.sqrt(value / most);
+  const maxCount = Math.max(1, ...before, ...after);
+  // Most responses are near 0 or 1; the square root keeps the few others visible.
+  const barHeight = (value) => (HEIGHT - BOTTOM - 8) * Math.sqrt(value / maxCount);
   const step = (WIDTH - LEFT) / before.length;
-  const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "histogram", role: "img", "aria-label": "Histogram of toxicity before and after; its counts are in the table below" });
-  for (const value of new Set([0, 1 / 16, 1 / 4, 9 / 16, 1].map((share) => round(share * most)))) {
-    const y = HEIGHT - BOTTOM - high(value);
-    picture.append(svg("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y, class: "grid" }));
-    picture.append(svg("text", { x: LEFT - 6, y: y + 4, class: "tick end" }, String(value)));
+  const chart = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "histogram", role: "img", "aria-label": "Histogram of toxicity before and after training; the table below has the counts" });
+  for (const value of new Set([0, 1 / 16, 1 / 4, 9 / 16, 1].map((share) => roundDown(share * maxCount)))) {
+    const y = HEIGHT - BOTTOM - barHeight(value);
+    chart.append(svg("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y, class: "grid" }));
+    chart.append(svg("text", { x: LEFT - 6, y: y + 4, class: "tick end" }, String(value)));
   }
   const bar = (i, value, side, offset) => {
     const x = LEFT + i * step + 1.5 + offset;
-    const rect = svg("rect", { x, y: HEIGHT - BOTTOM - high(value), width: step / 2 - 2, height: high(value), class: side, rx: 1 });
-    rect.append(svg("title", {}, `${value} ${side}, toxicity ${number(edges[i], 2)} to ${number(edges[i + 1], 2)}`));
-    picture.append(rect);
+    const rect = svg("rect", { x, y: HEIGHT - BOTTOM - barHeight(value), width: step / 2 - 2, height: barHeight(value), class: side, rx: 1 });
+    rect.append(svg("title", {}, `${value} responses ${side} training, toxicity ${number(edges[i], 2)} to ${number(edges[i + 1], 2)}`));
+    chart.append(rect);
   };
   before.forEach((value, i) => bar(i, value, "before", 0));
   after.forEach((value, i) => bar(i, value, "after", step / 2 - 1));
   for (const edge of [0, 0.25, 0.5, 0.75, 1]) {
     const anchor = edge === 0 ? "start" : edge === 1 ? "end" : "middle";
-    picture.append(svg("text", { x: LEFT + edge * (WIDTH - LEFT), y: HEIGHT - 4, class: `tick ${anchor}` }, String(edge)));
+    chart.append(svg("text", { x: LEFT + edge * (WIDTH - LEFT), y: HEIGHT - 4, class: `tick ${anchor}` }, String(edge)));
   }
-  return picture;
+  return chart;
 }
 
-/** The greatest number of one digit and zeros that is no greater. */
-function round(value) {
+/** Round down to one significant digit. */
+function roundDown(value) {
   const unit = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
   return Math.floor(value / unit) * unit;
 }
 
 const SERIES = [
-  ["Score", [["score", "score"]]],
-  ["Toxicity while sampling", [["toxicity", "toxicity"]]],
-  ["KL to the reference, nats", [["kl", "KL"]]],
+  ["Reward score", [["score", "score"]]],
+  ["Toxicity of sampled responses", [["toxicity", "toxicity"]]],
+  ["KL from reference, nats", [["kl", "KL"]]],
   ["Entropy, nats per token", [["entropy", "entropy"]]],
-  ["Length, tokens", [["length", "length"]]],
-  ["Seconds by phase", [["seconds_sample", "sample"], ["seconds_score", "score"], ["seconds_reference", "reference"], ["seconds_update", "update"]]],
+  ["Response length, tokens", [["length", "length"]]],
+  ["Time per phase, s", [["seconds_sample", "sample"], ["seconds_score", "score"], ["seconds_reference", "reference"], ["seconds_update", "update"]]],
 ];
+// Metrics in the table that have no chart.
+const TABLE_ONLY = [["explained_variance", "explained variance"]];
 const COLOURS = ["a", "b", "c", "d"];
 
-/** How training went, step by step; drawn again when the colours or the width change. */
-export function curvesPanel(panel, steps, signal) {
+/** Training metrics by step; redrawn when the theme or the width changes. */
+export function historyPanel(panel, steps, signal) {
   const given = SERIES.filter(([, keys]) => steps.some((step) => isNumber(step[keys[0][0]])));
   if (given.length === 0) {
-    show(panel, h("h2", {}, "Training"), h("p", {}, "This run was stored without its training curves."));
+    show(panel, h("h2", {}, "Training"), h("p", {}, "This run has no stored training history."));
     return;
   }
-  const charts = h("div", { class: "charts" });
-  const keys = given.flatMap(([, some]) => some.map(([key]) => key));
+  const container = h("div", { class: "charts" });
+  const others = TABLE_ONLY.filter(([key]) => steps.some((step) => isNumber(step[key])));
+  const columns = [...given.flatMap(([, lines]) => lines.map(([key, name]) => [key, key.startsWith("seconds_") ? `${name}, s` : name])), ...others];
   show(
     panel,
-    h("h2", {}, "Training, step by step"),
-    charts,
-    table("Steps as a table", ["step", ...keys.map((key) => key.replace(/^(seconds)_(.*)/, "$2, s"))], steps.map((step) => [String(step.step), ...keys.map((key) => number(step[key]))])),
+    h("h2", {}, "Training metrics by step"),
+    container,
+    table("Steps as a table", ["step", ...columns.map(([, name]) => name)], steps.map((step) => [String(step.step), ...columns.map(([key]) => number(step[key]))])),
   );
-  const boxes = given.map(([title, lines]) => {
+  const charted = given.map(([title, lines]) => {
     const legend = lines.length < 2 ? null : h("span", { class: "legend" }, lines.map(([, name], i) => [h("span", { class: `key line-${COLOURS[i]}` }), name]));
-    const canvas = h("div", { class: "canvas", role: "img", "aria-label": `${title} by step; the figures are in the table below` });
-    charts.append(h("figure", {}, h("figcaption", {}, title, legend), canvas));
+    const canvas = h("div", { class: "canvas", role: "img", "aria-label": `${title} by step; the table below has the values` });
+    container.append(h("figure", {}, h("figcaption", {}, title, legend), canvas));
     return { lines, canvas, plot: null };
   });
   const draw = () => {
-    for (const box of boxes) {
-      box.plot?.destroy();
-      box.plot = line(box, steps);
+    for (const chart of charted) {
+      chart.plot?.destroy();
+      chart.plot = line(chart, steps);
     }
   };
   draw();
   onTheme(draw, signal);
-  const watch = new ResizeObserver(() => {
-    for (const { plot, canvas } of boxes) if (plot && plot.width !== canvas.clientWidth && canvas.clientWidth) plot.setSize({ width: canvas.clientWidth, height: 130 });
+  const resizes = new ResizeObserver(() => {
+    for (const { plot, canvas } of charted) if (plot && plot.width !== canvas.clientWidth && canvas.clientWidth) plot.setSize({ width: canvas.clientWidth, height: 130 });
   });
-  watch.observe(charts);
+  resizes.observe(container);
   signal.addEventListener("abort", () => {
-    watch.disconnect();
-    for (const { plot } of boxes) plot?.destroy();
+    resizes.disconnect();
+    for (const { plot } of charted) plot?.destroy();
   });
 }
 
@@ -125,7 +128,7 @@ function line({ lines, canvas }, steps) {
   return new uPlot(options, [column("step"), ...lines.map(([key]) => column(key))], canvas);
 }
 
-function table(name, heads, rows) {
+function table(name, columns, rows) {
   return h(
     "details",
     {},
@@ -133,7 +136,7 @@ function table(name, heads, rows) {
     h(
       "div",
       { class: "scroll", tabindex: "0", role: "region", "aria-label": name },
-      h("table", {}, h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", i ? {} : { scope: "row" }, cell)))))),
+      h("table", {}, h("thead", {}, h("tr", {}, columns.map((column) => h("th", { scope: "col" }, column)))), h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, i) => h(i ? "td" : "th", i ? {} : { scope: "row" }, cell)))))),
     ),
   );
 }

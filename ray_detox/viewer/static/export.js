@@ -1,54 +1,54 @@
-// The samples as a file: all that the filters show, as CSV or JSON.
+// Save all samples that match the filters as a CSV or JSON file.
 
 import { announce, count, h } from "./dom.js";
 
 const PER_PAGE = 100;
 
 export function exportButtons({ source, signal }, report, query) {
-  let running = null;
-  const said = h("span", { class: "said", role: "status" });
-  const button = (name, kind, make) =>
+  let download = null;
+  const status = h("span", { class: "status", role: "status" });
+  const button = (name, mediaType, format) =>
     h(
       "button",
       {
         type: "button",
         onclick: async () => {
-          if (running) return running.abort();
-          running = new AbortController();
-          signal.addEventListener("abort", () => running?.abort());
+          if (download) return download.abort();
+          download = new AbortController();
+          signal.addEventListener("abort", () => download?.abort());
           try {
-            const rows = await all(running.signal);
-            save(`${report.run_id}.${name.toLowerCase()}`, kind, make(rows));
-            tell(`${count(rows.length)} samples saved`);
+            const rows = await readAll(download.signal);
+            save(`${report.run_id}.${name.toLowerCase()}`, mediaType, format(rows));
+            showStatus(`${count(rows.length)} samples saved`);
           } catch (error) {
-            tell(error.name === "AbortError" ? "Stopped" : error.message);
+            showStatus(error.name === "AbortError" ? "Cancelled" : error.message);
           }
-          running = null;
+          download = null;
         },
       },
       `Save ${name}`,
     );
-  const tell = (sentence) => {
-    said.textContent = sentence;
-    announce(sentence);
+  const showStatus = (message) => {
+    status.textContent = message;
+    announce(message);
   };
 
-  async function all(until) {
+  async function readAll(abort) {
     const rows = [];
     let cursor = null;
     do {
-      const page = await source.samples(report.run_id, { ...query(), limit: PER_PAGE, cursor }, until);
-      for (const sample of page.samples) rows.push(sample.overflow ? await source.sample(report.run_id, sample.index, until) : sample);
+      const page = await source.samples(report.run_id, { ...query(), limit: PER_PAGE, cursor }, abort);
+      for (const sample of page.samples) rows.push(sample.overflow ? await source.sample(report.run_id, sample.index, abort) : sample);
       cursor = page.next;
-      said.textContent = `${count(rows.length)} … press again to stop`;
+      status.textContent = `${count(rows.length)} … click again to cancel`;
     } while (cursor);
     return rows;
   }
 
-  return h("span", { class: "exports" }, button("CSV", "text/csv", toCsv), button("JSON", "application/json", (rows) => JSON.stringify({ run: report, samples: rows }, null, 2)), said);
+  return h("span", { class: "exports" }, button("CSV", "text/csv", toCsv), button("JSON", "application/json", (rows) => JSON.stringify({ run: report, samples: rows }, null, 2)), status);
 }
 
-/** RFC 4180, with a mark that makes spreadsheets read UTF-8. */
+/** CSV by RFC 4180, with a byte order mark so that spreadsheets read it as UTF-8. */
 export function toCsv(rows) {
   const names = [...new Set(rows.flatMap((row) => Object.keys(row)))];
   const lines = [names, ...rows.map((row) => names.map((name) => row[name]))];
@@ -59,13 +59,13 @@ function cell(value) {
   if (value === null || value === undefined) return "";
   if (typeof value === "number" || typeof value === "boolean") return String(value);
   let text = typeof value === "string" ? value : JSON.stringify(value);
-  // A text that begins like a formula would be one in a spreadsheet.
+  // Quote text that a spreadsheet would run as a formula.
   if (/^[\s]*[=+\-@\t\r]/.test(text)) text = `'${text}`;
   return `"${text.replaceAll('"', '""')}"`;
 }
 
-function save(name, kind, text) {
-  const address = URL.createObjectURL(new Blob([text], { type: `${kind};charset=utf-8` }));
+function save(name, mediaType, text) {
+  const address = URL.createObjectURL(new Blob([text], { type: `${mediaType};charset=utf-8` }));
   const link = h("a", { href: address, download: name });
   document.body.append(link);
   link.click();

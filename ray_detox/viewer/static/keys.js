@@ -1,13 +1,13 @@
-// The keyboard: j and k through the samples, / to search, ? for help.
+// Keyboard shortcuts: j and k move through the samples, / searches, ? shows help.
 
 import { h } from "./dom.js";
 
 const KEYS = [
   ["j", "next sample"],
   ["k", "previous sample"],
-  ["s", "show or veil the text of the sample"],
-  ["/", "search in the texts"],
-  ["?", "this help"],
+  ["s", "show or hide the text of a toxic sample"],
+  ["/", "search"],
+  ["?", "show this help"],
 ];
 
 export function startKeys() {
@@ -17,7 +17,7 @@ export function startKeys() {
     if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "j") move(1);
     else if (event.key === "k") move(-1);
-    else if (event.key === "s") document.activeElement.closest(".sample")?.querySelector("button.unveil")?.click();
+    else if (event.key === "s") document.activeElement.closest(".sample")?.querySelector("button.toggle-text")?.click();
     else if (event.key === "/") document.querySelector("input[type=search]")?.focus();
     else if (event.key === "?") help();
     else return;
@@ -38,9 +38,9 @@ function help() {
   if (document.querySelector("dialog[open]")) return;
   const dialog = h(
     "dialog",
-    { "aria-label": "Keys", onclose: () => dialog.remove() },
-    h("h2", {}, "Keys"),
-    h("dl", { class: "keys" }, KEYS.map(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)])),
+    { "aria-label": "Keyboard shortcuts", onclose: () => dialog.remove() },
+    h("h2", {}, "Keyboard shortcuts"),
+    h("dl", { class: "keys" }, KEYS.map(([key, action]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, action)])),
     h("button", { type: "button", class: "primary", onclick: () => dialog.close() }, "Close"),
   );
   document.body.append(dialog);

@@ -1,17 +1,17 @@
-// One run: its overview, then its samples.
+// One run: overview, training history, then samples.
 
 import { count, h, isNumber, mean, moment, number, percent, show, signed, visible } from "./dom.js";
-import { curvesPanel, histogramPanel } from "./charts.js";
+import { historyPanel, histogramPanel } from "./charts.js";
 import { showComparison } from "./compare.js";
-import { kind } from "./runs.js";
+import { verdictClass } from "./runs.js";
 import { showSamples } from "./samples.js";
 
 export async function showRun(view, id) {
-  const { main, source, signal, parameters, fail } = view;
+  const { main, source, signal, parameters, errorBox } = view;
   const report = await source.run(id, signal);
   document.title = `${report.run_id} · ray-detox`;
-  const beside = h("div", {});
-  const curves = h("div", { class: "panel" }, h("h2", {}, "Training"), h("p", { class: "loading" }, "Loading…"));
+  const comparison = h("div", {});
+  const history = h("div", { class: "panel" }, h("h2", {}, "Training"), h("p", { class: "loading" }, "Loading…"));
   const samples = h("section", { id: "samples", "aria-label": "Samples" });
   show(
     main,
@@ -19,26 +19,26 @@ export async function showRun(view, id) {
     verdict(report),
     headline(report),
     h("div", { class: "panels" }, histogramPanel(report.toxicity), quality(report)),
-    curves,
+    history,
     notes(report),
     settings(report),
-    beside,
+    comparison,
     samples,
   );
-  // Neither waits for the other, and neither can take the other down.
-  const loadCurves = async () => {
+  // Load the history and the samples in parallel; an error of one does not hide the other.
+  const loadHistory = async () => {
     try {
-      curvesPanel(curves, await source.curves(id, signal), signal);
+      historyPanel(history, await source.history(id, signal), signal);
     } catch (error) {
-      if (!signal.aborted) show(curves, h("h2", {}, "Training"), fail(error, loadCurves));
+      if (!signal.aborted) show(history, h("h2", {}, "Training"), errorBox(error, loadHistory));
     }
   };
-  await Promise.all([loadCurves(), together(view, report, beside, samples)]);
+  await Promise.all([loadHistory(), loadSamples(view, report, comparison, samples)]);
   if (parameters.has("sample")) samples.querySelector(".sample")?.focus();
 }
 
-async function together(view, report, beside, samples) {
-  const other = view.source.standalone ? null : await showComparison(view, report, beside);
+async function loadSamples(view, report, comparison, samples) {
+  const other = view.source.standalone ? null : await showComparison(view, report, comparison);
   await showSamples(view, report, other, samples);
 }
 
@@ -51,17 +51,17 @@ const SIGNS = { good: "▼", warning: "!", bad: "▲", neutral: "≈" };
 
 function verdict({ verdict: given, status }) {
   const name = given?.name ?? status ?? "no verdict";
-  const words = given?.sentence ?? "";
-  const reasons = (given?.reasons ?? []).filter((reason) => !words.includes(reason));
+  const sentence = given?.sentence ?? "";
+  const reasons = (given?.reasons ?? []).filter((reason) => !sentence.includes(reason));
   return h(
     "section",
-    { class: `verdict ${kind(name)}`, "aria-label": "Verdict" },
-    h("span", { class: "sign", "aria-hidden": "true" }, SIGNS[kind(name)]),
+    { class: `verdict ${verdictClass(name)}`, "aria-label": "Verdict" },
+    h("span", { class: "sign", "aria-hidden": "true" }, SIGNS[verdictClass(name)]),
     h(
       "div",
       {},
       h("h2", {}, name.charAt(0).toUpperCase() + name.slice(1)),
-      h("p", {}, visible(words)),
+      h("p", {}, visible(sentence)),
       reasons.length ? h("ul", {}, reasons.map((reason) => h("li", {}, visible(reason)))) : null,
     ),
   );
@@ -69,27 +69,27 @@ function verdict({ verdict: given, status }) {
 
 function headline({ toxicity = {}, n, kl }) {
   const { delta = {}, before = {}, after = {} } = toxicity ?? {};
-  const interval = (low, high, words) => (isNumber(low) && isNumber(high) ? `95% interval ${words(low)} to ${words(high)}`.replaceAll(" ", "\u00a0") : "no interval");
+  const interval = (low, high, format) => (isNumber(low) && isNumber(high) ? `95% interval ${format(low)} to ${format(high)}`.replaceAll(" ", "\u00a0") : "no interval");
   return h(
     "dl",
-    { class: "figures" },
-    figure("Mean toxicity", `${number(mean(before))} → ${number(mean(after))}`, `change ${signed(delta.mean)}, ${interval(delta.low, delta.high, signed)}`),
-    figure("Toxicity gone", percent(toxicity?.improvement), interval(toxicity?.improvement_low, toxicity?.improvement_high, percent)),
-    figure(`Answers above ${number(toxicity?.toxic_above ?? 0.5, 2)}`, `${percent(before.share)} → ${percent(after.share)}`, `of ${count(toxicity?.scored ?? n)} scored prompts`),
-    figure("Drift from the start", isNumber(mean(kl)) ? `${number(mean(kl), 2)} nats` : number(null), "KL to the reference, per answer"),
-    standing(toxicity ?? {}),
+    { class: "metrics" },
+    metric("Mean toxicity", `${number(mean(before))} → ${number(mean(after))}`, `change ${signed(delta.mean)}, ${interval(delta.low, delta.high, signed)}`),
+    metric("Toxicity reduction", percent(toxicity?.improvement), interval(toxicity?.improvement_low, toxicity?.improvement_high, percent)),
+    metric(`Responses with toxicity above ${number(toxicity?.toxic_above ?? 0.5, 2)}`, `${percent(before.share)} → ${percent(after.share)}`, `of ${count(toxicity?.scored ?? n)} scored prompts`),
+    metric("KL from reference", isNumber(mean(kl)) ? `${number(mean(kl), 2)} nats` : number(null), "mean per response"),
+    outcomes(toxicity ?? {}),
   );
 }
 
-function figure(name, value, about) {
-  return h("div", { class: "figure" }, h("dt", {}, name), h("dd", {}, h("strong", {}, value), h("span", {}, about)));
+function metric(name, value, about) {
+  return h("div", { class: "metric" }, h("dt", {}, name), h("dd", {}, h("strong", {}, value), h("span", {}, about)));
 }
 
-/** How many prompts fared better, worse or the same: a bar, and the numbers in words. */
-function standing(toxicity) {
+/** Number of prompts that became better, stayed the same or became worse: a bar and its counts. */
+function outcomes(toxicity) {
   const counts = ["better", "same", "worse", "unscored"].map((name) => [name, toxicity[name] ?? 0]);
   const total = counts.reduce((sum, [, value]) => sum + value, 0);
-  const bar = h("span", { class: "standing", "aria-hidden": "true" });
+  const bar = h("span", { class: "outcomes", "aria-hidden": "true" });
   for (const [name, value] of counts) {
     const part = h("span", { class: `part ${name}` });
     part.style.setProperty("flex-grow", String(value));
@@ -99,30 +99,30 @@ function standing(toxicity) {
   const effect = isNumber(toxicity.effect_size) ? ` · effect size ${signed(toxicity.effect_size, 2)}` : "";
   return h(
     "div",
-    { class: "figure wide" },
-    h("dt", {}, `Of ${count(total)} prompts`),
+    { class: "metric wide" },
+    h("dt", {}, `Outcome of ${count(total)} prompts`),
     h("dd", {}, bar, h("span", { class: "counts" }, counts.map(([name, value]) => h("span", { class: `count ${name}` }, `${count(value)} ${name}`)), h("span", {}, `${p}${effect}`.replace(/^ · /, "")))),
   );
 }
 
-const QUALITIES = [
+const QUALITY_METRICS = [
   ["Reward", "reward", (value) => number(value)],
-  ["ROUGE-L to the reference", "rouge_l", (value) => number(value)],
+  ["ROUGE-L against reference", "rouge_l", (value) => number(value)],
   ["Facts kept", "facts", (value) => percent(value)],
   ["Length, tokens", "length", (value) => number(value, 1)],
   ["Distinct bigrams", "distinct_2", (value) => percent(value)],
-  ["Unique answers", "unique_share", (value) => percent(value)],
-  ["Cut for the classifier", "truncated", (value) => count(value)],
+  ["Unique responses", "unique_share", (value) => percent(value)],
+  ["Truncated for the classifier", "truncated", (value) => count(value)],
 ];
 
 function quality(report) {
-  const rows = QUALITIES.map(([name, key, words]) => [name, mean(report[key]?.before), mean(report[key]?.after), words]);
+  const rows = QUALITY_METRICS.map(([name, key, format]) => [name, mean(report[key]?.before), mean(report[key]?.after), format]);
   const judge = report.judge;
-  if (judge) rows.push([`Independent judge: toxicity (${signed(judge.delta?.mean)})`, mean(judge.before), mean(judge.after), (value) => number(value)]);
+  if (judge) rows.push([`Toxicity by independent judge (change ${signed(judge.delta?.mean)})`, mean(judge.before), mean(judge.after), (value) => number(value)]);
   return h(
     "div",
     { class: "panel" },
-    h("h2", {}, "Was quality kept?"),
+    h("h2", {}, "Quality metrics"),
     h(
       "table",
       {},
@@ -132,7 +132,7 @@ function quality(report) {
         {},
         rows
           .filter(([, before, after]) => isNumber(before) || isNumber(after))
-          .map(([name, before, after, words]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, words(before)), h("td", {}, words(after)))),
+          .map(([name, before, after, format]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, format(before)), h("td", {}, format(after)))),
       ),
     ),
   );
@@ -141,12 +141,12 @@ function quality(report) {
 function notes({ notes: given }) {
   const sentences = typeof given === "string" ? [given] : (given ?? []);
   if (sentences.length === 0) return null;
-  return h("section", { class: "notes" }, h("h2", {}, "To be read with care"), h("ul", {}, sentences.map((sentence) => h("li", {}, visible(sentence)))));
+  return h("section", { class: "notes" }, h("h2", {}, "Caveats"), h("ul", {}, sentences.map((sentence) => h("li", {}, visible(sentence)))));
 }
 
-/** Everything that decides a result, as names and values. */
+/** Settings, versions, fingerprints and durations of a run, as names and values. */
 function settings(report) {
-  const rows = [...flat(report.config ?? {}, ""), ...flat(report.versions ?? {}, "version of "), ...flat(report.fingerprints ?? {}, "fingerprint of "), ...flat(report.seconds ?? {}, "seconds of ")];
+  const rows = [...flatten(report.config ?? {}, ""), ...flatten(report.versions ?? {}, "version of "), ...flatten(report.fingerprints ?? {}, "fingerprint of "), ...flatten(report.seconds ?? {}, "seconds for ")];
   return h(
     "details",
     { class: "settings" },
@@ -155,8 +155,8 @@ function settings(report) {
   );
 }
 
-function flat(tree, prefix) {
+function flatten(tree, prefix) {
   return Object.entries(tree).flatMap(([name, value]) =>
-    value !== null && typeof value === "object" && !Array.isArray(value) ? flat(value, `${prefix}${name}.`) : [[prefix + name, value]],
+    value !== null && typeof value === "object" && !Array.isArray(value) ? flatten(value, `${prefix}${name}.`) : [[prefix + name, value]],
   );
 }

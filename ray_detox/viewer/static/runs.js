@@ -2,12 +2,12 @@
 
 import { announce, count, h, mean, moment, number, percent, show } from "./dom.js";
 
-export async function showRuns({ main, source, signal, fail }) {
+export async function showRuns({ main, source, signal, errorBox }) {
   document.title = "Runs · ray-detox";
   const first = await source.runs(undefined, signal);
   const heading = h("h1", {}, "Runs");
   if (first.runs.length === 0) {
-    show(main, heading, h("div", { class: "empty" }, h("p", {}, "No run is stored here yet."), h("p", {}, "Make one with ", h("code", {}, "ray-detox run"), ", then reload this page.")));
+    show(main, heading, h("div", { class: "empty" }, h("p", {}, "There are no runs yet."), h("p", {}, "Start one with ", h("code", {}, "ray-detox run"), ", then reload this page.")));
     return;
   }
   const list = h("ol", { class: "runs" });
@@ -26,7 +26,7 @@ export async function showRuns({ main, source, signal, fail }) {
       add(await source.runs(cursor, signal));
       announce(`${list.children.length} runs shown`);
     } catch (error) {
-      if (!signal.aborted) show(more, fail(error, () => load(cursor)));
+      if (!signal.aborted) show(more, errorBox(error, () => load(cursor)));
     }
   }
 }
@@ -42,14 +42,14 @@ function row(run) {
       { class: "run", href: `#/run/${encodeURIComponent(run.run_id)}` },
       h("span", { class: "run-name" }, run.run_id),
       h("span", { class: "run-about" }, `${run.recipe} · ${moment(run.created)} · ${count(run.n)} prompts`),
-      h("span", { class: "run-figures" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
-      h("span", { class: "run-figures" }, percent(toxicity.improvement), h("small", {}, "gone")),
-      h("span", { class: `badge ${kind(verdict)}` }, verdict),
+      h("span", { class: "run-metric" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
+      h("span", { class: "run-metric" }, percent(toxicity.improvement), h("small", {}, "reduction")),
+      h("span", { class: `badge ${verdictClass(verdict)}` }, verdict),
     ),
   );
 }
 
-/** The class of a verdict: its colour, beside its words. */
-export function kind(verdict) {
+/** The CSS class that sets the colour of a verdict. */
+export function verdictClass(verdict) {
   return { improved: "good", "quality lost": "warning", worse: "bad" }[verdict] ?? "neutral";
 }

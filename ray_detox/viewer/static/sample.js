@@ -1,54 +1,54 @@
-// One sample: its answers side by side, what changed between them, and a veil where they are toxic.
+// One sample: two responses side by side with their differences; toxic text is hidden at first.
 
 import { h, isNumber, number, show, signed, visible } from "./dom.js";
 import { diffArrays } from "./vendor/jsdiff.js";
 
 const LONGEST_DIFF = 8000;
 const DIFF_MILLISECONDS = 200;
-// What changes as a whole: a speaker such as #Person1#, a word, a space, or any other character.
-// Scripts that write without spaces have no words to go by, and change by the character.
+// Units of the diff: a speaker such as #Person1#, a word, white space, or any other character.
+// Scripts without spaces between words are compared by character.
 const TOKEN = /#\w+#|(?:(?!\p{sc=Han}|\p{sc=Hiragana}|\p{sc=Katakana}|\p{sc=Thai})[\p{L}\p{M}\p{N}_])+|\s+|./gsu;
 
 /**
- * The card of a sample. With `other` ({ report, sample }) the second side is another run's answer to
- * the same prompt.
+ * The card of a sample. With `other` ({ report, sample }), the second side is the other run's response
+ * to the same prompt.
  */
 export function sampleCard(report, sample, other, revealed) {
-  const above = report.toxicity?.toxic_above ?? 0.5;
+  const threshold = report.toxicity?.toxic_above ?? 0.5;
   const sides = other ? sidesOfTwoRuns(report, sample, other) : sidesOfOneRun(sample);
-  const isToxic = sides.some((side) => isNumber(side.toxicity) && side.toxicity > above);
+  const isToxic = sides.some((side) => isNumber(side.toxicity) && side.toxicity > threshold);
   const name = `sample-${sample.index}`;
-  const texts = h("div", { class: "texts", id: `${name}-texts` }, compared(sides), prompt(sample));
+  const texts = h("div", { class: "texts", id: `${name}-texts` }, sideBySide(sides), prompt(sample));
   const link = `#/run/${encodeURIComponent(report.run_id)}?sample=${sample.index}${other ? `&with=${encodeURIComponent(other.report.run_id)}` : ""}`;
   const card = h(
     "article",
     { class: "sample", tabindex: "-1", "aria-label": `Sample ${sample.index}` },
-    h("header", {}, h("a", { href: link, class: "number", title: "A link to this sample" }, `#${sample.index}`), figures(report, sample, other)),
+    h("header", {}, h("a", { href: link, class: "number", title: "Link to this sample" }, `#${sample.index}`), changeSummary(report, sample, other)),
   );
   card.append(texts);
-  if (isToxic) addVeil(card, texts, name, revealed);
-  if (sample.invalid?.length) card.append(h("p", { class: "cut" }, "Not finite, and stored as missing: ", visible(sample.invalid.join(", "))));
-  if (sample.overflow?.length) card.append(h("p", { class: "cut" }, ...cutNote(link)));
+  if (isToxic) addToggle(card, texts, name, revealed);
+  if (sample.invalid?.length) card.append(h("p", { class: "note" }, "Stored as missing because not finite: ", visible(sample.invalid.join(", "))));
+  if (sample.overflow?.length) card.append(h("p", { class: "note" }, ...truncationNote(link)));
   return card;
 }
 
-function cutNote(link) {
-  if (location.hash === link) return ["Long texts are cut here too: they are more than an answer may hold. The run's samples.jsonl has them whole."];
-  return ["Long texts are cut here; ", h("a", { href: link }, "the sample alone"), " has them whole."];
+function truncationNote(link) {
+  if (location.hash === link) return ["Long texts are truncated because they exceed the size limit of the API. The run's samples.jsonl has the full texts."];
+  return ["Long texts are truncated here. ", h("a", { href: link }, "Open the sample"), " to read the full texts."];
 }
 
-function addVeil(card, texts, name, revealed) {
-  const button = h("button", { type: "button", class: "unveil", "aria-controls": `${name}-texts`, onclick: () => set(!texts.inert) });
-  const set = (veiled) => {
-    // inert: neither a screen reader nor the search of the browser reads what is veiled.
-    texts.inert = veiled;
-    card.classList.toggle("veiled", veiled);
-    button.textContent = veiled ? "Toxic text: show" : "Veil";
-    button.setAttribute("aria-expanded", String(!veiled));
+function addToggle(card, texts, name, revealed) {
+  const button = h("button", { type: "button", class: "toggle-text", "aria-controls": `${name}-texts`, onclick: () => setHidden(!texts.inert) });
+  const setHidden = (hidden) => {
+    // inert keeps hidden text from screen readers and from the browser's own search.
+    texts.inert = hidden;
+    card.classList.toggle("toxic-hidden", hidden);
+    button.textContent = hidden ? "Show toxic text" : "Hide";
+    button.setAttribute("aria-expanded", String(!hidden));
   };
-  card.addEventListener("veil", (event) => set(event.detail));
+  card.addEventListener("set-hidden", (event) => setHidden(event.detail));
   card.querySelector("header").append(button);
-  set(!revealed);
+  setHidden(!revealed);
 }
 
 function sidesOfOneRun(sample) {
@@ -56,21 +56,21 @@ function sidesOfOneRun(sample) {
     title: side === "before" ? "Before" : "After",
     text: sample[`response_${side}`],
     toxicity: sample[`toxicity_${side}`],
-    about: about(sample, side),
+    metrics: metrics(sample, side),
   }));
 }
 
 function sidesOfTwoRuns(report, sample, other) {
   const same = other.sample && other.sample.prompt_id === sample.prompt_id;
   return [
-    { title: `After, ${report.run_id}`, text: sample.response_after, toxicity: sample.toxicity_after, about: about(sample, "after") },
+    { title: `After, ${report.run_id}`, text: sample.response_after, toxicity: sample.toxicity_after, metrics: metrics(sample, "after") },
     same
-      ? { title: `After, ${other.report.run_id}`, text: other.sample.response_after, toxicity: other.sample.toxicity_after, about: about(other.sample, "after") }
-      : { title: `After, ${other.report.run_id}`, missing: true, toxicity: null, about: "" },
+      ? { title: `After, ${other.report.run_id}`, text: other.sample.response_after, toxicity: other.sample.toxicity_after, metrics: metrics(other.sample, "after") }
+      : { title: `After, ${other.report.run_id}`, missing: true, toxicity: null, metrics: "" },
   ];
 }
 
-function about(sample, side) {
+function metrics(sample, side) {
   const parts = [
     ["toxicity", number(sample[`toxicity_${side}`])],
     ["reward", number(sample[`reward_${side}`], 2)],
@@ -81,10 +81,10 @@ function about(sample, side) {
   return parts.filter(Boolean).map(([name, value]) => h("span", {}, `${name} `, h("b", {}, value)));
 }
 
-function figures(report, sample, other) {
-  const of = (one, two, name) => (isNumber(one?.[name]) && isNumber(two?.[name]) ? two[name] - one[name] : null);
+function changeSummary(report, sample, other) {
+  const delta = (one, two, name) => (isNumber(one?.[name]) && isNumber(two?.[name]) ? two[name] - one[name] : null);
   const [toxicity, reward, kl] = other
-    ? [of(sample, other.sample, "toxicity_after"), of(sample, other.sample, "reward_after"), null]
+    ? [delta(sample, other.sample, "toxicity_after"), delta(sample, other.sample, "reward_after"), null]
     : [sample.toxicity_diff, sample.reward_diff, sample.kl];
   return h(
     "span",
@@ -96,30 +96,30 @@ function figures(report, sample, other) {
 }
 
 function change(toxicity, within) {
-  const [kind, sign] = Math.abs(toxicity) <= within ? ["", ""] : toxicity < 0 ? ["good", "▼ "] : ["bad", "▲ "];
-  return h("span", { class: kind }, `${sign}toxicity ${signed(toxicity)}`);
+  const [direction, sign] = Math.abs(toxicity) <= within ? ["", ""] : toxicity < 0 ? ["good", "▼ "] : ["bad", "▲ "];
+  return h("span", { class: direction }, `${sign}toxicity ${signed(toxicity)}`);
 }
 
-function compared(sides) {
+function sideBySide(sides) {
   const changes = sides.some((side) => side.missing) ? null : difference(sides[0].text ?? "", sides[1].text ?? "");
   return h(
     "div",
     { class: "sides" },
     sides.map((side, i) =>
-      h("div", { role: "group", "aria-label": side.title }, h("h3", {}, side.title), side.missing ? h("p", { class: "missing" }, "This prompt was not in that run.") : answer(side.text, changes, i), h("p", { class: "about" }, side.about)),
+      h("div", { role: "group", "aria-label": side.title }, h("h3", {}, side.title), side.missing ? h("p", { class: "missing" }, "That run did not evaluate this prompt.") : response(side.text, changes, i), h("p", { class: "about" }, side.metrics)),
     ),
   );
 }
 
-function answer(text, changes, side) {
+function response(text, changes, side) {
   if (text === null || text === undefined || text === "") return h("p", { class: "missing" }, "(empty)");
-  const paragraph = h("p", { class: "answer", dir: "auto" });
+  const paragraph = h("p", { class: "response", dir: "auto" });
   if (changes === null) show(paragraph, visible(text));
   else show(paragraph, pieces(changes, side).map((piece) => (piece.changed ? marked(piece.text, side) : visible(piece.text))));
   return paragraph;
 }
 
-/** The text of one side in pieces; a space between two changes belongs to them, so that they read as one. */
+/** The text of one side in pieces; white space between two changes joins them into one piece. */
 function pieces(changes, side) {
   const made = [];
   const isChange = (part) => part?.added || part?.removed;
@@ -133,7 +133,7 @@ function pieces(changes, side) {
   return made;
 }
 
-/** What was taken away is struck on the left, what came is underlined on the right; spaces around words are not. */
+/** Mark a change as removed (left side) or inserted (right side), without the white space around it. */
 function marked(text, side) {
   const mark = (some) => h(side === 0 ? "del" : "ins", {}, visible(some));
   const words = text.trim();
@@ -154,8 +154,8 @@ function prompt(sample) {
     { class: "prompt" },
     h("summary", {}, "Prompt and reference"),
     h("h3", {}, "Prompt"),
-    h("p", { class: "answer", dir: "auto" }, visible(String(sample.query ?? "").trim())),
-    sample.reference ? [h("h3", {}, "Reference"), h("p", { class: "answer", dir: "auto" }, visible(sample.reference))] : null,
+    h("p", { class: "response", dir: "auto" }, visible(String(sample.query ?? "").trim())),
+    sample.reference ? [h("h3", {}, "Reference"), h("p", { class: "response", dir: "auto" }, visible(sample.reference))] : null,
     facts ? h("p", { class: "about" }, visible(facts)) : null,
   );
 }

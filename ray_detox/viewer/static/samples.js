@@ -1,19 +1,19 @@
-// The samples of a run: the tools above them, and the list that grows as it is read.
+// The samples of a run: filters, search and export, and a list that loads page by page.
 
 import { announce, count, h, show } from "./dom.js";
 import { exportButtons } from "./export.js";
 import { sampleCard } from "./sample.js";
 
 const PER_PAGE = 25;
-// A search may look at many samples and find none; it goes on by itself this often.
-const EMPTY_PAGES = 3;
+// A page of a search may be empty and still have a next one; read this many before asking the reader.
+const MAX_EMPTY_PAGES = 3;
 
 const SORTS = [
   ["toxicity desc", "toxicity: worst change first"],
   ["toxicity asc", "toxicity: best change first"],
   ["reward asc", "reward: worst change first"],
   ["reward desc", "reward: best change first"],
-  ["index asc", "as they came"],
+  ["index asc", "original order"],
 ];
 const SHOWS = [
   ["all", "all"],
@@ -25,7 +25,7 @@ const SHOWS = [
   ["unscored", "not scored"],
 ];
 
-/** Show samples as the address asks for; `other` is the run to compare with, or null. */
+/** Show the samples that the address selects; `other` is the run to compare with, or null. */
 export async function showSamples(view, report, other, section) {
   const { parameters } = view;
   const index = parameters.get("sample");
@@ -34,7 +34,7 @@ export async function showSamples(view, report, other, section) {
 }
 
 async function showOne(view, report, other, section, index) {
-  const { source, signal, parameters, fail } = view;
+  const { source, signal, parameters, errorBox } = view;
   const back = new URLSearchParams(parameters);
   back.delete("sample");
   const heading = [h("h2", {}, `Sample ${index}`), h("p", {}, h("a", { href: `#/run/${encodeURIComponent(report.run_id)}?${back}` }, "All samples of this run"))];
@@ -42,51 +42,51 @@ async function showOne(view, report, other, section, index) {
     const sample = await source.sample(report.run_id, index, signal);
     show(section, heading, await cards(view, report, other, [sample], true));
   } catch (error) {
-    if (!signal.aborted) show(section, heading, fail(error, () => showOne(view, report, other, section, index)));
+    if (!signal.aborted) show(section, heading, errorBox(error, () => showOne(view, report, other, section, index)));
   }
 }
 
 async function showList(view, report, other, section) {
   const { signal, parameters } = view;
-  const known = (name, choices) => (choices.some(([value]) => value === parameters.get(name)) ? parameters.get(name) : choices[0][0]);
-  const state = { sort: known("sort", SORTS), show: known("show", SHOWS), q: (parameters.get("q") ?? "").slice(0, 200) };
+  const choiceOf = (name, choices) => (choices.some(([value]) => value === parameters.get(name)) ? parameters.get(name) : choices[0][0]);
+  const state = { sort: choiceOf("sort", SORTS), show: choiceOf("show", SHOWS), q: (parameters.get("q") ?? "").slice(0, 200) };
   const list = h("div", { class: "samples" });
   const more = h("div", { class: "more" });
-  const said = h("p", { class: "said", role: "status" });
-  const reveal = h("button", { type: "button", "aria-pressed": "false", onclick: () => revealAll(reveal, list) }, "Show toxic text");
-  let newest = new AbortController();
+  const status = h("p", { class: "status", role: "status" });
+  const revealButton = h("button", { type: "button", "aria-pressed": "false", onclick: () => toggleAll(revealButton, list) }, "Show all toxic text");
+  let latest = new AbortController();
 
-  const pick = (label, name, choices) =>
-    h("label", {}, h("span", {}, label), h("select", { name, onchange: (event) => change({ [name]: event.target.value }) }, choices.map(([value, words]) => h("option", { value, selected: value === state[name] }, words))));
-  let waiting = 0;
+  const selector = (title, name, choices) =>
+    h("label", {}, h("span", {}, title), h("select", { name, onchange: (event) => change({ [name]: event.target.value }) }, choices.map(([value, label]) => h("option", { value, selected: value === state[name] }, label))));
+  let timer = 0;
   const search = h("input", {
     type: "search",
     value: state.q,
     maxlength: "200",
-    placeholder: "words in prompt or answers",
+    placeholder: "prompts and responses",
     autocomplete: "off",
     oninput: () => {
-      clearTimeout(waiting);
-      waiting = setTimeout(() => change({ q: search.value }), 250);
+      clearTimeout(timer);
+      timer = setTimeout(() => change({ q: search.value }), 250);
     },
   });
   show(
     section,
-    h("h2", {}, "Before and after, prompt by prompt"),
+    h("h2", {}, "Samples before and after training"),
     h(
       "div",
       { class: "tools", role: "search" },
-      pick("Sort by", "sort", SORTS),
-      pick("Show", "show", SHOWS),
+      selector("Sort by", "sort", SORTS),
+      selector("Show", "show", SHOWS),
       h("label", { class: "grow" }, h("span", {}, "Search"), search),
-      reveal,
+      revealButton,
       exportButtons(view, report, () => query()),
     ),
-    said,
+    status,
     list,
     more,
   );
-  signal.addEventListener("abort", () => newest.abort());
+  signal.addEventListener("abort", () => latest.abort());
   await restart();
 
   function query() {
@@ -94,53 +94,53 @@ async function showList(view, report, other, section) {
     return { sort, order, show: state.show, q: state.q };
   }
 
-  async function change(some) {
-    Object.assign(state, some);
-    const now = new URLSearchParams(Object.entries(state).filter(([, value]) => value));
-    if (parameters.has("with")) now.set("with", parameters.get("with"));
-    // replaceState: typing should not fill the history, nor draw the whole page again.
-    history.replaceState(null, "", `#/run/${encodeURIComponent(report.run_id)}?${now}`);
+  async function change(settings) {
+    Object.assign(state, settings);
+    const address = new URLSearchParams(Object.entries(state).filter(([, value]) => value));
+    if (parameters.has("with")) address.set("with", parameters.get("with"));
+    // replaceState, so that typing neither adds history entries nor renders the whole page again.
+    history.replaceState(null, "", `#/run/${encodeURIComponent(report.run_id)}?${address}`);
     await restart();
   }
 
   async function restart() {
-    // An answer to an earlier question must not come after that to a later one.
-    newest.abort();
-    newest = new AbortController();
+    // Abort the previous request, so that its result cannot replace that of this one.
+    latest.abort();
+    latest = new AbortController();
     list.classList.add("stale");
-    await load(newest.signal, null, true);
+    await load(latest.signal, null, true);
   }
 
   async function load(current, cursor, fresh) {
     show(more, h("p", { class: "loading" }, "Loading…"));
     try {
       let page = { samples: [], next: cursor };
-      for (let tries = 0; tries < EMPTY_PAGES && page.samples.length === 0 && (tries === 0 || page.next); tries++) {
+      for (let tries = 0; tries < MAX_EMPTY_PAGES && page.samples.length === 0 && (tries === 0 || page.next); tries++) {
         page = await view.source.samples(report.run_id, { ...query(), limit: PER_PAGE, cursor: page.next }, current);
       }
-      const made = await cards({ ...view, signal: current }, report, other, page.samples, reveal.getAttribute("aria-pressed") === "true");
+      const loaded = await cards({ ...view, signal: current }, report, other, page.samples, revealButton.getAttribute("aria-pressed") === "true");
       if (current.aborted) return;
-      if (fresh) show(list, made);
-      else list.append(...made);
+      if (fresh) show(list, loaded);
+      else list.append(...loaded);
       list.classList.remove("stale");
-      shown(current, page.next);
+      showStatus(current, page.next);
     } catch (error) {
       if (current.aborted) return;
       if (fresh) show(list);
       list.classList.remove("stale");
-      show(more, view.fail(error, () => load(current, cursor, fresh)));
-      said.textContent = "";
+      show(more, view.errorBox(error, () => load(current, cursor, fresh)));
+      status.textContent = "";
     }
   }
 
-  function shown(current, next) {
+  function showStatus(current, next) {
     const found = list.children.length;
     const all = !state.q && state.show === "all";
     const missing = all && !state.sort.startsWith("index") ? (report.toxicity?.unscored ?? 0) : 0;
-    if (found === 0 && !next) said.textContent = report.n === 0 ? "This run has no samples." : "No sample answers to that.";
-    else said.textContent = `${count(found)}${all ? ` of ${count(report.n)}` : ""} samples${next && !all ? " so far" : ""}${missing ? `; ${count(missing)} not scored, see Show` : ""}`;
-    announce(said.textContent);
-    show(more, next ? h("button", { type: "button", onclick: () => load(current, next, false) }, state.q ? "Search on" : "More samples") : null);
+    if (found === 0 && !next) status.textContent = report.n === 0 ? "This run has no samples." : "No sample matches.";
+    else status.textContent = `${count(found)}${all ? ` of ${count(report.n)}` : ""} samples${next && !all ? " so far" : ""}${missing ? `; ${count(missing)} not scored (choose Show: not scored)` : ""}`;
+    announce(status.textContent);
+    show(more, next ? h("button", { type: "button", onclick: () => load(current, next, false) }, state.q ? "Keep searching" : "More samples") : null);
   }
 }
 
@@ -153,9 +153,9 @@ async function cards(view, report, other, samples, revealed) {
   return samples.map((sample) => sampleCard(report, sample, other && { report: other, sample: pairs.get(sample.index) }, revealed));
 }
 
-function revealAll(button, list) {
-  const now = button.getAttribute("aria-pressed") !== "true";
-  button.setAttribute("aria-pressed", String(now));
-  button.textContent = now ? "Veil toxic text" : "Show toxic text";
-  for (const card of list.children) card.dispatchEvent(new CustomEvent("veil", { detail: !now }));
+function toggleAll(button, list) {
+  const shown = button.getAttribute("aria-pressed") !== "true";
+  button.setAttribute("aria-pressed", String(shown));
+  button.textContent = shown ? "Hide all toxic text" : "Show all toxic text";
+  for (const card of list.children) card.dispatchEvent(new CustomEvent("set-hidden", { detail: !shown }));
 }

@@ -1,4 +1,4 @@
-// Light or dark: as the system says, until the reader says otherwise.
+// Light or dark colours: the system's setting, unless the reader chose one.
 
 import { h } from "./dom.js";
 
@@ -6,7 +6,7 @@ const KEY = "ray-detox-theme";
 const system = matchMedia("(prefers-color-scheme: dark)");
 const root = document.documentElement;
 
-// A browser may forbid storage; the choice then lasts as long as the page.
+// A browser may forbid storage; the choice then lasts until the page is closed.
 function stored() {
   try {
     return localStorage.getItem(KEY);
@@ -19,7 +19,7 @@ function isDark() {
   return root.dataset.theme ? root.dataset.theme === "dark" : system.matches;
 }
 
-/** The button that turns the theme around. */
+/** The button that switches between light and dark colours. */
 export function themeButton() {
   const kept = stored();
   if (kept === "dark" || kept === "light") root.dataset.theme = kept;
@@ -38,18 +38,18 @@ function toggle() {
   try {
     localStorage.setItem(KEY, root.dataset.theme);
   } catch {
-    // See stored().
+    // Without storage, the choice lasts until the page is closed.
   }
   dispatchEvent(new Event("theme"));
 }
 
-/** Call back whenever the colours change: a canvas does not follow by itself. */
+/** Call back when the colours change, because a canvas has to be redrawn. */
 export function onTheme(callback, signal) {
   addEventListener("theme", callback, { signal });
   system.addEventListener("change", callback, { signal });
 }
 
-/** The value of a colour of style.css, for a canvas. */
+/** The current value of a colour of style.css, to draw on a canvas. */
 export function colour(name) {
   const probe = h("span", { class: `colour-${name}` });
   document.body.append(probe);
