@@ -1,6 +1,7 @@
 """How many workers there is room for, on nodes that come and go; without Ray, by a clock of our own."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,10 +131,10 @@ def test_a_person_who_stops_the_run_does_not_wait_for_nodes(monkeypatch):
 def look(nodes, until, count=2, step_s=5.0, step=10):
     """Seconds until a group of `count` workers hears that there is room for one more; or None."""
     more = workers.UpscaleTrigger(CONFIG, NEED, nodes, count, clock=lambda: nodes.now)
-    more.step_took({"step": step, "seconds": step_s})
+    more.on_step(SimpleNamespace(step=step, seconds=step_s))
     while nodes.now < until:
         nodes.sleep(1.0)
-        if more.is_there():
+        if more.is_due():
             return nodes.now
     return None
 

@@ -22,6 +22,7 @@ from ray_detox.config import (
 )
 from ray_detox.data.shards import PromptShards
 from ray_detox.models.loading import load_policy
+from ray_detox.records import UpdateStats
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
 from ray_detox.rl.learner import Learner, NonFiniteError
@@ -294,12 +295,14 @@ def test_a_checkpoint_survives_the_disk(config, make_policy, make_rollout, tmp_p
     rollout = make_rollout(policy, 8)
     learner.update(rollout, learner.targets(rollout), step=0)
     learner.kl_coef = 0.123
+    numbers = {f.name: 0.5 for f in dataclasses.fields(UpdateStats)}
+    stats = UpdateStats(**(numbers | {"step": 7, "terms": {"length": 2.0}}))
 
-    checkpoint.write(tmp_path, policy, learner, config, 7, curves=[{"step": 7, "score": 0.5}])
-    step, curves = checkpoint.read(tmp_path, other, taken_up)
+    checkpoint.write(tmp_path, policy, learner, config, 7, history=[stats])
+    step, history = checkpoint.read(tmp_path, other, taken_up)
 
     assert (step, taken_up.kl_coef) == (7, 0.123)
-    assert curves == [{"step": 7, "score": 0.5}]
+    assert history == [stats]
     for one, two in ((policy.trainable(), other.trainable()), states(learner, taken_up)):
         assert all(torch.equal(one[name], two[name]) for name in one)
 

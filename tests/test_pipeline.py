@@ -17,7 +17,7 @@ from ray_detox.stages import errors
 def run_where(stages, tmp_path, monkeypatch):
     """Run the recipe lab with `stages` in place of its stages."""
     folder = RunFolder(tmp_path, "first")
-    monkeypatch.setattr(pipeline, "_run_stages", lambda *args: stages(folder))
+    monkeypatch.setattr(pipeline, "_run_stages", lambda *args, **kwargs: stages(folder))
     pipeline.run(load_config("lab"), folder, Console(io.StringIO()))
 
 

@@ -12,7 +12,8 @@ data as well. Where checkpoints are kept is `checkpoint_store.py`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from ray_detox import __version__
 from ray_detox.config import RunConfig
 from ray_detox.models.policy import Policy
+from ray_detox.records import UpdateStats
 from ray_detox.rl.learner import Learner
 
 FORMAT = 1
@@ -32,13 +34,13 @@ def write(
     learner: Learner,
     config: RunConfig,
     step: int,
-    history: Sequence[Mapping[str, Any]] = (),
+    history: Sequence[UpdateStats] = (),
 ) -> None:
     """Write the state after `step` steps into an empty folder; `history` are their figures."""
     policy.save_adapter(folder / "adapter")
     policy.save_value_head(folder / "value_head.safetensors")
     save_file(learner.optimiser_state(), folder / "optimiser.safetensors")
-    lines = "".join(json.dumps(row) + "\n" for row in history)
+    lines = "".join(json.dumps(asdict(row)) + "\n" for row in history)
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     state = {
         "format": FORMAT,
@@ -51,7 +53,7 @@ def write(
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[dict[str, Any]]]:
+def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[UpdateStats]]:
     """Take up the state that `write` left; its step, and the figures of the steps so far.
 
     Raises:
@@ -63,7 +65,7 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[dict
     learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
     learner.kl_coef = float(state["kl_coef"])
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return int(state["step"]), [json.loads(line) for line in lines]
+    return int(state["step"]), [UpdateStats(**json.loads(line)) for line in lines]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

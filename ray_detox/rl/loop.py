@@ -8,7 +8,6 @@ What the loop asks of its surroundings is the small `Runtime` protocol. `stages/
 one for a Ray Train worker; `LocalRuntime` here is a process by itself.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def train(
     """
     learner = Learner(policy, config.ppo, config.seed, runtime.sum_over_workers)
     found = runtime.restore(lambda folder: checkpoint.read(folder, policy, learner))
-    step, history = found or (0, [])
+    step, history = found or (0, list[UpdateStats]())
     stop = False
 
     def save(objective: float | None, last: bool) -> None:
@@ -132,7 +131,7 @@ def train(
         stop_here = runtime.rank == 0 and runtime.should_stop()
         stats, stop = _count(runtime, collected, targets, update, step, kl_coef, seconds, stop_here)
         learner.adapt_kl_coef(stats.kl)
-        history.append(dataclasses.asdict(stats))
+        history.append(stats)
         if runtime.rank == 0:
             runtime.log(stats)
         last = stop or step == config.train.steps

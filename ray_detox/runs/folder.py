@@ -9,6 +9,7 @@ The result is written here before any store sees it, so that no store can lose a
 
 import json
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
+from ray_detox.runs.checkpoint_store import write_files
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
@@ -43,6 +45,20 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter, as plain peft loads it."""
         return self.path / "adapter"
+
+    def write_adapter(self, checkpoint: Mapping[str, bytes]) -> None:
+        """Write the adapter of a checkpoint, whole or not at all.
+
+        Args:
+            checkpoint: contents of a checkpoint's files by name; those under `adapter/` count.
+        """
+        part = self.adapter.with_name(self.adapter.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        prefix = "adapter/"
+        files = {n.removeprefix(prefix): c for n, c in checkpoint.items() if n.startswith(prefix)}
+        write_files(files, part)
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        part.rename(self.adapter)
 
     def require_adapter(self) -> None:
         """Refuse a run that has not finished training.

@@ -7,6 +7,21 @@ from contextlib import contextmanager
 from ray_detox.config import ConfigError
 
 
+class Stopped(Exception):
+    """A person asked the run to end early; it left a checkpoint."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+        """Steps done."""
+        self.signal_number = signal_number
+        """Signal with which the person asked."""
+
+
+class NotStored(RuntimeError):
+    """The run is complete, but the result store did not take its result."""
+
+
 class StageError(RuntimeError):
     """A Ray task failed; the message is its cause, in one line."""
 

@@ -23,6 +23,7 @@ from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.storage import Storage, StorageError
 from ray_detox.stages.cluster.admission import CapacityWatchdog
+from ray_detox.stages.events import PromptsMeasured
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 
 AdapterFiles = dict[str, bytes]
@@ -66,7 +67,7 @@ def measure_shard(
             scorer,
             rows,
             config,
-            on_done=lambda count: progress.put.remote({"kind": "measured", "prompts": count}),
+            on_done=lambda count: progress.put.remote(PromptsMeasured(count)),
         )
     finally:
         scorer.close()
@@ -86,7 +87,7 @@ def run_evaluation(
     rows: Sequence[Mapping[str, Any]],
     directory: Any,
     need: Needs,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: Callable[[PromptsMeasured], None],
     storage: Storage | None = None,
 ) -> Samples:
     """Measure all rows on `evaluate.shards` tasks; samples come back in the rows' order.
@@ -97,7 +98,7 @@ def run_evaluation(
         rows: held-out rows from `ingest`.
         directory: of the reward pool.
         need: resolved for this cluster.
-        on_event: told of prompts that are measured.
+        on_event: called with the number of prompts that were measured.
         storage: where measured shards are kept, and found again; None keeps none.
 
     Raises:
@@ -111,7 +112,7 @@ def run_evaluation(
     for number in range(count):
         if (earlier := kept.read(number)) is not None:
             found[number] = earlier
-            on_event({"kind": "measured", "prompts": len(earlier)})
+            on_event(PromptsMeasured(len(earlier)))
 
     task = measure_shard.options(
         num_cpus=config.cluster.cpus_per_worker, num_gpus=need.gpus_per_worker
@@ -123,7 +124,7 @@ def run_evaluation(
         for number, shard in enumerate(shards)
         if number not in found
     }
-    patience = CapacityWatchdog(config, need.evaluation)
+    watchdog = CapacityWatchdog(config, need.evaluation)
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=EVENT_POLL_S)
         for ref in done:
@@ -133,7 +134,7 @@ def run_evaluation(
         events = ray.get(progress.take.remote(), timeout=ACTOR_TIMEOUT_S)
         for event in events:
             on_event(event)
-        patience.check(something_happened=bool(done or events))
+        watchdog.check(something_happened=bool(done or events))
     ray.kill(progress)
     samples: Samples = [{} for _ in rows]
     for number, shard in enumerate(shards):

@@ -1,5 +1,6 @@
 """The final Ray task: summarise the run, write its files and store its result."""
 
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ import ray
 
 from ray_detox.config import RunConfig
 from ray_detox.runs.folder import RunFolder
+from ray_detox.stages.cluster.nodes import on_this_node
+from ray_detox.stages.errors import NotStored
 
 
 @ray.remote(num_cpus=0, max_retries=3)
@@ -44,3 +47,43 @@ def store_result(
     except StoreError as error:
         return report, samples, str(error)
     return report, samples, None
+
+
+def finish(
+    config: RunConfig,
+    folder: RunFolder,
+    samples: list[dict[str, Any]],
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Run the final task on the driver's node, and return the report.
+
+    Args:
+        config: of the run.
+        folder: of the run, on this machine.
+        samples: from `run_evaluation`.
+        facts: further arguments of `summarise`.
+        overwrite: replace a stored run of the same id; for runs that were resumed.
+
+    Raises:
+        NotStored: the report is in the run's folder, but the store did not take it.
+    """
+    # The run's folder and the SQLite store are on this machine.
+    task = store_result.options(scheduling_strategy=on_this_node())
+    report, _, problem = ray.get(
+        task.remote(
+            config,
+            RunFolder(folder.output.resolve(), folder.run_id),
+            samples,
+            facts,
+            attempt=secrets.token_hex(8),
+            overwrite=overwrite,
+        )
+    )
+    if problem:
+        raise NotStored(
+            f"The run is complete and its report is in {folder.path}, but it could not be stored: "
+            f"{problem} Repeat that step alone with: ray-detox publish {folder.run_id}"
+        )
+    return report

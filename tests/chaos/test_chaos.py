@@ -53,7 +53,7 @@ def test_a_run_goes_on_with_fewer_workers_and_grows_back(tmp_path):
 
     assert ended.codes == [0], ended.text
     # Two nodes of 2 CPUs: the reward actor and three workers. One: the actor and one worker.
-    counts = [int(n) for n in re.findall(r"going on from step \d+ with (\d) worker", ended.text)]
+    counts = [int(n) for n in re.findall(r"resuming from step \d+ with (\d) worker", ended.text)]
     assert re.search("train .* on 1..3 worker", ended.text)
     # What a controller held that was killed is free again, or there would be room for none.
     assert counts == [1, 3, 3]

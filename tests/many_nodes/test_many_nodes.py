@@ -133,8 +133,8 @@ def test_ray_found_out_by_itself_while_the_node_lived_on(story):
 
 def test_the_run_went_on_with_fewer_workers_from_where_it_was(story):
     said = story.ended.text
-    first, _, _ = said.partition("going on from step")
-    ((step, workers),) = re.findall(r"going on from step (\d+) with (\d) work", said)
+    first, _, _ = said.partition("resuming from step")
+    ((step, workers),) = re.findall(r"resuming from step (\d+) with (\d) work", said)
 
     placed = re.findall(r"worker (\d) on node (\w+)", first)
     assert sorted(rank for rank, _ in placed) == ["0", "1", "2"]

@@ -34,7 +34,9 @@ from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.storage import Storage
 from ray_detox.stages import train
+from ray_detox.stages.events import CheckpointTaken, StepDone
 from ray_detox.stages.progress import start_progress
+from ray_detox.stages.worker import TrainJob
 from ray_detox.store.dynamodb import DynamoDBStore
 
 pytestmark = pytest.mark.ray
@@ -294,11 +296,12 @@ def test_what_an_earlier_group_says_late_is_not_heard(tmp_path):
     config, heard = load_config("lab"), []
     kept = SimpleNamespace(newest=None, put=lambda checkpoint: heard.append(checkpoint))
     told = start_progress()
-    job = {"progress": told}
-    group = train._Group(config, needs(config, 0), None, job, 1, kept, str(tmp_path), heard.append)
-    step = {"kind": "step", "stats": {"step": 9, "seconds": 1.0}, "group": group.name}
-    late = step | {"stats": {"step": 3, "seconds": 1.0}, "group": "group-1"}
-    checkpoint = {"kind": "checkpoint", "checkpoint": "of step 3", "group": "group-1"}
+    job = TrainJob(config, "group-2", told, directory=None, shards=[], start=None)
+    need = needs(config, 0)
+    group = train.WorkerGroup(job, need, None, 1, kept, str(tmp_path), heard.append)
+    step = StepDone("group-2", SimpleNamespace(step=9, seconds=1.0))
+    late = StepDone("group-1", SimpleNamespace(step=3, seconds=1.0))
+    checkpoint = CheckpointTaken("group-1", "of step 3")
 
     for event in (late, step, checkpoint):
         ray.get(told.put.remote(event))

@@ -6,10 +6,11 @@ step computes does not depend on how many they are.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
+from ray_detox.records import UpdateStats
 from ray_detox.resources import Needs, shortfall_beside, workers_that_fit
 from ray_detox.stages.cluster.nodes import free_nodes
 
@@ -88,11 +89,11 @@ class UpscaleTrigger:
         self._looked = self._since = clock()
         self._left_s = float("inf")
 
-    def step_took(self, stats: Mapping[str, Any]) -> None:
-        """Learn from a step how long the rest of the training will take."""
-        self._left_s = (self._config.train.steps - stats["step"]) * stats["seconds"]
+    def on_step(self, stats: UpdateStats) -> None:
+        """Estimate from a step how long the rest of the training will take."""
+        self._left_s = (self._config.train.steps - stats.step) * stats.seconds
 
-    def is_there(self) -> bool:
+    def is_due(self) -> bool:
         """Whether a group with more workers should take over."""
         long_s = self._config.cluster.upscale_delay_s
         # Starting a group takes a while, too: what is left must be worth it.

@@ -1,0 +1,227 @@
+"""A session: a connected cluster and a pool of reward actors, on which the stages of a run work.
+
+    open_session --> Session.ingest --> Session.train --> Session.measure --> Session.finish
+                        |                  |                  |
+                     console            checkpoints,       shards kept
+                                        metrics, adapter   in storage
+
+Each method is one stage as a person sees it: it announces itself, shows progress, and says what
+it made. Import this module only after the connection: Ray reads its environment when imported.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_detox.config import RunConfig
+from ray_detox.data.files import Source
+from ray_detox.resources import Needs
+from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter
+from ray_detox.runs.console import Console, step_line
+from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.metrics_log import MetricsLog
+from ray_detox.runs.resume import run_storage
+from ray_detox.signals import stop_on_signal
+from ray_detox.stages.cluster.admission import (
+    CapacityWatchdog,
+    requesting_workers,
+    run_with_watchdog,
+)
+from ray_detox.stages.cluster.nodes import place_actors
+from ray_detox.stages.errors import Stopped
+from ray_detox.stages.evaluate import pack_adapter, run_evaluation
+from ray_detox.stages.events import GroupLost, GroupStarted, StepDone, TrainingEvent, WorkerStarted
+from ray_detox.stages.finish import finish
+from ray_detox.stages.ingest import Ingested, RowCounts, ingest
+from ray_detox.stages.rewards.pool import RewardPool
+from ray_detox.stages.train import TrainingOutcome, run_training
+
+MODEL_LOAD_TIMEOUT_S = 300.0
+"""Shortest wait for the reward actors to load their model; some fetch it first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """What the report says about a run's training beside its metrics."""
+
+    outcome: TrainingOutcome
+    best_step: int | None
+    """Step of the best checkpoint by PPO's objective."""
+    checkpoint_seconds: float | None
+    """Median time to store a checkpoint."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as plain values, without those that this process did not measure."""
+        facts = asdict(self.outcome) | {
+            "best_step": self.best_step,
+            "checkpoint_seconds": self.checkpoint_seconds,
+        }
+        del facts["step"], facts["stopped"]  # a report has its own `steps`, and is not stopped
+        unmeasured = [n for n in ("loop_seconds", "peak_mb") if facts[n] is None]
+        return {name: value for name, value in facts.items() if name not in unmeasured}
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A connected cluster with the reward actors of one run."""
+
+    config: RunConfig
+    console: Console
+    need: Needs
+    """Resources of the run, resolved for this cluster."""
+    pool: RewardPool
+
+    def ingest(self, source: Source) -> Ingested:
+        """Prepare the prompts while the reward actors load their model; wait for both."""
+        config = self.config
+        origin = "the embedded corpus" if config.data.path == "lab" else config.data.path
+        with self.console.stage("ingest", f"prompts from {origin}") as lines:
+            watchdog = CapacityWatchdog(config, self.need.preparation)
+            data = run_with_watchdog(lambda: ingest(config, source), watchdog)
+            lines += describe_rows(data.counts)
+        with self.console.stage(
+            "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
+        ) as lines:
+            actors = self.pool.wait(
+                timeout_s=max(MODEL_LOAD_TIMEOUT_S, config.cluster.capacity_timeout_s)
+            )
+            lines += [
+                f"actor {i} on node {actor['node']}, {actor['device']}"
+                for i, actor in enumerate(actors)
+            ]
+        return data
+
+    def train(self, folder: RunFolder, shards: Sequence[Any]) -> TrainingFacts:
+        """Train, and leave the trained adapter and all metrics in the run's folder.
+
+        Args:
+            folder: of the run.
+            shards: from `ingest`.
+
+        Raises:
+            Stopped: a person asked the run to end; the newest checkpoint is kept.
+            TrainingError: training failed; the newest checkpoint is kept.
+        """
+        config = self.config
+        store = CheckpointStore(run_storage(config, folder), config.train.checkpoints_kept)
+        writer = CheckpointWriter(store, store.newest(on_damage=self._say), on_event=self._say)
+        metrics = MetricsLog(folder.path)
+        with (
+            self.console.stage("train", self._describe_training()) as lines,
+            closing(writer),
+            closing(metrics),
+            stop_on_signal(self.console) as stop,
+        ):
+            if writer.newest is not None and writer.newest.step >= config.train.steps:
+                outcome = TrainingOutcome(step=writer.newest.step)
+            else:
+                with requesting_workers(config, self.need):
+                    outcome = run_training(
+                        config,
+                        shards,
+                        self.pool,
+                        self.need,
+                        writer,
+                        on_event=lambda event: self._show(event, metrics),
+                        stop_requested=stop.event,
+                    )
+            if outcome.stopped and writer.newest is None:
+                raise Stopped(0, stop.signal_number)
+            assert writer.newest is not None, "training ended without a checkpoint"
+            # The driver may have been killed between a checkpoint and its metrics.
+            metrics.complete(writer.newest.files["metrics.jsonl"].decode())
+            if outcome.stopped:
+                raise Stopped(outcome.step, stop.signal_number)
+            folder.write_adapter(writer.newest.files)
+            lines.append(f"adapter saved to {folder.adapter}, {_megabytes(folder.adapter)}")
+        seconds = statistics.median(writer.seconds) if writer.seconds else None
+        return TrainingFacts(outcome, store.best(), seconds)
+
+    def measure(
+        self, folder: RunFolder, rows: list[dict[str, Any]], *, keep: bool = True
+    ) -> list[dict[str, Any]]:
+        """Generate and score a response to each held-out prompt, before and after training.
+
+        Args:
+            folder: of the run, with its adapter.
+            rows: held-out rows from `ingest`.
+            keep: keep each measured shard in the run's storage, and use those that are kept.
+        """
+        with (
+            self.console.stage("evaluate", f"{len(rows)} held-out prompts, before and after"),
+            self.console.bar(len(rows), "prompts") as bar,
+        ):
+            return run_evaluation(
+                self.config,
+                pack_adapter(folder.adapter),
+                rows,
+                self.pool.directory,
+                self.need,
+                on_event=lambda event: bar.add(event.prompts),
+                storage=run_storage(self.config, folder) if keep else None,
+            )
+
+    def finish(
+        self,
+        folder: RunFolder,
+        samples: list[dict[str, Any]],
+        facts: dict[str, Any],
+        *,
+        overwrite: bool,
+    ) -> dict[str, Any]:
+        """Summarise and store the run on the driver's node; see `stages.finish.finish`."""
+        return finish(self.config, folder, samples, facts, overwrite=overwrite)
+
+    def _say(self, text: str) -> None:
+        self.console.line(f"{'':<9} {text}")
+
+    def _show(self, event: TrainingEvent, metrics: MetricsLog) -> None:
+        """Print an event of the training, and store the metrics of a step."""
+        match event:
+            case StepDone(stats=stats):
+                metrics.add(asdict(stats) | {"pool": self.pool.metrics()})
+                self.console.line(step_line(asdict(stats), self.config.train.steps))
+            case WorkerStarted():
+                self._say(
+                    f"worker {event.rank} on node {event.node[:8]}, {event.device}, "
+                    f"{event.prompts:,} prompts"
+                )
+            case GroupStarted(number=0):
+                pass  # the stage has announced the first group
+            case GroupStarted():
+                self._say(f"resuming from step {event.step} with {event.workers} worker(s)")
+            case GroupLost():
+                self._say(f"{event.cause}; the newest checkpoint is that of step {event.step}")
+
+    def _describe_training(self) -> str:
+        config, gpus = self.config, self.need.gpus_per_worker
+        each = f"{gpus:g} GPU" if gpus else f"{config.cluster.cpus_per_worker:g} CPU"
+        return (
+            f"{config.train.steps} PPO steps of {config.ppo.prompts_per_step} prompts on "
+            f"{config.train.workers} worker(s) with {each} each"
+        )
+
+
+@contextmanager
+def open_session(config: RunConfig, console: Console, need: Needs) -> Iterator[Session]:
+    """Start the reward actors, which load their model while the caller continues."""
+    with closing(RewardPool(config, need.gpus_per_actor, place_actors(need))) as pool:
+        yield Session(config, console, need, pool)
+
+
+def describe_rows(counts: RowCounts) -> list[str]:
+    """Say how many rows were read and used, and why the others were left out."""
+    lines = [
+        f"{counts.read:,} rows read, {counts.train:,} to train on, {counts.held_out:,} held out"
+    ]
+    for reason, count in counts.left_out.items():
+        names = ", ".join(counts.examples.get(reason, []))
+        lines.append(f"left out {count:,}: {reason} ({names}{', ...' if count > 3 else ''})")
+    return lines
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB"
