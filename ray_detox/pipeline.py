@@ -23,6 +23,7 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
 from ray_detox.models.sources import fingerprint, folder_fingerprint
 from ray_detox.recipes.loading import config_from_dict
+from ray_detox.rewards.messages import ActorReport
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
 from ray_detox.runs.console import Console, step_line
 from ray_detox.runs.folder import RunFolder
@@ -126,7 +127,7 @@ def _run_stages(
             "seconds": dict(console.seconds),
             "fingerprints": _fingerprints(config, folder, data),
             "training": {name: value for name, value in outcome.items() if name not in _NO_FACTS}
-            | {"actors": [_brief(actor) for actor in pool.describe()]},
+            | {"actors": [_brief(report) for report in pool.describe()]},
         }
         return _finish(config, folder, samples, facts, resume)
 
@@ -134,8 +135,12 @@ def _run_stages(
 _NO_FACTS = ("step", "stopped")
 
 
-def _brief(actor: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: actor[name] for name in ("texts", "peak_mb", "device")}
+def _brief(report: ActorReport) -> dict[str, Any]:
+    return {
+        "texts": report.state.texts,
+        "peak_mb": report.peak_mb,
+        "device": report.device,
+    }
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -197,8 +202,8 @@ def _ingest(
     with console.stage(
         "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
     ) as made:
-        about = pool.wait(timeout_s=max(300.0, config.cluster.capacity_timeout_s))
-        made += [f"actor {i} on node {a['node']}, {a['device']}" for i, a in enumerate(about)]
+        actors = pool.wait(timeout_s=max(300.0, config.cluster.capacity_timeout_s))
+        made += [f"actor {i} on node {a.node}, {a.device}" for i, a in enumerate(actors)]
     return data
 
 
@@ -259,7 +264,7 @@ def _train(
 
     def on_event(event: Mapping[str, Any]) -> None:
         if event["kind"] == "step":
-            metrics.add(dict(event["stats"]) | {"pool": pool.metrics()})
+            metrics.add(dict(event["stats"]) | {"pool": asdict(pool.metrics())})
             console.line(step_line(event["stats"], config.train.steps))
         elif event["kind"] == "worker":
             said(
