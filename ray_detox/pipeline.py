@@ -177,6 +177,6 @@ def _fingerprints(config: RunConfig, folder: RunFolder, data: "Ingested") -> dic
 def _actors(session: "Session") -> list[dict[str, Any]]:
     """Return what the report says about each reward actor."""
     return [
-        {name: actor[name] for name in ("texts", "peak_mb", "device")}
-        for actor in session.pool.describe()
+        {"texts": report.state.texts, "peak_mb": report.peak_mb, "device": report.device}
+        for report in session.pool.describe()
     ]

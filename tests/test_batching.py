@@ -1,4 +1,4 @@
-"""Calls of many threads before one model: the same scores, alone or in company."""
+"""Calls of many threads to one model: the same bits one by one, close scores in shared batches."""
 
 import threading
 import time
@@ -14,46 +14,46 @@ from ray_detox.rewards.reward import Reward
 
 CALLERS = 4
 
+may_continue = threading.Event()
 
-go_on = threading.Event()
 
-
-def obey(completions, told, **_):
-    if "raise" in told:
-        raise KeyError("told to")
-    if "wait" in told:
-        go_on.wait(timeout=60)
+def scripted(completions, script, **_):
+    """A reward term that does what the column `script` says, then returns the lengths."""
+    if "raise" in script:
+        raise KeyError("as scripted")
+    if "wait" in script:
+        may_continue.wait(timeout=60)
     return [float(len(text)) for text in completions]
 
 
 def reward_of(folder, **changes):
-    term = RewardTerm(function=f"{__name__}.obey", weight=0.5)
+    term = RewardTerm(function=f"{__name__}.scripted", weight=0.5)
     return Reward(RewardConfig(model=str(folder), terms=(term,), **changes))
 
 
-def call_of(caller, told=""):
+def request_of(caller, script=""):
     responses = [chr(97 + caller) * (7 * caller + i) for i in range(4)]
-    return ScoreRequest(["p"] * 4, responses, [[1]] * 4, {"told": [told] * 4})
+    return ScoreRequest(["p"] * 4, responses, [[1]] * 4, {"script": [script] * 4})
 
 
-def score_together(model, told=None):
-    """All callers at once: another call holds the model until all of theirs queue before it."""
-    go_on.clear()
+def score_together(model, failing=None):
+    """Score for all callers at once: a first call holds the model until all of theirs are queued."""
+    may_continue.clear()
     with ThreadPoolExecutor(CALLERS + 1) as threads:
-        threads.submit(model.score, call_of(0, "wait"))
-        while model.state()["passes"] == 0:
+        threads.submit(model.score, request_of(0, "wait"))
+        while model.state().passes == 0:
             time.sleep(0.001)
-        calls = [call_of(i, "raise" if i == told else "") for i in range(CALLERS)]
-        futures = [threads.submit(model.score, call) for call in calls]
-        while model.state()["held"] < 4 * (CALLERS + 1):
+        requests = [request_of(i, "raise" if i == failing else "") for i in range(CALLERS)]
+        futures = [threads.submit(model.score, request) for request in requests]
+        while model.state().held < 4 * (CALLERS + 1):
             time.sleep(0.001)
-        go_on.set()
+        may_continue.set()
     return futures
 
 
-def test_alone_each_call_has_the_very_bits_of_the_reward(tiny_roberta):
+def test_calls_scored_one_by_one_equal_the_reward_bit_for_bit(tiny_roberta):
     reward = reward_of(tiny_roberta, batch_size=3)
-    expected = [reward(call_of(caller)) for caller in range(CALLERS)]
+    expected = [reward(request_of(caller)) for caller in range(CALLERS)]
     model = ModelThread(reward, ServingConfig())
 
     found = [future.result() for future in score_together(model)]
@@ -61,24 +61,24 @@ def test_alone_each_call_has_the_very_bits_of_the_reward(tiny_roberta):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.rewards, other.rewards)
         np.testing.assert_array_equal(one.toxicity, other.toxicity)
-    assert model.state()["passes"] == (CALLERS + 1) * 2
+    assert model.state().passes == (CALLERS + 1) * 2
 
 
-def test_across_workers_scores_differ_by_rounding_and_forward_passes_are_fewer(tiny_roberta):
+def test_calls_in_shared_batches_differ_by_rounding_and_take_fewer_forward_passes(tiny_roberta):
     reward = reward_of(tiny_roberta)
     serving = ServingConfig(batch_across_workers=True, batch_wait_ms=1000, max_batch_tokens=600)
-    expected = [reward(call_of(caller)) for caller in range(CALLERS)]
+    expected = [reward(request_of(caller)) for caller in range(CALLERS)]
     model = ModelThread(reward, serving)
 
     found = [future.result() for future in score_together(model)]
 
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.rewards, other.rewards, atol=1e-5)
-        np.testing.assert_array_equal(one.terms["obey"], other.terms["obey"])
-    assert model.state()["passes"] == 2
+        np.testing.assert_array_equal(one.terms["scripted"], other.terms["scripted"])
+    assert model.state().passes == 2
 
 
-def test_a_caller_that_is_alone_does_not_wait_for_others(tiny_roberta):
+def test_a_single_caller_does_not_wait_for_others_to_fill_its_batch(tiny_roberta):
     serving = ServingConfig(batch_across_workers=True, max_batch_tokens=1_000_000)
     model = ModelThread(reward_of(tiny_roberta), serving)
     waits = []
@@ -97,26 +97,26 @@ def test_a_caller_that_is_alone_does_not_wait_for_others(tiny_roberta):
     model._calls = Watched(model._calls)
 
     for _ in range(3):
-        model.score(call_of(0))
+        model.score(request_of(0))
 
-    assert model.state()["passes"] == 3
+    assert model.state().passes == 3
     assert set(waits) <= {None}
 
 
 @pytest.mark.parametrize("across_workers", [False, True])
-def test_what_a_term_raises_is_for_its_caller_alone(tiny_roberta, across_workers):
+def test_an_error_of_a_term_reaches_its_own_caller_only(tiny_roberta, across_workers):
     serving = ServingConfig(batch_across_workers=across_workers, batch_wait_ms=100)
     model = ModelThread(reward_of(tiny_roberta), serving)
 
-    found = score_together(model, told=2)
+    found = score_together(model, failing=2)
 
-    with pytest.raises(KeyError, match="told to"):
+    with pytest.raises(KeyError, match="as scripted"):
         found[2].result()
     for caller in (0, 1, 3):
         assert len(found[caller].result().rewards) == 4
 
 
-def test_a_batch_across_workers_holds_no_more_tokens_than_it_may(tiny_roberta):
+def test_a_forward_pass_holds_no_more_tokens_than_allowed(tiny_roberta):
     reward = reward_of(tiny_roberta, batch_size=2)
     sizes = []
     reward.classifier.model.register_forward_hook(
@@ -133,11 +133,11 @@ def test_a_batch_across_workers_holds_no_more_tokens_than_it_may(tiny_roberta):
     np.testing.assert_allclose(logits, reward.classifier.forward(rows)[0], atol=1e-5)
 
 
-def test_the_state_tells_what_was_scored_and_what_is_held(tiny_roberta):
+def test_the_state_counts_texts_scored_and_texts_held(tiny_roberta):
     model = ModelThread(reward_of(tiny_roberta), ServingConfig())
 
-    model.score(call_of(0))
+    model.score(request_of(0))
 
     state = model.state()
-    assert (state["texts"], state["held"], state["queued"]) == (4, 0, 0)
-    assert state["standstill_s"] == 0
+    assert (state.texts, state.held, state.queued) == (4, 0, 0)
+    assert state.stalled_s == 0

@@ -432,7 +432,7 @@ def test_an_adapter_of_the_same_model_is_taken(adapter, tiny_t5):
         ("{function: shorter}", "'shorter' is no import path"),
         ("{function: nowhere.f}", "nowhere.f cannot be imported"),
         ("{function: json.f}", "json.f cannot be imported"),
-        ("{function: math.pi}", "math.pi is no function"),
+        ("{function: math.pi}", "math.pi is not a function"),
         ("{function: json.dumps, arguments: {x: 1}}", "json.dumps refuses its arguments"),
         ("{fun: json.dumps}", "Unknown setting"),
         ("{weight: 1}", "is incomplete"),

@@ -9,6 +9,7 @@ from ray_detox import resources
 from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.resources import Bundle, Node
+from ray_detox.rewards.messages import PoolMetrics
 from ray_detox.stages.cluster import elastic as workers
 from ray_detox.stages.cluster import nodes as live
 
@@ -49,7 +50,9 @@ class Nodes:
         self.shrunk += 1
 
     def metrics(self):
-        return {"actors": float(self.actors)}
+        return PoolMetrics(
+            actors=self.actors, wanted=1, waiting=0, in_flight=0, resent=0, restarts=0, lost=0
+        )
 
 
 def room(nodes, stop=None, hoped=2):

@@ -1,4 +1,4 @@
-"""The reward: the right label by name, long texts cut and counted, extra functions as they are."""
+"""The reward: the label looked up by name, long texts truncated, reward functions of TRL's protocol."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def call(reward, responses, prompts=None, columns=None):
     return reward(ScoreRequest(prompts, responses, [[5, 1]] * len(responses), columns or {}))
 
 
-# ---- reward functions that the tests' configs name ---------------------------------------------
+# ---- reward functions that the tests name in settings ---------------------------------------------
 
 
 def shorter_is_better(completions, **_):
@@ -45,16 +45,16 @@ def scaled(factor):
     return lambda completions, **_: [factor * len(text) for text in completions]
 
 
-def told(prompts, completions, completion_ids, summary, **rest):
-    told.seen = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    told.seen |= {"summary": summary, "rest": rest}
+def recording(prompts, completions, completion_ids, summary, **rest):
+    recording.seen = {"prompts": prompts, "completions": completions}
+    recording.seen |= {"completion_ids": completion_ids, "summary": summary, "rest": rest}
     return [0.0] * len(completions)
 
 
 NOT_A_FUNCTION = 3
 
 
-def here(name):
+def path_of(name):
     return f"{__name__}.{name}"
 
 
@@ -87,7 +87,7 @@ def test_permuted_labels_give_the_same_scores(tiny_roberta, make_roberta):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_the_score_is_the_labels_even_where_the_other_logit_is_larger(tiny_roberta):
+def test_the_score_is_that_of_the_label_even_if_the_other_logit_is_larger(tiny_roberta):
     hate = classifier(tiny_roberta, label="hate")(TEXTS)[0]
     nothate = classifier(tiny_roberta)(TEXTS)[0]
 
@@ -96,24 +96,24 @@ def test_the_score_is_the_labels_even_where_the_other_logit_is_larger(tiny_rober
 
 
 def test_the_case_of_a_label_does_not_matter(make_roberta):
-    shouting = make_roberta(("nothate", "hate"), names={0: "NOTHATE", 1: "HATE"})
+    upper_case = make_roberta(("nothate", "hate"), names={0: "NOTHATE", 1: "HATE"})
 
-    assert classifier(shouting).label == 0
+    assert classifier(upper_case).label == 0
 
 
-def test_a_missing_label_is_refused_with_those_there_are(make_roberta):
-    nameless = make_roberta(("nothate", "hate"), names={0: "LABEL_0", 1: "LABEL_1"})
+def test_an_unknown_label_is_an_error_that_lists_the_labels(make_roberta):
+    unnamed = make_roberta(("nothate", "hate"), names={0: "LABEL_0", 1: "LABEL_1"})
 
     with pytest.raises(ConfigError, match=r"has no label 'nothate'; its labels are 'LABEL_0', "):
-        classifier(nameless)
+        classifier(unnamed)
 
 
-def test_an_ambiguous_label_is_refused():
+def test_an_ambiguous_label_is_an_error():
     with pytest.raises(ConfigError, match=r"clf has more than one label 'nothate'; its labels are"):
         label_index({"id2label": {"0": "nothate", "1": "NotHate"}}, "nothate", "clf")
 
 
-def test_a_classifier_without_labels_says_so():
+def test_a_classifier_without_labels_is_an_error():
     with pytest.raises(ConfigError, match=r"its labels are none\. Set reward\.label"):
         label_index({}, "nothate", "clf")
 
@@ -131,8 +131,8 @@ def test_neither_batch_size_nor_padding_changes_a_score(tiny_roberta, batch_size
     np.testing.assert_allclose(logits, alone, atol=1e-5)
 
 
-def test_a_text_longer_than_the_classifier_reads_is_cut_and_counted(tiny_roberta):
-    # One byte, one token, and two tokens around them: 510 bytes fill 512 places.
+def test_a_text_longer_than_the_classifier_reads_is_truncated_and_marked(tiny_roberta):
+    # One token per byte and two special tokens: 510 bytes fill 512 positions.
     fits, too_long = "x" * 510, "x" * 511
 
     logits, _, truncated = classifier(tiny_roberta)([fits, too_long, "x" * 3000])
@@ -158,17 +158,17 @@ def test_max_tokens_lowers_the_limit_and_never_raises_it(tiny_roberta):
         ({"model_type": "deberta"}, 512),
     ],
 )
-def test_roberta_wastes_the_positions_up_to_its_padding(settings, expected):
-    class Unsure:
-        model_max_length = int(1e30)  # what a tokenizer says that does not know
+def test_positions_up_to_the_padding_id_of_roberta_do_not_count(settings, expected):
+    class Tokenizer:
+        model_max_length = int(1e30)  # transformers' value if a tokenizer does not know its limit
 
-    assert longest_input(Unsure(), settings) == expected
-
-
-# ---- what is read ------------------------------------------------------------------------------
+    assert longest_input(Tokenizer(), settings) == expected
 
 
-def test_the_classifier_reads_the_response_alone_unless_told_otherwise(tiny_roberta):
+# ---- inputs ------------------------------------------------------------------------------------
+
+
+def test_the_classifier_reads_the_response_alone_or_with_its_prompt(tiny_roberta):
     alone = Reward(RewardConfig(model=str(tiny_roberta)))
     both = Reward(RewardConfig(model=str(tiny_roberta), input="prompt+response"))
 
@@ -192,11 +192,11 @@ def test_without_terms_the_reward_is_the_logit(tiny_roberta):
 
 
 def with_term(folder, name, **rest):
-    path = name if "." in name else here(name)
+    path = name if "." in name else path_of(name)
     return Reward(RewardConfig(model=str(folder), terms=(RewardTerm(function=path, **rest),)))
 
 
-def test_a_term_is_weighted_added_and_kept_under_its_name(tiny_roberta):
+def test_a_term_is_weighted_added_and_kept_by_name(tiny_roberta):
     scores = call(with_term(tiny_roberta, "shorter_is_better", weight=0.5), TEXTS)
 
     lengths = np.array([len(text) for text in TEXTS], dtype=np.float32)
@@ -212,7 +212,7 @@ def test_a_reward_function_of_trl_works_unchanged(tiny_roberta):
         arguments={"ngram_size": 2, "max_penalty": -1.0},
     )
 
-    # It counts token ids: four different ones, and one distinct pair of four.
+    # The penalty counts pairs of token ids: all of 3 are distinct; then 1 of 4, so 1/4 - 1.
     scores = reward(ScoreRequest(["p", "q"], ["one", "two"], [[1, 2, 3, 4], [5, 5, 5, 5, 5]], {}))
 
     penalties = scores.terms["get_repetition_penalty_reward"]
@@ -220,19 +220,19 @@ def test_a_reward_function_of_trl_works_unchanged(tiny_roberta):
     np.testing.assert_allclose(scores.rewards, scores.logits + 2 * penalties, rtol=1e-6)
 
 
-def test_a_term_with_arguments_is_called_with_them_first(tiny_roberta):
+def test_a_term_with_arguments_is_a_factory_called_with_them(tiny_roberta):
     scores = call(with_term(tiny_roberta, "scaled", arguments={"factor": 3}), ["abcd"])
 
     assert scores.terms["scaled"].tolist() == [12.0]
 
 
-def test_a_term_is_given_the_keywords_of_trls_trainers(tiny_roberta):
-    reward = with_term(tiny_roberta, "told")
+def test_a_term_gets_the_keywords_of_trls_trainers(tiny_roberta):
+    reward = with_term(tiny_roberta, "recording")
 
     columns = {"summary": ["s", "t"], "topic": ["u", "v"]}
     reward(ScoreRequest(["p", "q"], ["a", "b"], [[3, 1], [4, 1]], columns))
 
-    assert told.seen == {
+    assert recording.seen == {
         "prompts": ["p", "q"],
         "completions": ["a", "b"],
         "completion_ids": [[3, 1], [4, 1]],
@@ -241,35 +241,37 @@ def test_a_term_is_given_the_keywords_of_trls_trainers(tiny_roberta):
     }
 
 
-def test_a_sample_that_a_term_does_not_apply_to_gets_nothing_from_it(tiny_roberta):
+def test_none_from_a_term_adds_nothing_to_that_sample(tiny_roberta):
     scores = call(with_term(tiny_roberta, "sometimes_not_applicable"), ["", "x"])
 
     assert scores.terms["sometimes_not_applicable"].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["one_too_few", "not_a_number"])
-def test_a_term_that_gives_no_finite_number_per_response_is_named(tiny_roberta, name):
-    with pytest.raises(ValueError, match=rf"The reward term {name} gave \d values for 5 responses"):
+def test_a_term_without_one_finite_number_per_response_is_named(tiny_roberta, name):
+    with pytest.raises(
+        ValueError, match=rf"The reward term {name} returned \d values for 5 responses"
+    ):
         call(with_term(tiny_roberta, name), TEXTS)
 
 
 @pytest.mark.parametrize(
-    ("path", "sentence"),
+    ("path", "message"),
     [
         (".name", r"\.name cannot be imported"),
         ("..name", r"\.\.name cannot be imported"),
         ("no.such.module", r"no\.such\.module cannot be imported"),
         ("trl.rewards.no_such_function", r"trl\.rewards\.no_such_function cannot be imported"),
-        (here("NOT_A_FUNCTION"), r"NOT_A_FUNCTION is no function"),
+        (path_of("NOT_A_FUNCTION"), r"NOT_A_FUNCTION is not a function"),
     ],
 )
-def test_a_term_that_is_not_there_is_named(path, sentence):
-    with pytest.raises(ConfigError, match=sentence):
+def test_a_term_that_cannot_be_imported_is_named(path, message):
+    with pytest.raises(ConfigError, match=message):
         load_reward_function(RewardTerm(function=path))
 
 
-def test_a_term_that_refuses_its_arguments_is_named_with_them():
-    term = RewardTerm(function=here("scaled"), arguments={"facto": 3})
+def test_arguments_that_a_term_refuses_are_named():
+    term = RewardTerm(function=path_of("scaled"), arguments={"facto": 3})
 
     with pytest.raises(ConfigError, match=r"scaled refuses its arguments \{'facto': 3\}: .*facto"):
         load_reward_function(term)

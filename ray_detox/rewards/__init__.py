@@ -1,1 +1,1 @@
-"""Rewards and the rules by which reward actors serve them. No Ray."""
+"""Rewards, and the rules by which reward actors serve them. No Ray."""

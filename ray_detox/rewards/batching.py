@@ -1,30 +1,30 @@
-"""One thread that owns a reward, and the calls of many threads that queue before it.
+"""One thread that owns a reward, and the calls of many threads that queue for it.
 
     thread 1 --call--.
     thread 2 --call--+--> queue --> the model's thread: tokens -> forward pass -> terms
     thread 3 --call--'
 
-Each call is scored by itself, to the same bits at any time; or, with `serving.batch_across_workers`, the
-texts of several calls share their forward passes, and scores then differ by rounding with the
-company that a text happens to have. The extra terms need a call's own columns and are always
-evaluated call by call. Knows nothing of Ray.
+By default each call is scored by itself, so that its scores are the same bits at any load. With
+`serving.batch_across_workers` the texts of several calls share forward passes; a score then
+depends, by rounding, on the texts that happen to share its pass. The extra terms need the columns
+of their own call and always run call by call. This module knows nothing of Ray.
 """
 
 import queue
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 
 from ray_detox.config import ServingConfig
 from ray_detox.records import ScoreRequest, Scores
+from ray_detox.rewards.messages import ModelState
 from ray_detox.rewards.reward import Reward
 
 
 class _Call:
-    """A batch that some thread waits for."""
+    """A request that one thread waits for."""
 
     def __init__(self, request: ScoreRequest) -> None:
         self.request = request
@@ -38,10 +38,10 @@ class _Call:
 
 
 class ModelThread:
-    """Scores for any number of threads, computed by a single one.
+    """Scores for any number of threads, computed by a single thread.
 
-    Only one thread, because tokenizers and reward functions may not bear two at a time, and
-    because every thread that calls torch brings a team of its own.
+    One thread, because tokenizers and reward functions need not be thread-safe, and because each
+    thread that calls torch starts a set of compute threads of its own.
     """
 
     def __init__(self, reward: Reward, serving: ServingConfig) -> None:
@@ -50,28 +50,31 @@ class ModelThread:
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._callers = 0
-        self._company = 0
+        """Threads that wait now."""
+        self._most_callers = 0
+        """Most threads that have waited at once since the last batch."""
         self._held = 0
         self._in_model = 0
-        self._progress_s = time.monotonic()
+        """Texts of the batch that the model works on."""
+        self._last_progress_s = time.monotonic()
         self._scored = 0
         self._passes = 0
-        # A sign of life from every layer: on a slow CPU one forward pass may well take longer
-        # than serving.heartbeat_timeout_s.
+        # Progress is recorded at every layer, because one forward pass on a slow CPU may take
+        # longer than serving.heartbeat_timeout_s.
         for module in reward.classifier.model.modules():
-            module.register_forward_hook(self._mark_progress)
+            module.register_forward_hook(self._record_progress)
         reward.classifier.model.register_forward_hook(self._count_pass)
         threading.Thread(target=self._run, name="reward-model", daemon=True).start()
 
     def score(self, request: ScoreRequest) -> Scores:
-        """Wait for the scores of a batch."""
+        """Queue a request and wait for its scores."""
         call = _Call(request)
         with self._lock:
             if not self._held:
-                self._mark_progress()  # the time without work was no standstill
+                self._record_progress()  # time without work must not count as a stall
             self._held += call.texts
             self._callers += 1
-            self._company = max(self._company, self._callers)
+            self._most_callers = max(self._most_callers, self._callers)
         self._calls.put(call)
         try:
             return call.scores.result()
@@ -81,58 +84,54 @@ class ModelThread:
                 self._callers -= 1
                 self._scored += call.texts
 
-    def state(self) -> dict[str, Any]:
-        """What there is to do and how it goes, without waiting.
-
-        Returns:
-            texts: asked for and answered so far; passes: forward passes so far; held: texts
-            asked for and not yet answered; queued: those of them that the model has not begun;
-            standstill_s: since it last got on, 0 where it holds nothing.
-        """
+    def state(self) -> ModelState:
+        """Return the work done and the work to do, without waiting for the model."""
         with self._lock:
-            standstill_s = time.monotonic() - self._progress_s if self._held else 0.0
-            return {
-                "texts": self._scored,
-                "passes": self._passes,
-                "held": self._held,
-                "queued": max(0, self._held - self._in_model),
-                "standstill_s": standstill_s,
-            }
+            stalled_s = time.monotonic() - self._last_progress_s if self._held else 0.0
+            return ModelState(
+                texts=self._scored,
+                passes=self._passes,
+                held=self._held,
+                # Never below 0: a caller counts its texts as answered shortly before the model's
+                # thread counts its batch as done.
+                queued=max(0, self._held - self._in_model),
+                stalled_s=stalled_s,
+            )
 
-    def _mark_progress(self, *_: Any) -> None:
-        self._progress_s = time.monotonic()
+    def _record_progress(self, *_: object) -> None:
+        self._last_progress_s = time.monotonic()
 
-    def _count_pass(self, *_: Any) -> None:
+    def _count_pass(self, *_: object) -> None:
         self._passes += 1
 
     def _run(self) -> None:
         while True:
-            calls = self._take()
+            calls = self._next_batch()
             self._in_model = sum(call.texts for call in calls)
             self._score(calls)
             self._in_model = 0
-            self._mark_progress()
+            self._record_progress()
 
-    def _take(self) -> list[_Call]:
-        """The next call; across workers, all that come in time and fill one batch."""
+    def _next_batch(self) -> list[_Call]:
+        """Wait for the next call; across workers, also for those that fill a batch in time."""
         calls = [self._calls.get()]
         self._tokenize(calls[0])
         if not self._serving.batch_across_workers:
             return calls
-        until = time.monotonic() + self._serving.batch_wait_ms / 1000
+        deadline = time.monotonic() + self._serving.batch_wait_ms / 1000
         tokens = sum(map(len, calls[0].rows))
-        # Nobody is waited for but those who were here since the last batch: a single caller would
-        # wait in vain each time.
-        while tokens < self._serving.max_batch_tokens and len(calls) < self._company:
+        # Not for more calls than have waited at once since the last batch: a single caller would
+        # wait in vain for others each time.
+        while tokens < self._serving.max_batch_tokens and len(calls) < self._most_callers:
             try:
-                call = self._calls.get(timeout=max(0.0, until - time.monotonic()))
+                call = self._calls.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
             self._tokenize(call)
             calls.append(call)
             tokens += sum(map(len, call.rows))
         with self._lock:
-            self._company = self._callers
+            self._most_callers = self._callers
         return calls
 
     def _tokenize(self, call: _Call) -> None:
@@ -141,7 +140,7 @@ class ModelThread:
             call.rows, call.truncated = self._reward.classifier.tokenize(
                 call.request.classifier_inputs(kind)
             )
-        except Exception as error:  # the caller's to see, as if it had scored for itself
+        except Exception as error:  # raised in the caller's thread, and this thread goes on
             call.scores.set_exception(error)
 
     def _score(self, calls: list[_Call]) -> None:
@@ -165,6 +164,6 @@ class ModelThread:
                     logits[own], toxicity[own], call.truncated, call.request
                 )
                 call.scores.set_result(scores)
-            except Exception as error:
+            except Exception as error:  # a term failed on this call alone
                 call.scores.set_exception(error)
-            self._mark_progress()
+            self._record_progress()

@@ -1,8 +1,8 @@
 """The reward: a hate-speech classifier, and any further functions in TRL's protocol.
 
-The score of a text is the raw logit of one label ("nothate"), looked up by name: a pipeline that
-sorts labels by score, or an index that was right for another model, rewards the wrong one in
-silence. Knows no policy and nothing of Ray.
+The score of a text is the raw logit of one label ("nothate"), and the reward looks that label up
+by its name. A fixed index that was right for another model, or a pipeline that sorts labels by
+score, would reward the wrong label without an error. This module knows no policy and no Ray.
 """
 
 import importlib
@@ -16,24 +16,26 @@ from ray_detox.models.classifier import Classifier
 from ray_detox.records import Pending, ScoreRequest, Scores
 
 RewardFunction = Callable[..., Sequence[float | None]]
+"""TRL's protocol: keywords `prompts`, `completions`, `completion_ids` and the data's columns, each
+[B]; returns one number per completion, or None if it does not apply to that sample."""
 
 
 class Ready:
-    """Scores that are there already: the `Pending` of a scorer in this process."""
+    """Scores that are complete: the `Pending` of a scorer in this process."""
 
     def __init__(self, scores: Scores) -> None:
         self._scores = scores
 
     def result(self) -> Scores:
-        """The scores."""
+        """Return the scores."""
         return self._scores
 
 
 def load_reward_function(term: RewardTerm) -> RewardFunction:
-    """The function that a term names, made with its arguments if it has any.
+    """Import the function that a term names; call it with the term's arguments if it has any.
 
     Raises:
-        ConfigError: nothing is at that import path, or it is not callable so.
+        ConfigError: nothing is at that import path, or the result is not callable.
     """
     module, _, name = term.function.rpartition(".")
     try:
@@ -51,12 +53,12 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
                 f"reward.terms: {term.function} refuses its arguments {term.arguments}: {error}."
             ) from error
     if not callable(found):
-        raise ConfigError(f"reward.terms: {term.function} is no function.")
+        raise ConfigError(f"reward.terms: {term.function} is not a function.")
     return found
 
 
 class Reward:
-    """The classifier and the extra terms together; itself a `Scorer` for one process."""
+    """The classifier and the extra terms together; itself a `Scorer` within one process."""
 
     def __init__(self, config: RewardConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -67,7 +69,7 @@ class Reward:
         """Score a batch.
 
         Raises:
-            ValueError: an extra term returned something else than one finite number per response.
+            ValueError: an extra term did not return one finite number per response.
         """
         logits, toxicity, truncated = self.classifier(request.classifier_inputs(self.config.input))
         return self.add_terms(logits, toxicity, truncated, request)
@@ -79,11 +81,23 @@ class Reward:
         truncated: np.ndarray,
         request: ScoreRequest,
     ) -> Scores:
-        """Add the extra terms to the classifier's output, [B] each; raises as a call does."""
+        """Add the extra terms to the classifier's output.
+
+            rewards = logits + sum over terms of weight * value
+
+        Args:
+            logits: [B] float32, from the classifier.
+            toxicity: [B] float32, from the classifier.
+            truncated: [B] bool, from the classifier.
+            request: the batch that they belong to.
+
+        Raises:
+            ValueError: an extra term did not return one finite number per response.
+        """
         rewards = logits.copy()
         values: dict[str, np.ndarray] = {}
         for term, function in self.terms:
-            # The keywords of TRL's trainers; a function takes those it knows and ignores the rest.
+            # All keywords of TRL's trainers; a function names those it needs and ignores the rest.
             output = function(
                 prompts=list(request.prompts),
                 completions=list(request.responses),
@@ -103,5 +117,5 @@ class Reward:
         return Scores(rewards, logits, toxicity, truncated, values)
 
     def submit(self, request: ScoreRequest) -> Pending:
-        """Score now; there is no other process to hand it to."""
+        """Score at once: no other process does the work."""
         return Ready(self(request))

@@ -1,12 +1,39 @@
-"""Which reward actor scores which chunk of a batch, and what happens when one falls silent.
+"""Which reward actor scores which chunk of a batch, and who else does if that actor fails.
 
-    batch --> chunks, by length --> queue --- two per actor, least loaded ---> calls --> answers
+    batch --> chunks, by length --> queue --- two per actor, least loaded ---> calls --> scores
                                       ^                                          |
-                                      '------- sent again: lost, or silent ------'
+                                      '-- re-dispatched: actor lost or silent ---'
 
-The rules alone, without Ray and without threads: `stages/score.py` tells a `Router` what has
-happened and makes the calls that it asks for. How a batch is cut depends on the batch alone, so
-that no score depends on the number of actors or on what befalls them.
+Rules alone, without Ray and without threads: `stages/rewards/client.py` reports events to a
+`Router` and makes the calls that it asks for. Each worker has a router of its own.
+
+An actor, as one worker sees it:
+
+    up          takes chunks
+    suspected   silent or stalled while it holds chunks: gets no new ones; copies of those that it
+                holds go to other actors, and the first scores count
+    cooling     a call was lost, or a ping failed while it held nothing: no new chunks for a moment
+    down        the pool says why: no new chunks, and what it holds is treated as if it were silent
+    gone        the pool no longer lists it: no new chunks; forgotten once it holds none
+
+                      .------ scores, an error, or a heartbeat ------.
+                      v                                              |
+                     up -- ping unanswered or failed, stalled --> suspected
+                    |  ^                                             |
+          call lost |  | COOL_DOWN_S later                           | call lost
+                    v  |                                             |
+                   cooling <-----------------------------------------'
+
+    `down` and `gone` come and go with the pool's list, whatever the state above.
+
+A chunk:
+
+    queued -- an actor has room --> in flight -- first scores --> done
+      ^                                |
+      '--------- re-dispatched --------'
+        its call was lost, or every actor that holds it is suspected
+
+    Done, too, without scores: the batch failed, or its caller's deadline has passed.
 """
 
 from __future__ import annotations
@@ -18,48 +45,56 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_detox.config import RewardConfig, ServingConfig
 from ray_detox.records import RewardError, ScoreRequest, Scores
+from ray_detox.rewards.messages import ActorHandle, ActorInfo
 
-if TYPE_CHECKING:
-    pass  # who has but numbers and names to pass on loads no torch
-
-
+# Two: the next chunk is at the actor before the last one is done, so that the model never waits
+# for the network. More would bind texts to an actor before anybody knows which one will be free
+# first, and each actor that dies would leave more to score again.
 IN_FLIGHT = 2
-"""Chunks that one worker has at one actor: one is scored while the other is on its way."""
-COOL_S = 1.0
-"""Time without new chunks for an actor that failed; longer than it takes to be listed as down."""
-PONG_S = 2.0
-"""Longest wait for a sign of life."""
-GRACE_S = 10.0
-"""Beyond the deadline, for the thread that explains what it waited for."""
+"""Chunks that one worker has at one actor at most."""
+# Longer than the pool and the directory take to list a dead actor as down. Until then it looks
+# idle, and would be chosen first for each chunk that it has just lost.
+COOL_DOWN_S = 1.0
+"""Time without new chunks for an actor that failed."""
+PING_TIMEOUT_S = 2.0
+"""Longest wait for the answer to a ping. An actor answers pings in threads of their own, so that
+neither a long forward pass nor a queue delays the answer."""
+# The router's thread fails a late batch with a message that names actors; a caller that stopped
+# waiting at the same moment would raise its own message, which cannot say why.
+TIMEOUT_GRACE_S = 10.0
+"""Time that a caller waits beyond `serving.timeout_s` for the router to explain the delay."""
 
 
 @dataclass(eq=False, slots=True)
 class ActorState:
-    """One actor, as a worker sees it."""
+    """One actor, as this worker sees it."""
 
     name: str
     node: str
-    handle: Any
-    down: str | None
-    used_s: float
+    handle: ActorHandle
+    down_reason: str | None
+    """Why the pool says that it takes no chunks; None while it takes them."""
+    last_dispatch_s: float
+    """Time of the last chunk sent to it: among equally loaded actors, the one that has waited
+    longest is next."""
     calls: list[Call] = field(default_factory=list)
-    load: int = 0
-    """Texts that it held for other workers when it last answered; 0 once that is old."""
+    """Open calls of this worker."""
+    load_of_others: int = 0
+    """Texts that it held for other workers when it last returned scores; 0 once that is old."""
     gone: bool = False
-    """The pool has let it go."""
-    cool_until_s: float = -math.inf
-    """No new chunks before; infinite for one that is silent, until it says something."""
-    heartbeat_s: float = -math.inf
-    """Its last sign of life, or when it was given something to do."""
-    pinged_s: float | None = None
-    """When it was asked for a sign of life, until there is an answer."""
-    last_event: str = "has not been asked for anything yet"
+    """The pool no longer lists it."""
+    no_dispatch_until_s: float = -math.inf
+    """No new chunks before this time; infinite while the actor is suspected."""
+    last_heartbeat_s: float = -math.inf
+    """Start of its present silence: its last sign of life, or the first chunk after an idle time."""
+    ping_sent_s: float | None = None
+    """Time of the ping that it has not answered yet; None without one."""
+    last_event: str = "has not received a chunk yet"
     last_event_s: float | None = None
 
     @property
@@ -67,33 +102,38 @@ class ActorState:
         """Texts of this worker that it holds."""
         return sum(call.chunk.texts for call in self.calls)
 
-    def tell(self, last_event: str, now: float) -> None:
-        """Keep the last thing that happened here, for a sentence to people."""
-        self.last_event, self.last_event_s = last_event, now
+    @property
+    def suspected(self) -> bool:
+        """Others may score what it holds."""
+        return self.no_dispatch_until_s == math.inf
+
+    def record_event(self, event: str, now: float) -> None:
+        """Keep the last event for the message of a timeout."""
+        self.last_event, self.last_event_s = event, now
 
     def describe(self, now: float) -> str:
-        """Name, place and the last thing known, such as `actor 1 on node 3f29a1c0 died`."""
+        """Name, node and last event, such as `actor 1 on node 3f29a1c0 died`."""
         ago = "" if self.last_event_s is None else f" ({now - self.last_event_s:.1f} s ago)"
-        return f"{self.name} on {self.node} {self.down or self.last_event + ago}"
+        return f"{self.name} on {self.node} {self.down_reason or self.last_event + ago}"
 
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A chunk at an actor."""
+    """One chunk at one actor."""
 
     chunk: Chunk
     actor: ActorState
-    sent_s: float
 
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """Some rows of a batch: the unit of work."""
+    """Some rows of a batch: the unit of dispatch."""
 
     batch: Batch
-    place: int
+    index: int
     request: ScoreRequest
     calls: list[Call] = field(default_factory=list)
+    """Open calls; several if an actor that holds it is suspected."""
 
     @property
     def texts(self) -> int:
@@ -102,12 +142,12 @@ class Chunk:
 
     @property
     def done(self) -> bool:
-        """Nobody needs its scores any more."""
-        return self.batch.scores.done() or self.place in self.batch.parts
+        """Nobody waits for its scores any more."""
+        return self.batch.scores.done() or self.index in self.batch.scores_by_chunk
 
 
 class Batch:
-    """What a caller submitted, in chunks; a `reward.Pending`."""
+    """One request of a caller, cut into chunks; a `Pending`."""
 
     def __init__(
         self,
@@ -118,54 +158,59 @@ class Batch:
         assert len(request), "a batch to be scored has at least one response"
         self._timeout_s = serving.timeout_s
         lengths = [len(text) for text in request.classifier_inputs(reward.input)]
-        # Of like length in a chunk, so that little of it is padding.
+        # Similar lengths share a chunk, so that little of it is padding.
         self._order = np.argsort(lengths, kind="stable")
         self.chunks: list[Chunk] = []
+        # The batch alone decides where it is cut. A score depends, by rounding, on the texts that
+        # share its forward pass: with cuts that followed the number of actors or their failures,
+        # the same run would give other scores on another cluster.
         for start in range(0, len(lengths), reward.batch_size):
             rows = self._order[start : start + reward.batch_size].tolist()
             self.chunks.append(Chunk(self, len(self.chunks), request.select(rows)))
-        self.parts: dict[int, Scores] = {}
+        self.scores_by_chunk: dict[int, Scores] = {}
         self.scores: Future[Scores] = Future()
-        self.due_s = math.inf
-        """When the caller gives up; unknown until it waits."""
+        self.deadline_s = math.inf
+        """When the caller stops waiting. Infinite until it begins to: a worker submits a chunk of
+        responses and goes on sampling, which may take longer than any timeout."""
 
     def result(self) -> Scores:
         """Wait for the scores, at most `serving.timeout_s`.
 
         Raises:
-            RewardError: they did not come in time.
+            RewardError: they did not arrive in time.
         """
-        self.due_s = time.monotonic() + self._timeout_s
+        self.deadline_s = time.monotonic() + self._timeout_s
         try:
-            return self.scores.result(timeout=self._timeout_s + GRACE_S)
+            return self.scores.result(timeout=self._timeout_s + TIMEOUT_GRACE_S)
         except TimeoutError as error:
-            if self.scores.done():  # then that is what the scoring raised
+            if self.scores.done():  # a reward term raised this TimeoutError, or scores just came
                 return self.scores.result()
             raise RewardError(
-                f"No scores within {self._timeout_s:g} s (serving.timeout_s), and no word of why: "
-                "this process is not getting on. Look at the memory and the load of its node."
+                f"No scores within {self._timeout_s:g} s (serving.timeout_s), and no reason known: "
+                "the reward client's thread did not respond. Check the memory and load of this node."
             ) from error
 
-    def put(self, chunk: Chunk, scores: Scores) -> None:
+    def add_scores(self, chunk: Chunk, scores: Scores) -> None:
         """Take the scores of one chunk; the last one completes the batch."""
-        self.parts[chunk.place] = scores
-        if len(self.parts) == len(self.chunks):
-            parts = [self.parts[i] for i in range(len(self.chunks))]
+        self.scores_by_chunk[chunk.index] = scores
+        if len(self.scores_by_chunk) == len(self.chunks):
+            parts = [self.scores_by_chunk[i] for i in range(len(self.chunks))]
+            # The inverse permutation: from the order by length back to the caller's order.
             self.scores.set_result(Scores.concatenate(parts).select(np.argsort(self._order)))
 
     def fail(self, error: BaseException) -> None:
-        """Let the caller see an error, unless it has an answer."""
+        """Raise an error in the caller, unless the batch has a result."""
         if not self.scores.done():
             self.scores.set_exception(error)
 
 
 class Router:
-    """Sends every chunk to an actor, and again to another until one has answered.
+    """Sends every chunk to an actor, and again to another one until one has returned scores.
 
     Args:
-        serving: gives the timeouts.
-        send: makes a call; its end is told by `scored`, `lost` or `failed`.
-        ping: asks an actor for a sign of life, told by `ponged`; a failure needs no word here.
+        serving: the timeouts.
+        send: starts a call; `on_scores`, `on_call_lost` or `on_call_failed` reports its end.
+        ping: asks an actor for a heartbeat; `on_heartbeat` or `on_ping_failed` reports its end.
         clock: seconds that only go forward.
     """
 
@@ -185,12 +230,12 @@ class Router:
         self._queue: deque[Chunk] = deque()
         self.resent = 0
         """Chunks sent again so far."""
-        self.doubts = False
-        """An actor failed: the list of actors may be out of date."""
+        self.membership_stale = False
+        """An actor failed since the last list: the client should read the list of actors soon."""
 
     @property
     def busy(self) -> bool:
-        """Somebody's scores are not there yet."""
+        """A caller waits for scores."""
         return bool(self._batches)
 
     @property
@@ -198,76 +243,99 @@ class Router:
         """Texts that no actor had room for."""
         return sum(chunk.texts for chunk in self._queue if not chunk.done)
 
-    # ---- what happens ------------------------------------------------------------------------
+    # ---- events --------------------------------------------------------------------------------
 
     def submit(self, batch: Batch) -> None:
-        """A caller wants scores."""
+        """Score a batch."""
         self._batches.append(batch)
         self._queue.extend(batch.chunks)
         self._dispatch()
 
-    def refresh(self, listings: Sequence[ActorInfo] | None) -> None:
-        """The pool says which actors there are; None for those that there were."""
-        self.doubts = False
-        for actor in self._actors.values():
-            actor.load = 0  # old by now; or one bad moment would count for ever
-        if listings is None:
+    def update_actors(self, actors: Sequence[ActorInfo] | None) -> None:
+        """Follow the pool's list of actors; None if it has not changed."""
+        self.membership_stale = False
+        for state in self._actors.values():
+            # An actor that others kept busy once gets no chunks from here, so that no scores from
+            # it would ever correct the number: without this reset it would count for ever.
+            state.load_of_others = 0
+        if actors is None:
             return
-        listed = {listing.name for listing in listings}
-        for actor in self._actors.values():
-            actor.gone = actor.name not in listed
-        for one in listings:
-            known = self._actors.get(one.name)
+        listed = {info.name for info in actors}
+        for state in self._actors.values():
+            state.gone = state.name not in listed
+        for info in actors:
+            known = self._actors.get(info.name)
             if known is None:
-                # Workers begin at different actors, or their first chunks would all meet at one.
-                used_s = random.uniform(-2, -1)
-                known = ActorState(one.name, one.node, one.handle, one.down, used_s)
-                self._actors[one.name] = known
-            known.node, known.handle, known.down = one.node, one.handle, one.down
-            if one.down is not None and known.calls:
-                self._suspect(known, one.down)
+                # Random, and before any real time: each worker begins at another actor. With one
+                # order for all, the first chunks of all workers would queue at the same actor.
+                never_s = random.uniform(-2, -1)
+                known = ActorState(info.name, info.node, info.handle, info.down_reason, never_s)
+                self._actors[info.name] = known
+            # A restarted actor may be on another node; its name and its handle stay.
+            known.node, known.handle, known.down_reason = info.node, info.handle, info.down_reason
+            if info.down_reason is not None and known.calls:
+                # Its calls may still fail only much later: a node that crashed closes no
+                # connection.
+                self._suspect(known, info.down_reason)
         self._dispatch()
 
-    def scored(self, call: Call, scores: Scores, load: int) -> None:
-        """An actor gave scores, and said how many texts it still holds."""
-        self._end(call)
-        call.actor.load = max(0, load - call.actor.texts)
-        self._on_heartbeat(call.actor, "gave scores")
-        # Of two that score the same chunk, the first one counts.
+    def on_scores(self, call: Call, scores: Scores, held: int) -> None:
+        """An actor returned scores.
+
+        Args:
+            call: that returned.
+            scores: of its chunk.
+            held: texts that the actor still holds, for all workers.
+        """
+        self._close(call)
+        call.actor.load_of_others = max(0, held - call.actor.texts)
+        self._mark_alive(call.actor, "returned scores")
+        # A chunk may be at two actors. The first scores count, so that each text has one score.
         if not call.chunk.done:
-            call.chunk.batch.put(call.chunk, scores)
+            call.chunk.batch.add_scores(call.chunk, scores)
         self._dispatch()
 
-    def lost(self, call: Call, cause: str) -> None:
-        """An actor died, or could not be reached, with a chunk in its hands."""
-        self._end(call)
+    def on_call_lost(self, call: Call, cause: str) -> None:
+        """An actor died, or could not be reached, while it held a chunk."""
+        self._close(call)
         actor = call.actor
-        actor.cool_until_s = self._now() + COOL_S
-        actor.tell(f"failed: {cause}", self._now())
-        self.doubts = True
-        self._send_again(call.chunk)
+        # Finite even if other calls are open: an actor that died loses those as well, and one
+        # that was only out of reach for a moment is tried again.
+        actor.no_dispatch_until_s = self._now() + COOL_DOWN_S
+        actor.record_event(f"failed: {cause}", self._now())
+        self.membership_stale = True
+        self._redispatch(call.chunk)
         self._dispatch()
 
-    def failed(self, call: Call, error: BaseException) -> None:
-        """The scoring itself raised: another actor would raise the same."""
-        self._end(call)
-        self._on_heartbeat(call.actor, "raised an error")
+    def on_call_failed(self, call: Call, error: BaseException) -> None:
+        """The reward raised an error."""
+        self._close(call)
+        self._mark_alive(call.actor, "raised an error")
+        # No second try: every actor runs the same code on the same texts.
         call.chunk.batch.fail(error)
         self._dispatch()
 
-    def ponged(self, actor: ActorState, held: int, standstill_s: float) -> None:
-        """An actor gave a sign of life: what it holds, and since when its model stands still."""
-        if standstill_s > self._serving.heartbeat_timeout_s:
-            actor.pinged_s = None
-            self._suspect(actor, f"lives, but its model stands still since {standstill_s:.0f} s")
+    def on_heartbeat(self, actor: ActorState, held: int, stalled_s: float) -> None:
+        """An actor answered a ping.
+
+        Args:
+            actor: that answered.
+            held: texts that it holds, for all workers.
+            stalled_s: seconds since its model last made progress.
+        """
+        # The process answers from another thread than the model's, so that an answer alone does
+        # not say that the model runs.
+        if stalled_s > self._serving.heartbeat_timeout_s:
+            actor.ping_sent_s = None
+            self._suspect(actor, f"is alive, but its model made no progress for {stalled_s:.0f} s")
         else:
-            self._on_heartbeat(actor, f"said that it works on {held} texts")
+            self._mark_alive(actor, f"reported that it holds {held} texts")
         self._dispatch()
 
-    def ping_failed(self, actor: ActorState, cause: str) -> None:
-        """An actor died, or could not be reached, when it was asked for a sign of life."""
-        actor.pinged_s = None
-        self.doubts = True
+    def on_ping_failed(self, actor: ActorState, cause: str) -> None:
+        """An actor died, or could not be reached, while a ping was open."""
+        actor.ping_sent_s = None
+        self.membership_stale = True
         self._suspect(actor, f"failed: {cause}")
         self._dispatch()
 
@@ -275,22 +343,25 @@ class Router:
         """Time has passed."""
         now = self._now()
         for batch in self._batches:
-            if now > batch.due_s and not batch.scores.done():
-                batch.fail(RewardError(self._too_late(batch, now)))
+            if now > batch.deadline_s and not batch.scores.done():
+                batch.fail(RewardError(self._timeout_message(batch, now)))
         self._batches = [batch for batch in self._batches if not batch.scores.done()]
         for actor in list(self._actors.values()):
-            self._watch(actor, now)
+            self._check_heartbeat(actor, now)
         self._dispatch()
 
     def abandon(self, error: BaseException) -> None:
-        """Nothing will be sent any more: tell everybody who waits."""
+        """Fail all open batches: the client stops, and nothing more will be sent."""
         for batch in self._batches:
             batch.fail(error)
 
-    # ---- what follows ------------------------------------------------------------------------
+    # ---- rules ---------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Send what there is room for; the rest waits here."""
+        """Send what the actors have room for; the rest waits here.
+
+        The pool hears of the rest as `waiting`, which is one of its reasons to add an actor.
+        """
         now = self._now()
         kept: list[Chunk] = []
         while self._queue:
@@ -300,90 +371,93 @@ class Router:
             chunk = self._queue.popleft()
             if chunk.done:
                 continue
-            # An actor that fell silent over a chunk does not get it twice.
+            # An actor that was suspected, and is up again, may still hold the chunk: a second
+            # copy in the same process would come no sooner.
             others = [actor for actor in free if actor not in {c.actor for c in chunk.calls}]
             if not others:
                 kept.append(chunk)
                 continue
-            actor = min(others, key=lambda m: (m.texts + m.load, m.used_s))
-            call = Call(chunk, actor, now)
+            actor = min(others, key=lambda a: (a.texts + a.load_of_others, a.last_dispatch_s))
+            call = Call(chunk, actor)
             if not actor.calls:
-                actor.heartbeat_s = now  # it had nothing to answer until now
-            actor.used_s = now
+                actor.last_heartbeat_s = now  # an idle actor owes no sign of life
+            actor.last_dispatch_s = now
             actor.calls.append(call)
             chunk.calls.append(call)
             self._send(call)
-        self._queue.extendleft(reversed(kept))
+        self._queue.extendleft(reversed(kept))  # to the front again, in their old order
 
     def _has_room(self, actor: ActorState, now: float) -> bool:
         return (
-            actor.down is None
+            actor.down_reason is None
             and not actor.gone
             and len(actor.calls) < IN_FLIGHT
-            and now >= actor.cool_until_s
+            and now >= actor.no_dispatch_until_s
         )
 
-    def _watch(self, actor: ActorState, now: float) -> None:
-        """Ask an actor that has long been silent; give up on it if it does not answer that."""
-        if not actor.calls:
+    def _check_heartbeat(self, actor: ActorState, now: float) -> None:
+        """Ping an actor that has been silent for long; suspect it if it does not answer.
+
+        A ping comes before the suspicion because silence alone proves nothing: a chunk of long
+        texts on a slow CPU, or one behind the chunks of other workers, takes longer.
+        """
+        if not actor.calls:  # nothing is due from it
             if actor.gone:
                 del self._actors[actor.name]
-        elif actor.pinged_s is None:
-            if now - actor.heartbeat_s > self._serving.heartbeat_timeout_s:
-                actor.pinged_s = now
+        elif actor.ping_sent_s is None:
+            if now - actor.last_heartbeat_s > self._serving.heartbeat_timeout_s:
+                actor.ping_sent_s = now
                 self._ping(actor)
-        elif now - actor.pinged_s > PONG_S and actor.cool_until_s < math.inf:
+        elif now - actor.ping_sent_s > PING_TIMEOUT_S and not actor.suspected:
             self._suspect(actor, "does not answer")
 
-    def _on_heartbeat(self, actor: ActorState, last_event: str) -> None:
-        actor.pinged_s = None
-        actor.heartbeat_s = self._now()
-        actor.cool_until_s = -math.inf
-        actor.tell(last_event, self._now())
+    def _mark_alive(self, actor: ActorState, event: str) -> None:
+        """End a suspicion or a cool-down: the actor works."""
+        actor.ping_sent_s = None
+        actor.last_heartbeat_s = self._now()
+        actor.no_dispatch_until_s = -math.inf
+        actor.record_event(event, self._now())
 
-    def _suspect(self, actor: ActorState, last_event: str) -> None:
-        """Let others have what a silent actor holds; it may still come first."""
+    def _suspect(self, actor: ActorState, event: str) -> None:
+        """Let other actors score what this one holds.
+
+        Its calls stay open, and a chunk may then be scored twice. Scoring has no side effects, so
+        that costs time on one actor; to wait for an actor that hangs would cost the whole step.
+        """
         now = self._now()
-        actor.heartbeat_s = now  # the next question has time
-        # The end of a call is a sign of life. Where there is none to come, a pause must do.
-        actor.cool_until_s = math.inf if actor.calls else now + COOL_S
-        actor.tell(last_event, now)
+        actor.last_heartbeat_s = now  # the next ping follows after another full timeout
+        # A process may hang for any length of time, so that no number of seconds would be right.
+        # While a call is open, its end or a heartbeat ends the suspicion. Without an open call no
+        # such event may ever come (only actors that hold chunks are pinged): a pause must do.
+        actor.no_dispatch_until_s = math.inf if actor.calls else now + COOL_DOWN_S
+        actor.record_event(event, now)
         for call in actor.calls:
-            self._send_again(call.chunk)
+            self._redispatch(call.chunk)
 
-    def _send_again(self, chunk: Chunk) -> None:
-        elsewhere = any(call.actor.cool_until_s < math.inf for call in chunk.calls)
-        if not chunk.done and not elsewhere and chunk not in self._queue:
+    def _redispatch(self, chunk: Chunk) -> None:
+        """Queue a chunk again, unless an actor that is not suspected works on it."""
+        in_progress = any(not call.actor.suspected for call in chunk.calls)
+        if not chunk.done and not in_progress and chunk not in self._queue:
             self.resent += 1
-            self._queue.appendleft(chunk)
+            self._queue.appendleft(chunk)  # first: its batch has waited longest
 
-    def _end(self, call: Call) -> None:
+    def _close(self, call: Call) -> None:
         call.actor.calls.remove(call)
         call.chunk.calls.remove(call)
 
-    def _too_late(self, batch: Batch, now: float) -> str:
-        """The sentence for somebody who has waited for too long."""
+    def _timeout_message(self, batch: Batch, now: float) -> str:
         open_chunks = [chunk for chunk in batch.chunks if not chunk.done]
+        # A dict keeps the order and drops repetitions.
         holders = {call.actor: None for chunk in open_chunks for call in chunk.calls}
-        asked = list(holders) or list(self._actors.values())
-        causes = [actor.describe(now) for actor in asked[:3]]
-        if len(asked) > len(causes):
-            causes.append(f"{len(asked) - len(causes)} more")
+        # If no actor holds a chunk, the reason is in why none of them has room.
+        to_name = list(holders) or list(self._actors.values())
+        causes = [actor.describe(now) for actor in to_name[:3]]
+        if len(to_name) > len(causes):
+            causes.append(f"{len(to_name) - len(causes)} more")
         texts = sum(chunk.texts for chunk in batch.chunks)
         return (
             f"No scores for {sum(chunk.texts for chunk in open_chunks)} of {texts} texts within "
             f"{self._serving.timeout_s:g} s (serving.timeout_s): "
-            f"{'; '.join(causes) or 'the list of reward actors could not be read'}. "
-            "Add actors (reward.actors), or raise the deadline."
+            f"{'; '.join(causes) or 'the worker could not read the list of reward actors'}. "
+            "Add actors (reward.actors) or raise serving.timeout_s."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ActorInfo:
-    """One actor, as the pool tells the workers."""
-
-    name: str
-    node: str
-    handle: Any
-    down: str | None = None
-    """Why it takes no chunks now, for people; None where it does."""

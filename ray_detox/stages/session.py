@@ -89,8 +89,7 @@ class Session:
                 timeout_s=max(MODEL_LOAD_TIMEOUT_S, config.cluster.capacity_timeout_s)
             )
             lines += [
-                f"actor {i} on node {actor['node']}, {actor['device']}"
-                for i, actor in enumerate(actors)
+                f"actor {i} on node {actor.node}, {actor.device}" for i, actor in enumerate(actors)
             ]
         return data
 
@@ -182,7 +181,7 @@ class Session:
         """Print an event of the training, and store the metrics of a step."""
         match event:
             case StepDone(stats=stats):
-                metrics.add(asdict(stats) | {"pool": self.pool.metrics()})
+                metrics.add(asdict(stats) | {"pool": asdict(self.pool.metrics())})
                 self.console.line(step_line(asdict(stats), self.config.train.steps))
             case WorkerStarted():
                 self._say(

@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,12 @@ class Story:
             self._nodes = nodes
             self._tell("nodes", ", ".join(changes), nodes=nodes)
         if self.pool is not None:
-            figures = {name: int(value) for name, value in self.pool.metrics().items()}
-            now = (figures["wanted"], figures["actors"])
+            metrics = self.pool.metrics()
+            now = (metrics.wanted, metrics.actors)
             if now != self._pool_was:
                 self._pool_was = now
                 text = "queue {waiting} texts: {wanted} actors wanted, {actors} up"
+                figures = asdict(metrics)
                 self._tell("pool", text.format(**figures), **figures)
 
     def placed(self, what: str, nodes: list[str]) -> None:
@@ -260,8 +262,8 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
         group = placement_group([worker] * config.train.min_workers)
         story.until(lambda: group.wait(0))
         story.placed("workers", list(placement_group_table(group)["bundles_to_node_id"].values()))
-        story.until(lambda: pool.metrics()["actors"] == config.reward.min_actors)
-        story.placed("actors", [actor["node"] for actor in pool.describe()])
+        story.until(lambda: pool.metrics().actors == config.reward.min_actors)
+        story.placed("actors", [actor.node for actor in pool.describe()])
         client = stack.enter_context(contextlib.closing(RewardClient(pool.directory, config)))
         load = Load(client)
         story.settle()
@@ -270,19 +272,19 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
 
         def all_are_up() -> bool:
             load.top_up()
-            return pool.metrics()["actors"] == config.reward.max_actors
+            return pool.metrics().actors == config.reward.max_actors
 
         story.until(all_are_up)
-        story.placed("actors", [actor["node"] for actor in pool.describe()])
+        story.placed("actors", [actor.node for actor in pool.describe()])
         story.settle()
 
         story.enter("quiet", f"no text waits; idle nodes may stay {FASTER} times shorter")
         hurry()
         load.finish()
-        story.until(lambda: pool.metrics()["actors"] == config.reward.min_actors)
+        story.until(lambda: pool.metrics().actors == config.reward.min_actors)
         story.until(lambda: node_counts()["reward_gpu_spot"] == 1)
         story.settle()
-        story.placed("actors", [actor["node"] for actor in pool.describe()])
+        story.placed("actors", [actor.node for actor in pool.describe()])
         story.scores(load.scored + len(load.submit(8).result().rewards))
 
         story.enter("end", "workers and actors go")

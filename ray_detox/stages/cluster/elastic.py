@@ -111,4 +111,4 @@ class UpscaleTrigger:
 
 def _unplaced_actors(config: RunConfig, pool: Any) -> int:
     """Reward actors that a run must have and that are nowhere now."""
-    return max(0, config.reward.min_actors - int(pool.metrics()["actors"]))
+    return max(0, config.reward.min_actors - pool.metrics().actors)

@@ -1,63 +1,59 @@
-"""What the pool of reward actors and the workers tell each other.
+"""The directory: where the pool of reward actors and the workers exchange what they know.
 
-Apart from `score.py`, so that the actor's process loads no torch.
+    RewardPool -- publish(list of actors) ----> RewardDirectory <---- sync(load) ---- worker
+               <-------- WorkerLoad -----------                 ----- ActorList ---->
+
+A module of its own, so that the directory's process loads neither torch nor transformers.
 """
 
 import time
 
 import ray
 
-from ray_detox.rewards.router import ActorInfo
+from ray_detox.rewards.messages import ActorInfo, ActorList, WorkerLoad
 
-REPORT_S = 5.0
-"""A worker's word about what waits there is forgotten after this."""
+# A worker that dies cannot withdraw its report: without this limit, the texts that waited there
+# would count for the rest of the run, and the pool would add actors for them.
+REPORT_LIFETIME_S = 5.0
+"""Age at which the directory forgets a worker's report of its waiting texts."""
 
 
 @ray.remote(num_cpus=0)
 class RewardDirectory:
-    """Which actors there are, for the workers; how much waits with the workers, for the pool.
+    """Lists the actors for the workers, and sums up the workers' load for the pool.
 
-    The pool tells all it knows again and again, so that a directory that Ray had to restart
-    is soon what it was.
+    Keeps all of it in memory alone. The pool publishes its whole list several times a second and
+    workers report once a second, so that a directory that Ray had to restart soon knows it again.
     """
 
     def __init__(self) -> None:
         self._version = 0
-        self._listings: list[ActorInfo] = []
+        self._actors: list[ActorInfo] = []
         self._waiting: dict[str, tuple[float, int]] = {}
+        """By worker: when it reported, and how many texts wait there."""
         self._resent = 0
 
-    def publish(self, version: int, listings: list[ActorInfo]) -> dict[str, int]:
-        """Take the list of actors.
-
-        Returns:
-            waiting: texts that wait with workers now; resent: chunks that workers have sent again
-            since the last call.
-        """
-        self._version, self._listings = version, listings
+    def publish(self, version: int, actors: list[ActorInfo]) -> WorkerLoad:
+        """Take the pool's list of actors, and return what the workers have reported."""
+        self._version, self._actors = version, actors
         now = time.monotonic()
         self._waiting = {
             client: (at, waiting)
             for client, (at, waiting) in self._waiting.items()
-            if now - at < REPORT_S
+            if now - at < REPORT_LIFETIME_S
         }
         resent, self._resent = self._resent, 0
-        return {
-            "waiting": sum(waiting for _, waiting in self._waiting.values()),
-            "resent": resent,
-        }
+        return WorkerLoad(sum(waiting for _, waiting in self._waiting.values()), resent)
 
-    def sync(
-        self, client: str, version: int, waiting: int, resent: int
-    ) -> tuple[int, list[ActorInfo] | None]:
-        """Take a worker's word and give it the list, unless it has that version already.
+    def sync(self, client: str, version: int, waiting: int, resent: int) -> ActorList:
+        """Take a worker's report, and return the list of actors if it has changed.
 
         Args:
             client: a name of its own for every worker.
-            version: of the list that it has.
-            waiting: texts that no actor had room for.
-            resent: chunks sent again since its last word.
+            version: of the list that the worker has; -1 without one.
+            waiting: texts that no actor has room for.
+            resent: chunks sent again since its last report.
         """
         self._waiting[client] = (time.monotonic(), waiting)
         self._resent += resent
-        return self._version, self._listings if version != self._version else None
+        return ActorList(self._version, self._actors if version != self._version else None)
