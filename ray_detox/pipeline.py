@@ -21,6 +21,8 @@ from typing import Any
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
+from ray_detox.evaluation.examples import PairedExample
+from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.models.sources import fingerprint, folder_fingerprint
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
@@ -118,17 +120,17 @@ def _run_stages(
     ):
         data = _ingest(config, source, console, pool, need)
         outcome = _train(config, folder, console, data.shards, pool, need)
-        samples = _measure(config, folder, console, data.held_out, pool, need)
-        facts = {
-            "run_id": folder.run_id,
-            "steps": outcome["step"],
-            "rows": asdict(data.counts),
-            "seconds": dict(console.seconds),
-            "fingerprints": _fingerprints(config, folder, data),
-            "training": {name: value for name, value in outcome.items() if name not in _NO_FACTS}
+        examples = _measure(config, folder, console, data.held_out, pool, need)
+        facts = RunFacts(
+            run_id=folder.run_id,
+            steps=outcome["step"],
+            rows=asdict(data.counts),
+            seconds=dict(console.seconds),
+            fingerprints=_fingerprints(config, folder, data),
+            training={name: value for name, value in outcome.items() if name not in _NO_FACTS}
             | {"actors": [_brief(actor) for actor in pool.describe()]},
-        }
-        return _finish(config, folder, samples, facts, resume)
+        )
+        return _finish(config, folder, examples, facts, resume)
 
 
 _NO_FACTS = ("step", "stopped")
@@ -146,18 +148,14 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     """
     folder.require_adapter()
     source = preflight.check(config)
-    from ray_detox.evaluation.summarise import summarise
-
     with (
         flatten_ray_errors(),
         cluster(config, console) as need,
         _reward_pool(config, need) as pool,
     ):
         data = _ingest(config, source, console, pool, need)
-        samples = _measure(config, folder, console, data.held_out, pool, need, keep=False)
-    return summarise(
-        samples,
-        config,
+        examples = _measure(config, folder, console, data.held_out, pool, need, keep=False)
+    facts = RunFacts(
         run_id=folder.run_id,
         steps=config.train.steps,
         rows=asdict(data.counts),
@@ -165,6 +163,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
         training={},
         fingerprints=_fingerprints(config, folder, data),
     )
+    return summarise(rate(examples, config), config, facts)
 
 
 # ---- parts of a run --------------------------------------------------------------------------
@@ -210,7 +209,7 @@ def _measure(
     pool: Any,
     need: resources.Needs,
     keep: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[PairedExample]:
     """Answer and score the held-out prompts before and after."""
     from ray_detox.stages import evaluate
 
@@ -296,8 +295,8 @@ def _train(
 def _finish(
     config: RunConfig,
     folder: RunFolder,
-    samples: list[dict[str, Any]],
-    facts: dict[str, Any],
+    examples: list[PairedExample],
+    facts: RunFacts,
     resume: bool,
 ) -> dict[str, Any]:
     """Run the final task."""
@@ -312,7 +311,7 @@ def _finish(
         task.remote(
             config,
             RunFolder(folder.output.resolve(), folder.run_id),
-            samples,
+            examples,
             facts,
             attempt=secrets.token_hex(8),
             overwrite=resume,
