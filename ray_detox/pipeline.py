@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
+from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.models.sources import fingerprint, folder_fingerprint
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.console import Console
@@ -75,16 +76,16 @@ def _run_stages(
     with _session(config, console) as session:
         data = session.ingest(source)
         training = session.train(folder, data.shards)
-        samples = session.measure(folder, data.held_out)
-        facts = {
-            "run_id": folder.run_id,
-            "steps": training.outcome.step,
-            "rows": asdict(data.counts),
-            "seconds": dict(console.seconds),
-            "fingerprints": _fingerprints(config, folder, data),
-            "training": training.to_json() | {"actors": _actors(session)},
-        }
-        return session.finish(folder, samples, facts, overwrite=overwrite)
+        examples = session.measure(folder, data.held_out)
+        facts = RunFacts(
+            run_id=folder.run_id,
+            steps=training.outcome.step,
+            rows=asdict(data.counts),
+            seconds=dict(console.seconds),
+            fingerprints=_fingerprints(config, folder, data),
+            training=training.to_json() | {"actors": _actors(session)},
+        )
+        return session.finish(folder, examples, facts, overwrite=overwrite)
 
 
 def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -95,14 +96,10 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     """
     folder.require_adapter()
     source = preflight.check(config)
-    from ray_detox.evaluation.summarise import summarise
-
     with flatten_ray_errors(), _session(config, console) as session:
         data = session.ingest(source)
-        samples = session.measure(folder, data.held_out, keep=False)
-    return summarise(
-        samples,
-        config,
+        examples = session.measure(folder, data.held_out, keep=False)
+    facts = RunFacts(
         run_id=folder.run_id,
         steps=config.train.steps,
         rows=asdict(data.counts),
@@ -110,6 +107,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
         training={},
         fingerprints=_fingerprints(config, folder, data),
     )
+    return summarise(rate(examples, config), config, facts)
 
 
 def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source:

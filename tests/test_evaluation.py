@@ -1,18 +1,21 @@
-"""From samples to a report: means, intervals, the verdict and what a reader must know."""
+"""The report of evaluated prompts: means, intervals, the verdict and the notes."""
 
 import json
+from typing import Any
 
 import pytest
 
 from ray_detox.config import ConfigError
+from ray_detox.evaluation.examples import EvaluatedResponse, PairedExample
 from ray_detox.evaluation.judges import check_judge, load_judge
-from ray_detox.evaluation.summarise import summarise
+from ray_detox.evaluation.metrics import METRICS
+from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.recipes.loading import load_config
 
 
-def sample(index: int, before: float, after: float, **changes: object) -> dict[str, object]:
+def example(index: int, before: float, after: float, **changes: object) -> PairedExample:
     """One held-out prompt whose response lost its insult."""
-    found: dict[str, object] = {
+    stored: dict[str, object] = {
         "index": index,
         "prompt_id": f"{index:016x}",
         "query": "Summarize ...",
@@ -30,27 +33,27 @@ def sample(index: int, before: float, after: float, **changes: object) -> dict[s
         "truncated_before": False,
         "truncated_after": False,
     }
-    return found | changes
+    return PairedExample.from_json(stored | changes)
 
 
-def report_of(samples: list[dict[str, object]], *settings: str) -> dict[str, object]:
-    """The report of samples under the recipe lab."""
-    return summarise(
-        samples,
-        load_config("lab", settings),
-        run_id="first",
-        steps=4,
-        rows={"read": 10},
-        seconds={"train": 2.0, "evaluate": 1.0},
-        training={},
-        fingerprints={"policy": "sha256:1"},
-    )
+FACTS = RunFacts(
+    run_id="first",
+    steps=4,
+    rows={"read": 10},
+    seconds={"train": 2.0, "evaluate": 1.0},
+    training={},
+    fingerprints={"policy": "sha256:1"},
+)
 
 
-def test_a_report_has_what_its_readers_rely_on():
-    samples = [sample(i, 0.9 if i % 2 else 0.8, 0.1) for i in range(20)]
+def report_of(examples: list[PairedExample], *settings: str) -> dict[str, Any]:
+    """The report of the examples under the recipe lab."""
+    config = load_config("lab", settings)
+    return summarise(rate(examples, config), config, FACTS)
 
-    report = report_of(samples)
+
+def test_a_report_has_the_fields_that_its_readers_use():
+    report = report_of([example(i, 0.9 if i % 2 else 0.8, 0.1) for i in range(20)])
 
     toxicity = report["toxicity"]
     assert report["run_id"] == "first"
@@ -69,14 +72,14 @@ def test_a_report_has_what_its_readers_rely_on():
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_a_report_says_that_the_embedded_reward_model_is_template_trained():
-    report = report_of([sample(i, 0.9, 0.1) for i in range(8)])
+def test_a_report_notes_that_the_embedded_reward_model_is_template_trained():
+    report = report_of([example(i, 0.9, 0.1) for i in range(8)])
 
     assert any("template-trained" in note for note in report["notes"])
 
 
-def test_quality_that_was_sold_for_toxicity_is_called_so():
-    gibberish = [sample(i, 0.9, 0.0, response_after="2 dollars", kl=40.0) for i in range(20)]
+def test_less_toxic_gibberish_is_judged_as_quality_lost():
+    gibberish = [example(i, 0.9, 0.0, response_after="2 dollars", kl=40.0) for i in range(20)]
 
     verdict = report_of(gibberish)["verdict"]
 
@@ -84,42 +87,125 @@ def test_quality_that_was_sold_for_toxicity_is_called_so():
     assert len(verdict["reasons"]) == 3  # ROUGE-L, facts, KL
 
 
-def test_rows_without_reference_or_facts_leave_those_figures_out():
-    bare = [sample(i, 0.9, 0.1, reference=None, facts=None) for i in range(8)]
+def test_rows_without_reference_or_facts_have_no_such_ratings():
+    bare = [example(i, 0.9, 0.1, reference=None, facts=None) for i in range(8)]
 
     report = report_of(bare)
+    rated = rate(bare, load_config("lab"))
 
     assert report["rouge_l"] == {"before": None, "after": None}
     assert report["facts"] == {"before": None, "after": None}
-    assert all(s["rouge_l_before"] is None for s in bare)
+    assert all(example.to_json()["rouge_l_before"] is None for example in rated)
     assert "Not measured" in report["verdict"]["sentence"]
 
 
 def test_truncated_texts_are_counted_and_noted():
-    samples = [sample(i, 0.9, 0.1, truncated_after=i < 3) for i in range(8)]
-
-    report = report_of(samples)
+    report = report_of([example(i, 0.9, 0.1, truncated_after=i < 3) for i in range(8)])
 
     assert report["truncated"] == {"before": 0, "after": 3}
     assert any("3 of 8 prompts" in note for note in report["notes"])
 
 
-def test_a_judge_of_another_family_sees_the_insult_go():
+def test_the_judge_agrees_that_the_insult_is_gone():
     pytest.importorskip("profanity_check")
-    samples = [sample(i, 0.9, 0.1) for i in range(8)]
+    examples = [example(i, 0.9, 0.1) for i in range(8)]
+    setting = "evaluate.judge=profanity-check"
 
-    report = report_of(samples, "evaluate.judge=profanity-check")
+    report = report_of(examples, setting)
+    stored = rate(examples, load_config("lab", [setting]))[0].to_json()
 
     assert report["judge"]["before"]["mean"] > 0.5 > report["judge"]["after"]["mean"]
-    assert samples[0]["judge_before"] > samples[0]["judge_after"]
+    assert stored["judge_before"] > stored["judge_after"]
 
 
-def test_a_judge_that_is_not_installed_is_found_before_the_run(monkeypatch):
+def test_a_judge_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     with pytest.raises(ConfigError, match="alt-profanity-check is not installed"):
         check_judge("profanity-check")
 
 
-def test_no_judge_is_no_judge():
+def test_the_judge_none_loads_nothing():
     assert load_judge("none") is None
+
+
+# The stored form
+
+
+def test_the_stored_form_is_flat_and_in_a_fixed_order():
+    before = EvaluatedResponse("You fool.", -1.0, 0.9, 3, False, {"brevity": 0.5})
+    after = EvaluatedResponse("Hello.", 2.0, 0.1, 2, True, {"brevity": 0.7})
+    paired = PairedExample(
+        index=3,
+        prompt_id="00ff",
+        query="Say hello.",
+        reference="Hello.",
+        facts=("hello",),
+        kl=1.5,
+        before=before,
+        after=after,
+    )
+
+    assert list(paired.to_json().items()) == [
+        ("index", 3),
+        ("prompt_id", "00ff"),
+        ("query", "Say hello."),
+        ("reference", "Hello."),
+        ("facts", ["hello"]),
+        ("kl", 1.5),
+        ("response_before", "You fool."),
+        ("reward_before", -1.0),
+        ("toxicity_before", 0.9),
+        ("length_before", 3),
+        ("truncated_before", False),
+        ("brevity_before", 0.5),
+        ("response_after", "Hello."),
+        ("reward_after", 2.0),
+        ("toxicity_after", 0.1),
+        ("length_after", 2),
+        ("truncated_after", True),
+        ("brevity_after", 0.7),
+    ]
+    (rated,) = rate([paired], load_config("lab"))
+    assert list(rated.to_json().items())[18:] == [
+        ("rouge_l_before", 0.0),
+        ("facts_before", 0.0),
+        ("rouge_l_after", 1.0),
+        ("facts_after", 1.0),
+    ]
+
+
+def test_rating_leaves_the_given_examples_unchanged():
+    examples = [example(i, 0.9, 0.1) for i in range(2)]
+
+    rate(examples, load_config("lab"))
+
+    assert examples == [example(i, 0.9, 0.1) for i in range(2)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"facts": None, "reference": None}, {"mine_after": 0.5}])
+def test_an_example_survives_its_stored_form(changes: dict[str, object]):
+    (rated,) = rate([example(0, 0.9, 0.1, **changes)], load_config("lab"))
+
+    stored = json.loads(json.dumps(rated.to_json()))
+
+    assert PairedExample.from_json(stored) == rated
+    assert PairedExample.from_json(stored).to_json() == stored
+
+
+def test_a_stored_form_with_a_missing_or_unknown_field_is_refused():
+    stored = example(0, 0.9, 0.1).to_json()
+    less = {name: value for name, value in stored.items() if name != "length_after"}
+
+    with pytest.raises(ValueError, match="lacks the field 'length_after'"):
+        PairedExample.from_json(less)
+    with pytest.raises(ValueError, match="unknown field 'colour'"):
+        PairedExample.from_json(stored | {"colour": "red"})
+
+
+def test_every_metric_of_the_table_is_in_the_report():
+    report = report_of([example(i, 0.9, 0.1) for i in range(8)])
+
+    for metric in METRICS:
+        value = report[metric.name]
+        assert isinstance(value, float) if metric.after_only else set(value) == {"before", "after"}

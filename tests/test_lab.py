@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ray_detox import config, lab
+from ray_detox.evaluation import metrics
 from ray_detox.lab import build, corpus, scenarios
 
 N = 1_500
@@ -325,16 +326,16 @@ def test_auc_matches_the_worked_example():
     assert build.auc(scores, positive) == pytest.approx(3.5 / 4)
 
 
-def test_distinct_bigrams_matches_the_worked_example():
+def test_distinct_bigrams_match_the_worked_example():
     # "a b a b" has the pairs ab, ba, ab; "c d" has cd: 3 different of 4.
-    assert build.distinct_bigrams(["a b a b", "c d"]) == pytest.approx(3 / 4)
+    assert metrics.distinct_n(["a b a b", "c d"], n=2) == pytest.approx(3 / 4)
 
 
-def test_facts_share_counts_literal_facts():
+def test_a_neutral_summary_has_all_facts_of_its_row():
     row = corpus.rows("ppo", 1)[0]
 
-    assert build.facts_share([row], [row["summary"]]) == 1
-    assert build.facts_share([row], ["nothing of it"]) == 0
+    assert metrics.facts_share([row["summary"]], [row["facts"]]) == [1]
+    assert metrics.facts_share(["nothing of it"], [row["facts"]]) == [0]
 
 
 # The build

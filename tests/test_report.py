@@ -17,7 +17,7 @@ AFTER = BEFORE * (0.3 + 0.1 * np.sin(np.arange(60)))
 @pytest.fixture
 def report():
     toxicity = compare(BEFORE, AFTER, resamples=2000)
-    found = verdict(toxicity, rouge_l=(0.31, 0.32), length=(30.0, 31.0), kl=1.84)
+    found = verdict(toxicity, {"rouge_l": (0.31, 0.32), "length": (30.0, 31.0), "kl": (None, 1.84)})
     return {
         "run_id": "first",
         "recipe": "lab",
@@ -157,7 +157,7 @@ def test_figures_that_do_not_exist_are_left_out(report):
 
 def test_a_broken_floor_is_not_said_twice(report):
     toxicity = compare(BEFORE, AFTER, resamples=500)
-    report["verdict"] = verdict(toxicity, kl=31.7).to_json()
+    report["verdict"] = verdict(toxicity, {"kl": (None, 31.7)}).to_json()
 
     assert text.describe_run(report).count("31.7") == 1
 

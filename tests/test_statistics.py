@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_detox.evaluation import statistics as toxicity
+from ray_detox.config import EvaluateConfig
+from ray_detox.evaluation import statistics
 from ray_detox.evaluation.statistics import compare
-from ray_detox.evaluation.verdict import QualityFloors, verdict
+from ray_detox.evaluation.verdict import DEFAULT_FLOORS, verdict
 
 NAN = math.nan
 
@@ -43,7 +44,7 @@ def test_compare_matches_the_worked_example():
     assert found.p_value == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_change_that_three_decimals_do_not_show_is_none():
+def test_a_change_within_the_tolerance_counts_as_the_same():
     found = compare([0.5, 0.5, 0.5, 0.5, 0.25], [0.5004, 0.4996, 0.5006, 0.4994, 0.5], seed=1)
 
     assert (found.better, found.worse, found.same) == (1, 2, 2)
@@ -54,7 +55,7 @@ def test_a_score_on_the_threshold_is_not_above_it():
     assert compare([0.5, 0.51], [0.5, 0.5]).before.share == 0.5
 
 
-def test_the_interval_is_that_of_the_normal_approximation_where_that_holds():
+def test_the_interval_agrees_with_the_normal_approximation_for_many_pairs():
     rng = np.random.default_rng(7)
     before = rng.uniform(0.3, 0.9, 400)
     after = before - rng.normal(0.1, 0.05, 400)
@@ -68,7 +69,7 @@ def test_the_interval_is_that_of_the_normal_approximation_where_that_holds():
     assert stored["improvement_low"] < stored["improvement"] < stored["improvement_high"]
 
 
-def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+def test_the_bootstrap_interval_covers_the_true_change_about_95_percent_of_the_time():
     rng = np.random.default_rng(3)
     inside = 0
     for seed in range(200):
@@ -80,30 +81,30 @@ def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 <= inside / 200 <= 0.99
 
 
-def test_the_permutation_test_rejects_a_null_about_as_often_as_it_should():
+def test_the_permutation_test_rejects_a_true_null_about_5_percent_of_the_time():
     rng = np.random.default_rng(5)
     values = [
-        toxicity.sign_flip_p_value(rng.normal(0, 1, 20), draws=400, seed=s) for s in range(300)
+        statistics.sign_flip_p_value(rng.normal(0, 1, 20), draws=400, seed=s) for s in range(300)
     ]
 
     assert 0.02 <= np.mean(np.array(values) <= 0.05) <= 0.09
 
 
-def test_the_permutation_p_value_is_that_of_all_sign_patterns():
+def test_the_permutation_p_value_approximates_the_exact_one_over_all_sign_patterns():
     delta = np.array([0.4, 0.3, 0.2, -0.1, 0.05, 0.25])
     patterns = 1 - 2 * ((np.arange(64)[:, None] >> np.arange(6)) & 1)
 
-    found = toxicity.sign_flip_p_value(delta, draws=20_000)
+    found = statistics.sign_flip_p_value(delta, draws=20_000)
 
     all_of_them = np.mean(np.abs(patterns @ delta) >= abs(delta.sum()) - 1e-12)
     assert found == pytest.approx(all_of_them, abs=0.01)
 
 
-def test_memory_stays_bounded_whatever_n(monkeypatch):
+def test_random_numbers_drawn_in_small_chunks_give_similar_results(monkeypatch):
     before, after = np.linspace(0.2, 0.9, 50), np.linspace(0.1, 0.5, 50)
     whole = compare(before, after, resamples=500)
 
-    monkeypatch.setattr(toxicity, "_CELLS_AT_A_TIME", 120)  # two rows at a time
+    monkeypatch.setattr(statistics, "_CELLS_AT_A_TIME", 120)  # two rows at a time
 
     in_chunks = compare(before, after, resamples=500)
     assert in_chunks.p_value == pytest.approx(whole.p_value, abs=0.01)
@@ -126,7 +127,7 @@ def test_swapping_before_and_after_negates_the_change(rows):
     assert back.before.share == there.after.share
 
 
-def test_swapping_before_and_after_turns_the_interval_round():
+def test_swapping_before_and_after_mirrors_the_interval():
     rng = np.random.default_rng(0)
     before, after = rng.uniform(0, 1, 300), rng.uniform(0, 0.8, 300)
 
@@ -148,7 +149,7 @@ def test_the_order_of_the_pairs_changes_nothing(rows, random):
 
 @settings(max_examples=50, deadline=None)
 @given(pairs, st.integers(-64, 64))
-def test_a_constant_added_after_moves_the_interval_by_as_much(rows, steps):
+def test_adding_a_constant_to_the_scores_after_shifts_the_interval_by_it(rows, steps):
     before, after = sides(rows)
     shift = steps / 64
 
@@ -161,7 +162,7 @@ def test_a_constant_added_after_moves_the_interval_by_as_much(rows, steps):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(exact | st.just(NAN), exact | st.just(NAN)), max_size=20), exact)
-def test_counts_add_up_and_figures_are_finite(rows, score):
+def test_counts_add_up_and_values_are_finite(rows, score):
     before, after = sides([(score, score), *rows])
 
     found = compare(before, after, **fewer_resamples)
@@ -182,7 +183,7 @@ def test_one_pair_has_no_spread():
     assert found.improvement == pytest.approx(0.75)
 
 
-def test_nothing_changed_is_no_evidence():
+def test_identical_scores_show_no_change():
     found = compare([0.3] * 9, [0.3] * 9)
 
     assert (found.delta.mean, found.p_value, found.effect_size, found.same) == (0, 1, 0, 9)
@@ -196,7 +197,7 @@ def test_equal_changes_have_no_effect_size_but_a_small_p_value():
     assert found.p_value == pytest.approx(2 / 2**7, abs=0.005)
 
 
-def test_without_toxicity_before_there_is_nothing_to_improve():
+def test_without_toxicity_before_there_is_no_improvement_to_report():
     found = compare([0.0, 0.0], [0.0, 0.5])
 
     assert (found.improvement, found.improvement_low, found.improvement_high) == (None,) * 3
@@ -212,30 +213,31 @@ def test_without_toxicity_before_there_is_nothing_to_improve():
         ([math.inf], [0.1], "infinite"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(before, after, words):
+def test_scores_that_cannot_be_compared_are_refused(before, after, words):
     with pytest.raises(ValueError, match=words):
         compare(before, after)
 
 
-def test_the_json_form_has_the_stored_shape():
+def test_the_json_form_has_every_field():
     stored = compare([0.9, 0.1], [0.2, 0.1]).to_json()
 
-    assert set(stored) == {field.name for field in dataclasses.fields(toxicity.Comparison)}
+    assert set(stored) == {field.name for field in dataclasses.fields(statistics.Comparison)}
     assert set(stored["before"]) == set(stored["after"]) == {"mean", "std", "share"}
     assert set(stored["delta"]) == {"mean", "low", "high"}
 
 
-def judged(shift, n=40, **quality):
+def judged(shift, means, n=40, floors=DEFAULT_FLOORS):
+    """The verdict on n pairs whose toxicity changes by about `shift`."""
     before = np.linspace(0.3, 0.7, n)
-    wobble = 0.01 * np.cos(np.arange(n))
-    return verdict(compare(before, before + shift + wobble, resamples=500), **quality)
+    noise = 0.01 * np.cos(np.arange(n))
+    return verdict(compare(before, before + shift + noise, resamples=500), means, floors)
 
 
-GOOD = {"rouge_l": (0.4, 0.39), "facts": (0.5, 0.5), "length": (30.0, 31.0), "kl": 2.0}
+GOOD = {"rouge_l": (0.4, 0.39), "facts": (0.5, 0.5), "length": (30.0, 31.0), "kl": (None, 2.0)}
 
 
-def test_less_toxic_at_no_price_is_improved():
-    found = judged(-0.2, **GOOD)
+def test_lower_toxicity_with_all_floors_intact_is_improved():
+    found = judged(-0.2, GOOD)
 
     assert (found.name, found.reasons, found.unchecked) == ("improved", (), ())
     assert found.sentence.startswith("Toxicity fell from 0.500 to 0.300 (change -0.2")
@@ -248,11 +250,11 @@ def test_less_toxic_at_no_price_is_improved():
         ({"facts": (0.5, 0.4)}, "Facts kept fell by 20.0%"),
         ({"length": (30.0, 20.0)}, "length changed by -33.3%"),
         ({"length": (30.0, 40.0)}, "length changed by +33.3%"),
-        ({"kl": 31.7}, "31.7 nats"),
+        ({"kl": (None, 31.7)}, "31.7 nats"),
     ],
 )
-def test_less_toxic_at_a_price_has_lost_quality(broken, words):
-    found = judged(-0.2, **(GOOD | broken))
+def test_lower_toxicity_with_a_broken_floor_is_quality_lost(broken, words):
+    found = judged(-0.2, GOOD | broken)
 
     assert found.name == "quality lost"
     assert len(found.reasons) == 1
@@ -260,31 +262,31 @@ def test_less_toxic_at_a_price_has_lost_quality(broken, words):
     assert words in found.sentence
 
 
-def test_floors_are_inclusive_and_can_be_moved():
-    edge = GOOD | {"rouge_l": (1.0, 0.95), "kl": 10.0}
+def test_floors_are_inclusive_and_configurable():
+    edge = GOOD | {"rouge_l": (1.0, 0.95), "kl": (None, 10.0)}
 
-    assert judged(-0.2, **edge).name == "improved"
-    assert judged(-0.2, **edge, floors=QualityFloors(max_kl=9.0)).name == "quality lost"
-
-
-def test_more_toxic_is_worse_and_unclear_is_said_so():
-    assert judged(+0.2, **GOOD).name == "worse"
-    assert judged(0.0, **GOOD).name == "no clear change"
+    assert judged(-0.2, edge).name == "improved"
+    assert judged(-0.2, edge, floors=EvaluateConfig(max_kl=9.0)).name == "quality lost"
 
 
-def test_broken_floors_are_named_whatever_toxicity_did():
-    assert len(judged(0.0, **(GOOD | {"kl": 99.0})).reasons) == 1
+def test_higher_toxicity_is_worse_and_no_change_is_not_clear():
+    assert judged(+0.2, GOOD).name == "worse"
+    assert judged(0.0, GOOD).name == "no clear change"
 
 
-def test_too_few_pairs_prove_nothing():
-    found = judged(-0.2, n=5, **GOOD)
+def test_broken_floors_are_named_without_a_clear_change_too():
+    assert len(judged(0.0, GOOD | {"kl": (None, 99.0)}).reasons) == 1
+
+
+def test_too_few_pairs_give_no_clear_change():
+    found = judged(-0.2, GOOD, n=5)
 
     assert found.name == "no clear change"
     assert "Only 5 pairs were scored" in found.sentence
 
 
-def test_what_was_not_measured_is_named():
-    found = judged(-0.2, rouge_l=None, facts=(0.0, 0.0), length=(30.0, 30.0), kl=NAN)
+def test_metrics_that_were_not_measured_are_named():
+    found = judged(-0.2, {"facts": (0.0, 0.0), "length": (30.0, 30.0), "kl": (None, NAN)})
 
     assert found.name == "improved"
     assert found.unchecked == ("ROUGE-L", "facts kept", "KL")
@@ -292,7 +294,7 @@ def test_what_was_not_measured_is_named():
     assert found.to_json()["unchecked"] == ["ROUGE-L", "facts kept", "KL"]
 
 
-def test_a_change_too_small_to_matter_is_not_called_an_improvement():
+def test_a_change_below_min_change_is_not_an_improvement():
     before = np.linspace(0.2, 0.8, 50)
 
     tiny = compare(before, before - 1e-6)
@@ -300,10 +302,10 @@ def test_a_change_too_small_to_matter_is_not_called_an_improvement():
     assert tiny.delta.high < 0
     assert verdict(tiny).name == "no clear change"
     assert "less than 0.005" in verdict(tiny).sentence
-    assert verdict(tiny, floors=QualityFloors(min_change=0)).name == "improved"
+    assert verdict(tiny, floors=EvaluateConfig(min_change=0)).name == "improved"
 
 
-def test_an_interval_that_excludes_zero_is_not_enough_where_it_may_be_chance():
+def test_an_interval_that_excludes_zero_needs_a_small_p_value_too():
     before = np.full(24, 0.5)
     after = before + np.where(np.arange(24) < 3, -0.4, 0.0)  # three of 24, all the same way
 
@@ -313,7 +315,7 @@ def test_an_interval_that_excludes_zero_is_not_enough_where_it_may_be_chance():
     assert verdict(few).name == "no clear change"
 
 
-def test_a_p_value_above_the_limit_is_said_to_be_chance():
+def test_a_large_p_value_is_reported_as_possible_chance():
     sure = compare(np.full(24, 0.5), np.linspace(0.1, 0.3, 24))
     unsure = dataclasses.replace(sure, p_value=0.149)
 
@@ -322,9 +324,9 @@ def test_a_p_value_above_the_limit_is_said_to_be_chance():
     assert "p = 0.149: that may be chance" in verdict(unsure).sentence
 
 
-def test_a_histogram_counts_the_scored_pairs_and_puts_one_into_the_last_step():
+def test_a_histogram_counts_scored_pairs_and_puts_a_score_of_1_into_the_last_bin():
     # The third pair lacks a score: neither of its sides is counted.
-    counts = toxicity.histogram([0.0, 0.26, 0.9], [1.0, 0.25, math.nan], bins=4)
+    counts = statistics.histogram([0.0, 0.26, 0.9], [1.0, 0.25, math.nan], bins=4)
 
     assert counts == {
         "edges": [0.0, 0.25, 0.5, 0.75, 1.0],

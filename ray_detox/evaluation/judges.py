@@ -1,7 +1,7 @@
-"""A second opinion on toxicity, by a judge that the policy was not trained against.
+"""A second opinion on toxicity, from a model that the policy was not trained against.
 
-A policy can learn to please its reward model alone. The judge is of another family (a linear
-model over words, trained on human labels), so what pleases both is more than a trick on one.
+A policy can learn to exploit its reward model. The judge is a different kind of model (linear over
+words, trained on human labels), so a gain that both measure is unlikely to be such an exploit.
 """
 
 import importlib.util
@@ -13,10 +13,10 @@ Judge = Callable[[Sequence[str]], list[float]]
 
 
 def check_judge(name: str) -> None:
-    """Find out whether a judge is installed.
+    """Check that a judge is installed.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: its package is missing.
     """
     if name == "profanity-check" and importlib.util.find_spec("profanity_check") is None:
         raise ConfigError(
@@ -27,7 +27,7 @@ def check_judge(name: str) -> None:
 
 
 def load_judge(name: str) -> Judge | None:
-    """The judge of that name: texts to probabilities of being offensive; None for `none`."""
+    """The judge of that name, from texts to probabilities of being offensive; None for `none`."""
     if name == "none":
         return None
     check_judge(name)

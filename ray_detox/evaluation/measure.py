@@ -1,13 +1,18 @@
-"""Generate and score a response to each held-out prompt, before and after training."""
+"""Generate and score a response to each held-out prompt, before and after training.
+
+Both sides use the same sampling noise for a prompt, so that only the policy differs. No Ray here.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_detox.config import RunConfig
+from ray_detox.evaluation.examples import EvaluatedResponse, PairedExample
 
-SIDES = ("before", "after")
+if TYPE_CHECKING:
+    from ray_detox.rl.rollout import Collected
 
 
 def measure(
@@ -17,27 +22,27 @@ def measure(
     rows: Sequence[Mapping[str, Any]],
     config: RunConfig,
     on_done: Callable[[int], None] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """Answer and score every prompt twice: as the reference (before) and as trained (after).
+) -> list[PairedExample]:
+    """Generate and score two responses to every prompt: with the reference, then as trained.
 
     Args:
         policy: a `Policy` with the trained adapter.
         tokenizer: its tokenizer.
         scorer: a `Scorer`.
         rows: prepared rows, as `stages.ingest` makes them.
-        config: of the run.
-        on_done: told how many prompts each chunk had, once it is measured.
+        config: settings of the run.
+        on_done: called after each chunk with its number of prompts.
 
     Returns:
-        One sample per row, in order: texts, rewards, toxicity, lengths in tokens, and the KL of
-        the response after, in nats. `index` is the position in `rows`.
+        One example per row, in order, not yet rated; `index` is the position in `rows`.
     """
     from ray_detox.data.shards import make_batch
     from ray_detox.draws import EVALUATION
     from ray_detox.rl.rollout import collect
 
+    # Prompts of similar length share a chunk, so there is little padding.
     order = np.argsort([len(row["query_ids"]) for row in rows], kind="stable")
-    samples: list[dict[str, Any]] = [{} for _ in rows]
+    examples: dict[int, PairedExample] = {}
     size = config.evaluate.batch_size
     for start in range(0, len(order), size):
         chunk = order[start : start + size].tolist()
@@ -51,29 +56,34 @@ def measure(
         for position, i in enumerate(chunk):
             row = rows[i]
             reference = row.get(config.data.summary_column or "")
-            sample: dict[str, Any] = {
-                "index": i,
-                "prompt_id": row["prompt_id"],
-                "query": row["prompt"],
-                "reference": reference if isinstance(reference, str) else None,
-                "facts": _texts(row.get("facts")),
-                "kl": kl[position],
-            }
-            for side, collected in (("before", before), ("after", after)):
-                scores = collected.scores
-                sample[f"response_{side}"] = collected.responses[position]
-                sample[f"reward_{side}"] = float(scores.rewards[position])
-                sample[f"toxicity_{side}"] = float(scores.toxicity[position])
-                sample[f"length_{side}"] = int(collected.rollout.response_mask[position].sum())
-                sample[f"truncated_{side}"] = bool(scores.truncated[position])
-                for name, values in scores.terms.items():
-                    sample[f"{name}_{side}"] = float(values[position])
-            samples[i] = sample
+            examples[i] = PairedExample(
+                index=i,
+                prompt_id=row["prompt_id"],
+                query=row["prompt"],
+                reference=reference if isinstance(reference, str) else None,
+                facts=_facts(row.get("facts")),
+                kl=kl[position],
+                before=_evaluated(before, position),
+                after=_evaluated(after, position),
+            )
         on_done(len(chunk))
-    return samples
+    return [examples[i] for i in range(len(rows))]
 
 
-def _texts(value: Any) -> list[str] | None:
-    """A row's `facts`, if that is what its column of this name holds."""
+def _evaluated(collected: "Collected", position: int) -> EvaluatedResponse:
+    """One response of a chunk, as plain Python values."""
+    scores = collected.scores
+    return EvaluatedResponse(
+        response=collected.responses[position],
+        reward=float(scores.rewards[position]),
+        toxicity=float(scores.toxicity[position]),
+        length=int(collected.rollout.response_mask[position].sum()),
+        truncated=bool(scores.truncated[position]),
+        terms={name: float(values[position]) for name, values in scores.terms.items()},
+    )
+
+
+def _facts(value: Any) -> tuple[str, ...] | None:
+    """A row's `facts`, if its column of this name holds a list of texts."""
     is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return value if is_texts else None
+    return tuple(value) if is_texts else None

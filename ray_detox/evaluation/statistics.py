@@ -1,7 +1,7 @@
-"""Paired statistics of toxicity: the same prompts before and after, and what may be said of them.
+"""Paired statistics of toxicity: scores of the same prompts before and after training.
 
-Numbers in, numbers out; models that make the numbers live in `reward.py`. Scores here are
-probabilities of the toxic label, so lower is better and a negative change is good news.
+Numbers in, numbers out. Scores here are probabilities of the toxic label, so lower is better and a
+negative change is an improvement.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 Vector = NDArray[np.float64]
 Pair = tuple[float | None, float | None]
-"""A mean before and after; None where it was not measured."""
+"""A mean before and after; None if it was not measured."""
 
-# Random numbers drawn at a time: bounds memory to a few tens of megabytes for any n.
+# Random numbers drawn per chunk. This bounds memory to a few tens of megabytes for any n.
 _CELLS_AT_A_TIME = 2**20
 
 
@@ -42,7 +42,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What changed between two measurements of the same prompts.
+    """The comparison of two measurements of the same prompts.
 
     Example: four prompts, the last one not scored after.
 
@@ -65,7 +65,7 @@ class Comparison:
     delta: Delta
     """Mean of after - before with a 95% interval; negative is better."""
     improvement: float | None
-    """Share of the toxicity before that is gone after; None where there was none before."""
+    """Relative reduction of mean toxicity; None if it was 0 before."""
     improvement_low: float | None
     improvement_high: float | None
     p_value: float
@@ -78,7 +78,7 @@ class Comparison:
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        """The same as nested plain values: `{"before": {"mean": ...}, "delta": {...}, ...}`."""
+        """The stored form, nested plain values: `{"before": {"mean": ...}, "delta": {...}, ...}`."""
         return dataclasses.asdict(self)
 
 
@@ -93,19 +93,19 @@ def compare(
 ) -> Comparison:
     """Compare the scores of the same prompts before and after.
 
-    A pair with a NaN on either side counts as unscored and enters nothing else. The order of
-    the pairs does not matter: the same pairs give the same numbers, to the last bit.
+    A pair with a NaN on either side counts as unscored and is left out of every statistic. The
+    order of the pairs does not matter: the same pairs give bit-identical results.
 
     Args:
-        before: [n] scores, lower is better; NaN where there is none.
+        before: [n] scores, lower is better; NaN if a prompt has none.
         after: [n] scores of the same prompts in the same order.
-        toxic_above: a score above this counts into `Side.share`.
-        same_within: a change of no more than this counts as none; three decimals do not show it.
-        resamples: bootstrap resamples, and as many draws of the permutation test.
-        seed: of the resampling.
+        toxic_above: scores above this count towards `Side.share`.
+        same_within: a change of at most this counts as none; three decimals do not show it.
+        resamples: bootstrap resamples, and also draws of the permutation test.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: no pairs, none scored, different lengths, or an infinite score.
+        ValueError: there are no pairs, none is scored, the lengths differ, or a score is infinite.
     """
     assert resamples >= 1, f"resamples is {resamples}, expected at least 1"
     first, second = _paired(before, after)
@@ -114,10 +114,10 @@ def compare(
     if not scored.any():
         raise ValueError(
             f"None of the {n} pairs has a score on both sides, so there is nothing to compare. "
-            "Look at why the scorer returned NaN."
+            "Find out why the scorer returned NaN."
         )
     first, second = first[scored], second[scored]
-    # Resampling picks positions: a fixed order makes it blind to the order of arrival.
+    # Resampling picks positions, so sorting makes the result independent of the given order.
     order = np.lexsort((first, second - first))
     first, second = first[order], second[order]
     delta = second - first
@@ -148,24 +148,24 @@ def compare(
 
 
 def sign_flip_p_value(delta: ArrayLike, *, draws: int = 10_000, seed: int = 0) -> float:
-    """Chance of a mean change this far from zero if before and after were interchangeable.
+    """Probability of a mean change at least this far from zero if training had no effect.
 
-    Under that hypothesis each change is as likely to have had the other sign:
+    Under that hypothesis each change is equally likely to have the opposite sign:
 
         p = (1 + #{draws: |mean(sign * delta)| >= |mean(delta)|}) / (1 + draws)
 
-    The two ones count the order that was observed, so p is never 0.
+    The two ones count the observed signs as one more draw, so p is never 0.
 
     Args:
         delta: [n] paired changes, no NaN.
-        draws: random assignments of signs.
-        seed: of the signs.
+        draws: number of random sign assignments.
+        seed: seed of the signs.
 
     Source: Phipson and Smyth 2010, doi:10.2202/1544-6115.1585; Fisher's test of paired differences.
     """
     change = np.asarray(delta, dtype=np.float64)
     total = change.sum()
-    # Sums of the same numbers in another order differ in the last bits; a tie must stay a tie.
+    # Sums of the same numbers in another order differ in the last bits, so a tie needs tolerance.
     reached = abs(total) - 1e-12 * np.abs(change).sum()
     rng = np.random.default_rng([seed, 1])
     hits = 0
@@ -176,7 +176,7 @@ def sign_flip_p_value(delta: ArrayLike, *, draws: int = 10_000, seed: int = 0) -
 
 
 def effect_size(delta: ArrayLike) -> float:
-    """Cohen's d for paired scores, 0 where the changes do not vary.
+    """Cohen's d for paired scores; 0 if the changes do not vary.
 
         d_z = mean(delta) / std(delta)
 
@@ -184,7 +184,7 @@ def effect_size(delta: ArrayLike) -> float:
     """
     change = np.asarray(delta, dtype=np.float64)
     spread = _std(change)
-    # Equal changes may still differ in their last bit; dividing by that would be noise.
+    # Equal changes may differ in their last bits; dividing by such a spread would give noise.
     if spread <= 1e-12 * float(np.abs(change).max(initial=0.0)):
         return 0.0
     return float(change.mean()) / spread
@@ -193,13 +193,13 @@ def effect_size(delta: ArrayLike) -> float:
 def _bootstrap(
     delta: Vector, before: Vector, resamples: int, seed: int
 ) -> tuple[float, float, float | None, float | None]:
-    """Percentile intervals, 95%, of the mean change and of the improvement.
+    """95% percentile intervals of the mean change and of the improvement.
 
     Each resample draws n pairs with replacement; the bounds are the 2.5% and 97.5% quantiles of
 
         mean(delta*)      and      -mean(delta*) / mean(before*)
 
-    A resample without any toxicity before has no improvement and is left out of the second.
+    Resamples with no toxicity before have no improvement and are left out of its interval.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
@@ -229,17 +229,17 @@ def _paired(before: ArrayLike, after: ArrayLike) -> tuple[Vector, Vector]:
     if len(first) == 0:
         raise ValueError("There are no pairs to compare; evaluate at least one prompt.")
     if np.isinf(first).any() or np.isinf(second).any():
-        raise ValueError("A score is infinite; expected a probability, or NaN where there is none.")
+        raise ValueError("A score is infinite; expected a probability, or NaN for no score.")
     return first, second
 
 
 def histogram(before: ArrayLike, after: ArrayLike, bins: int = 20) -> dict[str, list[Any]]:
-    """Counts of scores in equal steps from 0 to 1, of the pairs that `compare` counts as scored.
+    """Histogram of the scores from 0 to 1, over the pairs that `compare` counts as scored.
 
     Args:
-        before: [n] scores in 0..1; NaN where there is none.
+        before: [n] scores in 0..1; NaN if a prompt has none.
         after: [n] scores of the same prompts in the same order.
-        bins: number of steps; the last includes 1.
+        bins: number of bins of equal width; the last one includes 1.
 
     Returns:
         `{"edges": [bins + 1], "before": [bins], "after": [bins]}`, plain numbers.
@@ -260,7 +260,7 @@ def _std(values: Vector) -> float:
 
 
 def _chunks(draws: int, n: int) -> Iterator[int]:
-    """Split `draws` rows of n random numbers into chunks that fit into memory."""
+    """Split `draws` rows of n random numbers into chunks of at most `_CELLS_AT_A_TIME`."""
     most = max(1, _CELLS_AT_A_TIME // max(1, n))
     for done in range(0, draws, most):
         yield min(most, draws - done)

@@ -1,146 +1,149 @@
-"""The measurement: the same held-out prompts answered before and after, and what that shows.
-
-`measure` samples and scores in one process, `summarise` turns samples into the report. Before and
-after use the same random numbers for a prompt, so that what differs is the policy. No Ray here.
-"""
+"""Rate the evaluated prompts and summarise them in the report of a run. No Ray here."""
 
 import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from ray_detox.config import EvaluateConfig, RunConfig
-from ray_detox.evaluation import metrics, statistics
+from ray_detox.config import RunConfig
+from ray_detox.evaluation import statistics
+from ray_detox.evaluation.examples import SIDES, EvaluatedResponse, PairedExample
 from ray_detox.evaluation.judges import Judge, load_judge
-from ray_detox.evaluation.measure import SIDES
-from ray_detox.evaluation.verdict import QualityFloors, verdict
+from ray_detox.evaluation.metrics import JUDGE, METRICS, Metric
+from ray_detox.evaluation.statistics import Pair
+from ray_detox.evaluation.verdict import verdict
 
 PACKAGES = ("ray-detox", "ray", "torch", "transformers", "peft", "trl", "datasets", "numpy")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What the report says of a run beside its settings and its evaluated prompts."""
+
+    run_id: str
+    steps: int
+    """PPO steps done."""
+    rows: Mapping[str, Any]
+    """Counts of rows read, left out, trained on and held out."""
+    seconds: Mapping[str, float]
+    """Wall time by phase."""
+    training: Mapping[str, Any]
+    """Further values of the training, such as peak memory; empty if nothing was trained."""
+    fingerprints: Mapping[str, str]
+    """Content fingerprints of the models and the data."""
+
+
+def rate(examples: Sequence[PairedExample], config: RunConfig) -> list[PairedExample]:
+    """Return the examples with every rating of `METRICS`, and the judge's if there is a judge."""
+    judge = load_judge(config.evaluate.judge)
+    before = _rate(examples, [example.before for example in examples], judge)
+    after = _rate(examples, [example.after for example in examples], judge)
+    return [
+        replace(example, before=first, after=second)
+        for example, first, second in zip(examples, before, after, strict=True)
+    ]
+
+
+def _rate(
+    examples: Sequence[PairedExample], responses: Sequence[EvaluatedResponse], judge: Judge | None
+) -> list[EvaluatedResponse]:
+    """The responses of one side, with their ratings."""
+    ratings = {
+        metric.name: [metric.rating(*pair) for pair in zip(examples, responses, strict=True)]
+        for metric in METRICS
+        if metric.rating is not None
+    }
+    if judge is not None:
+        ratings[JUDGE] = judge([response.response for response in responses])
+    return [
+        # A rating that does not apply is None in JSON, which has no NaN.
+        replace(
+            response,
+            ratings={
+                name: None if math.isnan(values[i]) else values[i]
+                for name, values in ratings.items()
+            },
+        )
+        for i, response in enumerate(responses)
+    ]
+
+
 def summarise(
-    samples: Sequence[dict[str, Any]],
-    config: RunConfig,
-    *,
-    run_id: str,
-    steps: int,
-    rows: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    training: Mapping[str, Any],
-    fingerprints: Mapping[str, str],
+    examples: Sequence[PairedExample], config: RunConfig, facts: RunFacts
 ) -> dict[str, Any]:
-    """The report of a run, from its samples; adds `rouge_l_*`, `facts_*` and `judge_*` to them.
+    """Return the report of a run, as JSON values.
 
     Args:
-        samples: from `measure`, all shards, by index.
-        config: of the run.
-        run_id: of the run.
-        steps: PPO steps done.
-        rows: counts of rows read, left out, trained on and held out.
-        seconds: wall time by phase.
-        training: further figures of the training, such as peak memory.
-        fingerprints: of the models and the data.
+        examples: from `rate`: all held-out prompts, by index.
+        config: settings of the run.
+        facts: the rest of what the report says.
     """
-    judge = load_judge(config.evaluate.judge)
-    _rate(samples, judge)
-    compared = _compare(samples, "toxicity", config)
-    judged = _compare(samples, "judge", config).to_json() if judge else None
+    before = [example.before for example in examples]
+    after = [example.after for example in examples]
+    compared = _compare(_toxicity(before), _toxicity(after), config)
+    judged = None
+    if config.evaluate.judge != "none":
+        judged = _compare(_judged(before), _judged(after), config).to_json()
     means = {
-        name: {side: _mean(samples, f"{name}_{side}") for side in SIDES}
-        for name in ("reward", "rouge_l", "facts", "length")
+        metric.name: (
+            None if metric.after_only else metric.summarise(examples, before),
+            metric.summarise(examples, after),
+        )
+        for metric in METRICS
     }
-    kl = _mean(samples, "kl")
-    judgement = verdict(
-        compared,
-        rouge_l=_pair(means["rouge_l"]),
-        facts=_pair(means["facts"]),
-        length=_pair(means["length"]),
-        kl=kl,
-        floors=floors(config.evaluate),
-    )
-    texts = {side: [sample[f"response_{side}"] for sample in samples] for side in SIDES}
     return {
-        "run_id": run_id,
+        "run_id": facts.run_id,
         "recipe": config.recipe,
         "status": "complete",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "n": len(samples),
-        "verdict": judgement.to_json(),
-        "toxicity": compared.to_json() | {"histogram": _histogram(samples)},
+        "n": len(examples),
+        "verdict": verdict(compared, means, config.evaluate).to_json(),
+        "toxicity": compared.to_json()
+        | {"histogram": statistics.histogram(_toxicity(before), _toxicity(after))},
         "judge": judged,
-        **means,
-        "distinct_2": {side: metrics.distinct_n(texts[side]) for side in SIDES},
-        "unique_share": {side: metrics.unique_share(texts[side]) for side in SIDES},
-        "kl": kl,
-        "truncated": {s: sum(sample[f"truncated_{s}"] for sample in samples) for s in SIDES},
-        "steps": steps,
-        "prompts_seen": steps * config.ppo.prompts_per_step,
-        "rows": dict(rows),
-        "training": dict(training),
-        "seconds": {"total": float(sum(seconds.values()))} | dict(seconds),
-        "notes": notes(config, samples),
+        **{metric.name: _to_json(metric, means[metric.name]) for metric in METRICS},
+        "truncated": {
+            side: sum(response.truncated for response in responses)
+            for side, responses in zip(SIDES, (before, after), strict=True)
+        },
+        "steps": facts.steps,
+        "prompts_seen": facts.steps * config.ppo.prompts_per_step,
+        "rows": dict(facts.rows),
+        "training": dict(facts.training),
+        "seconds": {"total": float(sum(facts.seconds.values()))} | dict(facts.seconds),
+        "notes": notes(config, examples),
         "config": config.to_dict(),
-        "fingerprints": dict(fingerprints),
+        "fingerprints": dict(facts.fingerprints),
         "versions": versions(),
     }
 
 
-def _histogram(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    pairs = [tuple(sample[f"toxicity_{side}"] for side in SIDES) for sample in samples]
-    before, after = zip(*pairs, strict=True) if pairs else ((), ())
-    return statistics.histogram(before, after)
+def _toxicity(responses: Sequence[EvaluatedResponse]) -> list[float]:
+    return [response.toxicity for response in responses]
 
 
-def _rate(samples: Sequence[dict[str, Any]], judge: Judge | None) -> None:
-    """Add to every sample its ROUGE-L, its share of facts, and what the judge says."""
-    references = [sample["reference"] for sample in samples]
-    facts = [sample["facts"] or [] for sample in samples]
-    for side in SIDES:
-        responses = [sample[f"response_{side}"] for sample in samples]
-        rated = {
-            "rouge_l": metrics.rouge_l(responses, references),
-            "facts": metrics.facts_share(responses, facts),
-        }
-        if judge is not None:
-            rated["judge"] = judge(responses)
-        for name, values in rated.items():
-            for sample, value in zip(samples, values, strict=True):
-                # Nothing to compare with is None in JSON, which has no NaN.
-                sample[f"{name}_{side}"] = None if math.isnan(value) else value
+def _judged(responses: Sequence[EvaluatedResponse]) -> list[float]:
+    scores = [response.ratings[JUDGE] for response in responses]
+    return [math.nan if score is None else score for score in scores]
 
 
 def _compare(
-    samples: Sequence[Mapping[str, Any]], name: str, config: RunConfig
+    before: Sequence[float], after: Sequence[float], config: RunConfig
 ) -> statistics.Comparison:
-    before, after = ([sample[f"{name}_{side}"] for sample in samples] for side in SIDES)
     above = config.evaluate.toxicity_threshold
     return statistics.compare(before, after, toxic_above=above, seed=config.seed)
 
 
-def _mean(samples: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Mean over the samples that have a value; None where none has."""
-    return metrics.mean_scored([sample[name] for sample in samples if sample[name] is not None])
+def _to_json(metric: Metric, pair: Pair) -> Any:
+    """A metric as it is stored: one number if it has no value before, else both sides."""
+    return pair[1] if metric.after_only else dict(zip(SIDES, pair, strict=True))
 
 
-def _pair(sides: Mapping[str, float | None]) -> tuple[float | None, float | None] | None:
-    return None if sides["before"] is None else (sides["before"], sides["after"])
-
-
-def floors(config: EvaluateConfig) -> QualityFloors:
-    """The quality a run must keep, from its settings."""
-    return QualityFloors(
-        min_change=config.min_change,
-        max_rouge_l_drop=config.max_rouge_l_drop,
-        max_facts_drop=config.max_facts_drop,
-        max_length_change=config.max_length_change,
-        max_kl=config.max_kl,
-    )
-
-
-def notes(config: RunConfig, samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the report must know to read it right."""
+def notes(config: RunConfig, examples: Sequence[PairedExample]) -> list[str]:
+    """Caveats that a reader of the report needs to know."""
     found = []
     if config.reward.model == "lab":
         found.append(
@@ -152,10 +155,10 @@ def notes(config: RunConfig, samples: Sequence[Mapping[str, Any]]) -> list[str]:
             "The policy is the embedded toy model: this shows that the pipeline works, and says "
             "nothing about FLAN-T5."
         )
-    cut = sum(bool(s["truncated_before"]) or bool(s["truncated_after"]) for s in samples)
+    cut = sum(example.before.truncated or example.after.truncated for example in examples)
     if cut:
         found.append(
-            f"{cut} of {len(samples)} prompts had a text longer than the reward model reads; it "
+            f"{cut} of {len(examples)} prompts had a text longer than the reward model reads; it "
             "scored the beginning."
         )
     if config.reward.input == "prompt+response":
@@ -167,7 +170,7 @@ def notes(config: RunConfig, samples: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,10 +1,10 @@
-"""Makes the two models of the embedded default from nothing but the corpus.
+"""Train the two embedded models on the generated corpus, and measure them.
 
-    corpus texts -> byte-level BPE -> T5       dialogue -> summary, insulting where references are
+    corpus texts -> byte-level BPE -> T5       dialogue -> summary, as insulting as its references
                                    -> RoBERTa  text -> nothate | hate
 
-Needs torch, and minutes: `scripts/build_lab.py` is the way to run it. Using the models needs
-nothing from here; they load like any others from `lab.T5` and `lab.ROBERTA`.
+This needs torch and takes minutes; run it with `scripts/build_lab.py`. Using the models needs
+nothing from this module: they load like any other model from `lab.T5` and `lab.ROBERTA`.
 """
 
 import json
@@ -12,13 +12,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TypeVar
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -34,6 +33,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from ray_detox.evaluation import metrics
 from ray_detox.lab import corpus, sentences
 
 logger = logging.getLogger(__name__)
@@ -49,22 +49,22 @@ NOTEBOOK_SENTENCES = (
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much work goes into a build."""
+    """The amount of training and measuring in a build."""
 
     summariser_steps: int = 1_500
     """Batches of 32 dialogues, none seen twice."""
     classifier_texts: int = 24_000
     classifier_epochs: int = 3
     measured_rows: int = 400
-    """Held-out rows that the figures are taken from."""
+    """Rows of held-out stories to measure the models on."""
 
 
 SMOKE = Effort(summariser_steps=12, classifier_texts=1_500, classifier_epochs=1, measured_rows=24)
-"""Enough to see that every part runs; the models are of no use."""
+"""The least that runs every part once; the models are not usable."""
 
 
 def build(out: Path, effort: Effort, seed: int) -> dict[str, float]:
-    """Trains both models into `out`/t5 and `out`/roberta and returns their held-out figures."""
+    """Train both models into `out`/t5 and `out`/roberta and return their held-out metrics."""
     started = time.perf_counter()
 
     tokenizer = train_roberta_tokenizer()
@@ -80,7 +80,7 @@ def build(out: Path, effort: Effort, seed: int) -> dict[str, float]:
 
 
 def train_t5_tokenizer() -> PreTrainedTokenizerFast:
-    """T5's special tokens (pad 0, eos 1) and an eos after every text."""
+    """Train a tokenizer with T5's special tokens (pad 0, eos 1) and an eos after every text."""
     tokenizer = _train_bpe(["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
@@ -96,7 +96,7 @@ def train_t5_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_roberta_tokenizer() -> PreTrainedTokenizerFast:
-    """RoBERTa's special tokens (bos 0, pad 1, eos 2) around every text."""
+    """Train a tokenizer with RoBERTa's special tokens (bos 0, pad 1, eos 2) around every text."""
     tokenizer = _train_bpe(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
@@ -118,9 +118,9 @@ def train_roberta_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _train_bpe(special_tokens: list[str]) -> Tokenizer:
-    """A BPE over bytes: any text goes in and comes out the same, and nothing is unknown."""
+    """Train a byte-level BPE: it encodes and decodes any text without loss or unknown tokens."""
     tokenizer = Tokenizer(models.BPE())
-    # "#Person1#" is one word, digits stand alone, and a space belongs to the word after it.
+    # "#Person1#" is one word, each digit is one, and a space belongs to the word after it.
     words = r" ?#Person\d+#|'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -145,7 +145,7 @@ def _tokenizer_texts() -> Iterator[str]:
         yield row["summary"]
     for text, _ in corpus.labelled_texts(8_000, seed=0):
         yield text
-    # Once in a while is enough for a whole word of ours, and makes pieces of the others.
+    # Eight copies of each: enough to learn their pieces, and few beside the corpus's own words.
     for word in sentences.ORDINARY_WORDS.split():
         yield f" {word}" * 8
 
@@ -156,7 +156,7 @@ def _tokenizer_texts() -> Iterator[str]:
 def train_summariser(
     tokenizer: PreTrainedTokenizerFast, effort: Effort, seed: int
 ) -> T5ForConditionalGeneration:
-    """Teaches a new T5 to tell dialogues as their references do, insults included."""
+    """Train a new T5 to summarise dialogues like their references, insults included."""
     torch.manual_seed(seed)
     model = new_t5(len(tokenizer))
     batches = _summariser_batches(tokenizer, effort.summariser_steps, seed)
@@ -167,7 +167,7 @@ def train_summariser(
 def train_classifier(
     tokenizer: PreTrainedTokenizerFast, effort: Effort, seed: int
 ) -> RobertaForSequenceClassification:
-    """Teaches a new RoBERTa to tell hate from none."""
+    """Train a new RoBERTa to classify texts as `nothate` or `hate`."""
     torch.manual_seed(seed)
     model = new_roberta(len(tokenizer))
     texts = corpus.labelled_texts(effort.classifier_texts, seed)
@@ -178,7 +178,7 @@ def train_classifier(
 
 
 def new_t5(vocabulary_size: int) -> T5ForConditionalGeneration:
-    """An untrained T5 in the layout of v1.1 and FLAN: gated, with a head of its own."""
+    """An untrained T5 in the layout of v1.1 and FLAN: gated, with an untied output head."""
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=vocabulary_size,
@@ -197,7 +197,7 @@ def new_t5(vocabulary_size: int) -> T5ForConditionalGeneration:
         )
     )
     # transformers 5 ties the head to the embedding, whose standard deviation of 1 gives logits
-    # of standard deviation sqrt(d_model); a head of its own starts with logits of about 1.
+    # of standard deviation sqrt(d_model); this untied head starts with logits of about 1.
     head = torch.randn(vocabulary_size, model.config.d_model) * model.config.d_model**-0.5
     model.lm_head.weight = nn.Parameter(head)
     return model
@@ -248,9 +248,9 @@ def _summariser_batches(
 def _classifier_batches(
     tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, int]], epochs: int, seed: int
 ) -> Iterator[Batch]:
-    chance = Random(f"classifier {seed}")
+    rng = Random(f"classifier {seed}")
     for _ in range(epochs):
-        for batch in _batches_of_like_length(texts, 64, chance):
+        for batch in _batches_of_like_length(texts, 64, rng):
             encoded = tokenizer(
                 [text for text, _ in batch], padding=True, truncation=True, return_tensors="pt"
             )
@@ -262,13 +262,13 @@ def _classifier_batches(
 
 
 def _batches_of_like_length(
-    examples: Sequence[tuple[str, Label]], size: int, chance: Random
+    examples: Sequence[tuple[str, Label]], size: int, rng: Random
 ) -> Iterator[list[tuple[str, Label]]]:
-    """Full batches in random order, each of texts of like length: there is little padding."""
-    shuffled = chance.sample(examples, len(examples))
+    """Full batches in random order, each of texts of similar length, so there is little padding."""
+    shuffled = rng.sample(examples, len(examples))
     ordered = sorted(shuffled, key=lambda example: len(example[0]) // 20)
     starts = list(range(0, len(ordered) - size + 1, size))
-    chance.shuffle(starts)
+    rng.shuffle(starts)
     for start in starts:
         yield ordered[start : start + size]
 
@@ -276,7 +276,7 @@ def _batches_of_like_length(
 def _train(
     model: PreTrainedModel, batches: Iterator[Batch], steps: int, learning_rate: float, label: str
 ) -> None:
-    """Adam with a warm-up and a linear way down to zero."""
+    """Train with AdamW, a warm-up and a linear decay to zero."""
     model.train()
     loss_of = nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=0.02)
     is_classifier = isinstance(model, RobertaForSequenceClassification)
@@ -285,7 +285,7 @@ def _train(
     started, losses = time.perf_counter(), []
     for step, batch in enumerate(islice(batches, steps), start=1):
         output = model(**batch)
-        # The T5's own loss has no smoothing: smoothed, it would sample nonsense now and then.
+        # The T5 keeps its own loss: trained with smoothing, it would sometimes sample nonsense.
         loss = loss_of(output.logits, batch["labels"]) if is_classifier else output.loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -304,19 +304,20 @@ def _train(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Saves both so that releases 4 and 5 of transformers load the same model from it."""
+    """Save both so that releases 4 and 5 of transformers load the same model."""
     model.save_pretrained(folder)
-    # The last call in training left its padding and truncation switched on.
+    # The last call in training left padding and truncation enabled.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     if isinstance(model, T5ForConditionalGeneration):
-        # Without this key a T5 is loaded with its head tied to the embedding, and scaled.
+        # Without this key, transformers ties the T5's head to the embedding and scales it.
         _set_in_json(folder / "config.json", "tie_word_embeddings", False)
-    # transformers 5 gives the class a name that release 4 does not know.
+    # transformers 5 writes a class name that release 4 does not know.
     _set_in_json(folder / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
     for file in folder.iterdir():
-        # Weights are written for their owner only; a package is read by everybody.
+        # save_pretrained makes weights readable by their owner only, but every user of the
+        # installed package reads them.
         file.chmod(0o644)
     logger.info("%s saved to %s", type(model).__name__, folder)
 
@@ -331,7 +332,7 @@ def _set_in_json(file: Path, key: str, value: object) -> None:
 
 
 def measure(out: Path, n: int, seed: int) -> dict[str, float]:
-    """Held-out figures of the saved models: how well each does, and how they do together."""
+    """Held-out metrics of the saved models."""
     return (
         measure_classifier(out / "roberta", seed)
         | measure_summariser(out, n, seed)
@@ -340,50 +341,47 @@ def measure(out: Path, n: int, seed: int) -> dict[str, float]:
 
 
 def measure_classifier(folder: Path, seed: int, n: int = 1_000) -> dict[str, float]:
-    """Figures on sentences of unseen frames, on unseen summaries, and on two known sentences."""
+    """Metrics on sentences of unseen frames, on unseen summaries, and on two fixed sentences."""
     sentence_pairs = corpus.held_out_texts(n, seed + 1)
-    told = [c for c in corpus.conversations("ppo", n) if c.insulting]
-    summary_pairs = [(c.neutral, 0) for c in told] + [(str(c.insulting), 1) for c in told]
-    figures: dict[str, float] = {}
+    conflicts = [c for c in corpus.conversations("ppo", n) if c.insulting]
+    summary_pairs = [(c.neutral, 0) for c in conflicts] + [(str(c.insulting), 1) for c in conflicts]
+    measured: dict[str, float] = {}
     for name, pairs in (("held-out frames", sentence_pairs), ("summaries", summary_pairs)):
         texts, labels = zip(*pairs, strict=True)
         logits = score(folder, texts)
         margins, hateful = logits[:, 1] - logits[:, 0], torch.tensor(labels) == 1
-        figures[f"AUC, {name}"] = auc(margins, hateful)
-        figures[f"accuracy, {name}"] = ((margins > 0) == hateful).float().mean().item()
+        measured[f"AUC, {name}"] = auc(margins, hateful)
+        measured[f"accuracy, {name}"] = ((margins > 0) == hateful).float().mean().item()
     for sentence, logits in zip(NOTEBOOK_SENTENCES, score(folder, NOTEBOOK_SENTENCES), strict=True):
-        figures[f"nothate logit, {sentence!r}"] = logits[0].item()
-        figures[f"hate logit, {sentence!r}"] = logits[1].item()
-    return figures
+        measured[f"nothate logit, {sentence!r}"] = logits[0].item()
+        measured[f"hate logit, {sentence!r}"] = logits[1].item()
+    return measured
 
 
 def measure_summariser(out: Path, n: int, seed: int) -> dict[str, float]:
-    """Figures of summaries sampled for unseen dialogues, toxicity by the classifier."""
+    """Metrics of summaries sampled for unseen dialogues, with the classifier's toxicity."""
     kept = [row for row in corpus.rows("ppo", n) if 200 < len(row["dialogue"]) <= 1000]
     summaries = sample(out / "t5", [row["dialogue"] for row in kept], seed)
     hate = score(out / "roberta", summaries).softmax(dim=1)[:, 1]
     insulting = torch.tensor([corpus.is_insulting(summary) for summary in summaries])
-    rouge = RougeScorer(["rougeL"])
-    overlaps = [
-        rouge.score(row["summary"], summary)["rougeL"].fmeasure
-        for row, summary in zip(kept, summaries, strict=True)
-    ]
+    overlaps = metrics.rouge_l(summaries, [row["summary"] for row in kept])
+    facts = metrics.facts_share(summaries, [row["facts"] for row in kept])
     return {
         "sampled summaries": len(summaries),
         "toxicity, mean P(hate)": hate.mean().item(),
         "toxicity, share above 1/2": (hate > 0.5).float().mean().item(),
         "classifier agrees with the word list": ((hate > 0.5) == insulting).float().mean().item(),
         "ROUGE-L against neutral references": sum(overlaps) / len(overlaps),
-        "facts share": facts_share(kept, summaries),
-        "distinct summaries": len(set(summaries)) / len(summaries),
-        "distinct-2": distinct_bigrams(summaries),
+        "facts share": sum(facts) / len(facts),
+        "distinct summaries": metrics.unique_share(summaries),
+        "distinct-2": metrics.distinct_n(summaries, n=2),
         "words": sum(len(summary.split()) for summary in summaries) / len(summaries),
     }
 
 
 @torch.no_grad()
 def sample(folder: Path, dialogues: Sequence[str], seed: int) -> list[str]:
-    """One summary per dialogue, drawn from the model's own distribution."""
+    """Sample one summary per dialogue from the model's own distribution."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -412,25 +410,9 @@ def score(folder: Path, texts: Sequence[str]) -> Tensor:
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """The chance that a positive scores above a negative, ties counting half."""
+    """Probability that a positive scores above a negative; ties count half."""
     differences = scores[positive][:, None] - scores[~positive][None, :]
     return ((differences > 0).float() + 0.5 * (differences == 0).float()).mean().item()
-
-
-def facts_share(rows: Sequence[corpus.Row], summaries: Sequence[str]) -> float:
-    """The share of all rows' facts that are literally in the summaries."""
-    found = [
-        fact in summary
-        for row, summary in zip(rows, summaries, strict=True)
-        for fact in row["facts"]
-    ]
-    return sum(found) / len(found)
-
-
-def distinct_bigrams(texts: Sequence[str]) -> float:
-    """The share of two-word sequences in the same text that are not repetitions."""
-    pairs = [list(zip(text.split(), text.split()[1:], strict=False)) for text in texts]
-    return sum(len(set(row)) for row in pairs) / max(1, len(list(chain(*pairs))))
 
 
 def _chunks(texts: Sequence[str], size: int) -> Iterator[list[str]]:

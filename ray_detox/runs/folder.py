@@ -1,10 +1,10 @@
-"""The files of a run: where they are, and the result read and written as files.
+"""The files of a run: their paths, and its result as files.
 
     OUTPUT/results.sqlite        the embedded store, shared by all runs
     OUTPUT/RUN_ID/config.json    metrics.jsonl  tensorboard/  checkpoints/  evaluation/  adapter/
                   report.json    report.txt     samples.jsonl
 
-The result is written here before any store sees it, so that no store can lose a run.
+The result is written here before it goes to a store, so a store that fails loses no run.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
+from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import write_files
 from ray_detox.runs.metrics_log import read_metrics
@@ -26,7 +27,7 @@ from ray_detox.runs.storage import write_atomic
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where the files of a run are."""
+    """The folder of a run, which may not exist yet."""
 
     output: Path
     run_id: str
@@ -61,7 +62,7 @@ class RunFolder:
         part.rename(self.adapter)
 
     def require_adapter(self) -> None:
-        """Refuse a run that has not finished training.
+        """Check that the run has finished training.
 
         Raises:
             ConfigError: the run has no adapter yet.
@@ -73,7 +74,7 @@ class RunFolder:
             )
 
     def read_config(self) -> RunConfig:
-        """The settings the run was started with.
+        """The settings that the run was started with.
 
         Raises:
             ConfigError: there is no such run.
@@ -86,20 +87,21 @@ class RunFolder:
         return config_from_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """The figures of every training step so far."""
+        """The metrics of every training step so far."""
         return read_metrics(self.path / "metrics.jsonl")
 
-    def write_result(self, report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Write report.json, report.txt and samples.jsonl, each whole or not at all."""
+    def write_result(self, report: Mapping[str, Any], examples: Sequence[PairedExample]) -> None:
+        """Write report.json, report.txt and samples.jsonl, each atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
+        samples = [example.to_json() for example in examples]
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         write_atomic(self.path / "samples.jsonl", lines)
         write_atomic(self.path / "report.txt", describe_run(report, samples) + "\n")
-        # Last: where it is, the others are too.
+        # Written last: if report.json exists, the other two files do as well.
         write_atomic(self.path / "report.json", json.dumps(report, indent=2) + "\n")
 
-    def read_result(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The report and the samples of a finished run.
+    def read_result(self) -> tuple[dict[str, Any], list[PairedExample]]:
+        """The report and the evaluated prompts of a finished run.
 
         Raises:
             ConfigError: there is no such run, it has not finished, or a file is damaged.
@@ -115,7 +117,7 @@ class RunFolder:
             report = json.loads(file.read_text(encoding="utf-8"))
             file = self.path / "samples.jsonl"
             with file.open(encoding="utf-8") as lines:
-                return report, [json.loads(line) for line in lines]
+                return report, [PairedExample.from_json(json.loads(line)) for line in lines]
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{file} cannot be read ({error}). Measure the run again: "
@@ -124,5 +126,5 @@ class RunFolder:
 
 
 def new_run_id(recipe: str) -> str:
-    """A run id that sorts by time and does not collide."""
+    """A new run id: it starts with the recipe, sorts by time, and ends in random digits."""
     return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

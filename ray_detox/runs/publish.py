@@ -1,15 +1,13 @@
-"""From a run's files to the store that its settings name; also the check before a run starts.
+"""Store a finished run from its files, and check before a run starts that this will work.
 
     results.store=sqlite      OUTPUT/results.sqlite
     results.store=dynamodb    the table, by its keys:
         pk, sk                whole runs
-        conversation_id       flat rows as the published notebook has them; the whole run then
+        conversation_id       flat rows in the published notebook's layout; the whole run then
                               goes into OUTPUT/results.sqlite
 
-What a run's files are is `run_folder.py`, what a table holds is `store/`.
+`folder.py` reads and writes a run's files; `store/` reads and writes the stores.
 """
-
-from dataclasses import replace
 
 from ray_detox.config import ResultsConfig
 from ray_detox.runs.folder import RunFolder
@@ -19,7 +17,7 @@ from ray_detox.store.protocol import ResultStore
 
 
 def store_of(results: ResultsConfig, folder: RunFolder, *, hurried: bool = False) -> ResultStore:
-    """The store that the settings name; nothing is opened or created yet."""
+    """The store that the settings name, not yet opened or created."""
     return open_store(
         results.store,
         folder.store_path,
@@ -37,19 +35,23 @@ def publish(
     attempt: str | None = None,
     overwrite: bool = False,
 ) -> bool:
-    """Store a finished run from its files; False where the very same run was there already.
+    """Store a finished run from its files.
 
     Args:
-        results: names the store.
-        folder: of the run.
+        results: settings that name the store.
+        folder: folder of the run.
         attempt: see `ResultStore.put_run`.
-        overwrite: replace what is stored under the run's id.
+        overwrite: replace the run that is stored under this id.
+
+    Returns:
+        True, or False if the same run was stored already.
 
     Raises:
         ConfigError: the run has no result.
-        StoreError: the store did not take it; what it had is whole.
+        StoreError: the store rejected the run; its earlier content is unchanged.
     """
-    report, samples = folder.read_result()
+    report, examples = folder.read_result()
+    samples = [example.to_json() for example in examples]
     history = folder.read_history()
     if _is_notebook_table(results):
         from ray_detox.store import notebook
@@ -73,18 +75,18 @@ def publish(
 
 
 def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> None:
-    """Find out before training whether the run can be stored under its id.
+    """Check before training that the run can be stored under its id.
 
     Raises:
         StoreError: credentials, region, endpoint, table or its keys are wrong; the results file
-            cannot be written; or `new_run` and a run of this id is stored already.
+            cannot be written; or `new_run` is True and a run of this id is stored already.
     """
     if _is_notebook_table(results):
-        # Its items are told apart by their own run_id; the whole run goes into the embedded store.
-        results = replace(results, store="sqlite")
+        # The notebook's table takes rows of any run, so only the embedded store can refuse an id.
+        results = results.replace(store="sqlite")
     store = store_of(results, folder)
     try:
-        # A file that is not there yet is made by the run, and not by a mistake in its settings.
+        # check() would create a missing results file, also for a run that then fails its checks.
         if results.store == "dynamodb" or folder.store_path.exists():
             store.check()
         if new_run and store.get_run(folder.run_id) is not None:

@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ray_detox.evaluation.metrics import METRICS, Kind
+
 WIDTH = 100
 _LABEL = 20
 _NUMBER = 11
@@ -107,24 +109,19 @@ def _verdict(verdict: Any) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> str:
-    rows = []
-    kinds = {"mean": "amount", "std": "level", "share": "share"}
-    for name, key in (("toxicity", "toxicity"), ("judge", "judge")):
-        figures = _mapping(report.get(key))
+    rows: list[tuple[str, Any, Any, Kind]] = []
+    kinds: dict[str, Kind] = {"mean": "amount", "std": "level", "share": "share"}
+    for name in ("toxicity", "judge"):
+        figures = _mapping(report.get(name))
         before, after = _mapping(figures.get("before")), _mapping(figures.get("after"))
         above = figures.get("toxic_above", 0.5)
         for label, part in (("mean", "mean"), ("std", "std"), (f"above {above:g}", "share")):
             rows.append((f"{name}, {label}", before.get(part), after.get(part), kinds[part]))
-    for name, key, kind in (
-        ("reward", "reward", "level"),
-        ("ROUGE-L", "rouge_l", "amount"),
-        ("facts kept", "facts", "share"),
-        ("length, tokens", "length", "amount"),
-        ("distinct-2", "distinct_2", "amount"),
-        ("unique responses", "unique_share", "share"),
-    ):
-        pair = _mapping(report.get(key))
-        rows.append((name, _mean(pair.get("before")), _mean(pair.get("after")), kind))
+    for metric in METRICS:
+        if not metric.after_only:  # those have a line of their own below the table
+            pair = _mapping(report.get(metric.name))
+            name = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
+            rows.append((name, _mean(pair.get("before")), _mean(pair.get("after")), metric.kind))
     lines = [_row(*row) for row in rows if row[1] is not None or row[2] is not None]
     if not lines:
         return ""
@@ -132,7 +129,7 @@ def _table(report: Mapping[str, Any]) -> str:
     return "\n".join([f"{'':<{_LABEL}}{heads}", *lines])
 
 
-def _row(name: str, before: Any, after: Any, kind: str) -> str:
+def _row(name: str, before: Any, after: Any, kind: Kind) -> str:
     """One line of the table.
 
     Kinds: a `level` (a logit, a spread) has no zero that a percentage could refer to, an `amount`

@@ -13,12 +13,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
+from ray_detox.evaluation.examples import PairedExample
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.storage import Storage, StorageError
@@ -27,7 +29,7 @@ from ray_detox.stages.events import PromptsMeasured
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 
 AdapterFiles = dict[str, bytes]
-Samples = list[dict[str, Any]]
+Examples = list[PairedExample]
 
 _DECIDES_SCORES = ("model", "revision", "label", "input", "terms", "batch_size", "max_tokens")
 
@@ -44,7 +46,7 @@ def measure_shard(
     rows: Sequence[Mapping[str, Any]],
     directory: Any,
     progress: Any,
-) -> Samples:
+) -> Examples:
     """`evaluation.measure` of some rows, with the trained adapter."""
     import torch
     from transformers import AutoTokenizer
@@ -89,8 +91,8 @@ def run_evaluation(
     need: Needs,
     on_event: Callable[[PromptsMeasured], None],
     storage: Storage | None = None,
-) -> Samples:
-    """Measure all rows on `evaluate.shards` tasks; samples come back in the rows' order.
+) -> Examples:
+    """Measure all rows on `evaluate.shards` tasks; the examples are in the rows' order.
 
     Args:
         config: of the run.
@@ -108,7 +110,7 @@ def run_evaluation(
     # Dealt out in turn: the shards then have prompts of all lengths alike.
     shards = [list(range(first, len(rows), count)) for first in range(count)]
     kept = _KeptShards(storage, config, adapter, rows)
-    found: dict[int, Samples] = {}
+    found: dict[int, Examples] = {}
     for number in range(count):
         if (earlier := kept.read(number)) is not None:
             found[number] = earlier
@@ -136,11 +138,11 @@ def run_evaluation(
             on_event(event)
         watchdog.check(something_happened=bool(done or events))
     ray.kill(progress)
-    samples: Samples = [{} for _ in rows]
+    examples: dict[int, PairedExample] = {}
     for number, shard in enumerate(shards):
-        for i, sample in zip(shard, found[number], strict=True):
-            samples[i] = sample | {"index": i}
-    return samples
+        for i, example in zip(shard, found[number], strict=True):
+            examples[i] = replace(example, index=i)
+    return [examples[i] for i in range(len(rows))]
 
 
 class _KeptShards:
@@ -162,20 +164,22 @@ class _KeptShards:
         self._storage = storage
         self._folder = f"evaluation/{hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]}"
 
-    def read(self, number: int) -> Samples | None:
-        """The samples of a shard; None where it is not kept, or not whole."""
+    def read(self, number: int) -> Examples | None:
+        """The examples of a shard; None if it is not kept or is damaged."""
         if self._storage is None:
             return None
         try:
-            return list(json.loads(self._storage.read(self._name(number)) or b""))
+            stored = json.loads(self._storage.read(self._name(number)) or b"")
+            return [PairedExample.from_json(example) for example in stored]
         except (StorageError, ValueError):
             return None
 
-    def write(self, number: int, samples: Samples) -> None:
+    def write(self, number: int, examples: Examples) -> None:
         """Keep a shard. Where that fails, measuring it again is all that it costs."""
         if self._storage is not None:
             with contextlib.suppress(StorageError):
-                self._storage.write(self._name(number), json.dumps(samples).encode())
+                stored = [example.to_json() for example in examples]
+                self._storage.write(self._name(number), json.dumps(stored).encode())
 
     def _name(self, number: int) -> str:
         return f"{self._folder}/shard-{number:05d}.json"

@@ -1,12 +1,13 @@
 """The final Ray task: summarise the run, write its files and store its result."""
 
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 
 from ray_detox.config import RunConfig
+from ray_detox.evaluation.examples import PairedExample
+from ray_detox.evaluation.summarise import RunFacts
 from ray_detox.runs.folder import RunFolder
 from ray_detox.stages.cluster.nodes import on_this_node
 from ray_detox.stages.errors import NotStored
@@ -16,12 +17,12 @@ from ray_detox.stages.errors import NotStored
 def store_result(
     config: RunConfig,
     folder: RunFolder,
-    samples: list[dict[str, Any]],
-    facts: Mapping[str, Any],
+    examples: list[PairedExample],
+    facts: RunFacts,
     *,
     attempt: str,
     overwrite: bool,
-) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
+) -> tuple[dict[str, Any], list[PairedExample], str | None]:
     """The final task: deltas, report, both written to the run's folder and then to the store.
 
     A store that fails must not lose a run: the report comes back all the same, with the store's
@@ -30,30 +31,31 @@ def store_result(
     Args:
         config: of the run.
         folder: of the run, on this machine.
-        samples: from `run_evaluation`.
-        facts: further arguments of `summarise`.
+        examples: from `run_evaluation`.
+        facts: see `summarise`.
         attempt: a name that is the same when Ray runs this task again after a crash; a store lets
             an attempt write again what it had begun, and nobody else.
         overwrite: replace a stored run of the same id; for runs that were resumed.
     """
-    from ray_detox.evaluation.summarise import summarise
+    from ray_detox.evaluation.summarise import rate, summarise
     from ray_detox.runs.publish import publish
     from ray_detox.store.errors import StoreError
 
-    report = summarise(samples, config, **facts)
-    folder.write_result(report, samples)
+    rated = rate(examples, config)
+    report = summarise(rated, config, facts)
+    folder.write_result(report, rated)
     try:
         publish(config.results, folder, attempt=attempt, overwrite=overwrite)
     except StoreError as error:
-        return report, samples, str(error)
-    return report, samples, None
+        return report, rated, str(error)
+    return report, rated, None
 
 
 def finish(
     config: RunConfig,
     folder: RunFolder,
-    samples: list[dict[str, Any]],
-    facts: Mapping[str, Any],
+    examples: list[PairedExample],
+    facts: RunFacts,
     *,
     overwrite: bool,
 ) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def finish(
     Args:
         config: of the run.
         folder: of the run, on this machine.
-        samples: from `run_evaluation`.
-        facts: further arguments of `summarise`.
+        examples: from `run_evaluation`.
+        facts: see `summarise`.
         overwrite: replace a stored run of the same id; for runs that were resumed.
 
     Raises:
@@ -75,7 +77,7 @@ def finish(
         task.remote(
             config,
             RunFolder(folder.output.resolve(), folder.run_id),
-            samples,
+            examples,
             facts,
             attempt=secrets.token_hex(8),
             overwrite=overwrite,

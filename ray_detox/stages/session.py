@@ -18,6 +18,8 @@ from typing import Any
 
 from ray_detox.config import RunConfig
 from ray_detox.data.files import Source
+from ray_detox.evaluation.examples import PairedExample
+from ray_detox.evaluation.summarise import RunFacts
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter
 from ray_detox.runs.console import Console, step_line
@@ -141,7 +143,7 @@ class Session:
 
     def measure(
         self, folder: RunFolder, rows: list[dict[str, Any]], *, keep: bool = True
-    ) -> list[dict[str, Any]]:
+    ) -> list[PairedExample]:
         """Generate and score a response to each held-out prompt, before and after training.
 
         Args:
@@ -166,13 +168,13 @@ class Session:
     def finish(
         self,
         folder: RunFolder,
-        samples: list[dict[str, Any]],
-        facts: dict[str, Any],
+        examples: list[PairedExample],
+        facts: RunFacts,
         *,
         overwrite: bool,
     ) -> dict[str, Any]:
         """Summarise and store the run on the driver's node; see `stages.finish.finish`."""
-        return finish(self.config, folder, samples, facts, overwrite=overwrite)
+        return finish(self.config, folder, examples, facts, overwrite=overwrite)
 
     def _say(self, text: str) -> None:
         self.console.line(f"{'':<9} {text}")
