@@ -23,6 +23,7 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
 from ray_detox.models.sources import fingerprint, folder_fingerprint
 from ray_detox.recipes.loading import config_from_dict
+from ray_detox.records import PreparedRow
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
 from ray_detox.runs.console import Console, step_line
 from ray_detox.runs.folder import RunFolder
@@ -206,7 +207,7 @@ def _measure(
     config: RunConfig,
     folder: RunFolder,
     console: Console,
-    rows: list[dict[str, Any]],
+    rows: Sequence[PreparedRow],
     pool: Any,
     need: resources.Needs,
     keep: bool = True,

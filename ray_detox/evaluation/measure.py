@@ -1,11 +1,12 @@
 """Generate and score a response to each held-out prompt, before and after training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ray_detox.config import RunConfig
+from ray_detox.records import PreparedRow
 
 SIDES = ("before", "after")
 
@@ -14,7 +15,7 @@ def measure(
     policy: Any,
     tokenizer: Any,
     scorer: Any,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[PreparedRow],
     config: RunConfig,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
@@ -36,7 +37,7 @@ def measure(
     from ray_detox.draws import EVALUATION
     from ray_detox.rl.rollout import collect
 
-    order = np.argsort([len(row["query_ids"]) for row in rows], kind="stable")
+    order = np.argsort([len(row.query_ids) for row in rows], kind="stable")
     samples: list[dict[str, Any]] = [{} for _ in rows]
     size = config.evaluate.batch_size
     for start in range(0, len(order), size):
@@ -50,13 +51,13 @@ def measure(
         kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1).tolist()
         for position, i in enumerate(chunk):
             row = rows[i]
-            reference = row.get(config.data.summary_column or "")
+            reference = row.columns.get(config.data.summary_column or "")
             sample: dict[str, Any] = {
                 "index": i,
-                "prompt_id": row["prompt_id"],
-                "query": row["prompt"],
+                "prompt_id": row.prompt_id,
+                "query": row.prompt,
                 "reference": reference if isinstance(reference, str) else None,
-                "facts": _texts(row.get("facts")),
+                "facts": _texts(row.columns.get("facts")),
                 "kl": kl[position],
             }
             for side, collected in (("before", before), ("after", after)):

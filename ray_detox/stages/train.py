@@ -36,7 +36,6 @@ from ray.util.placement_group import (
 )
 
 from ray_detox.config import RunConfig
-from ray_detox.data.prompts import unpack
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.records import UpdateStats
 from ray_detox.resources import Needs
@@ -44,6 +43,7 @@ from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointWriter, pack_f
 from ray_detox.stages.cluster.elastic import UpscaleTrigger, wait_for_workers
 from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
 from ray_detox.stages.errors import TrainingError, describe
+from ray_detox.stages.ingest import unpack_rows
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     policy = load_policy(config.policy, config.sampling, config.seed, device)
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     mine = shards_of_worker(config.data.shards, runtime.rank, runtime.world_size)
-    rows = {shard: unpack(ray.get(job["shards"][shard]).to_pylist()) for shard in mine}
+    rows = {shard: unpack_rows(ray.get(job["shards"][shard]).to_pylist()) for shard in mine}
     shards = PromptShards(config, rows, policy.pad_id)
     runtime.tell(
         {
