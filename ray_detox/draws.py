@@ -1,7 +1,7 @@
-"""Every random number of a run: sampling noise, minibatch assignment and the order of shards.
+"""All random numbers of a run: sampling noise, minibatch assignment and the order of shards.
 
-Each one is a pure function of the seed, the step and the prompt, so that a run that is resumed,
-or that runs on another number of workers, draws the same numbers.
+Each one is a pure function of the seed and its position (step and prompt, step and epoch, or
+epoch and shard), so a resumed run, or a run on another number of workers, draws the same numbers.
 """
 
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ import numpy as np
 from ray_detox.config import SamplingConfig
 
 EVALUATION = -1
-"""The step under which numbers for the evaluation are drawn."""
+"""The step number that the evaluation passes to `sampling_noise`."""
 
 
 def sampling_noise(
     ids: Sequence[str], sampling: SamplingConfig, seed: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the response limit of each prompt, and the sampling noise of its tokens.
+    """Draw the response limit of each prompt and the sampling noise of its tokens.
 
     Args:
-        ids: prompt ids, as `prompt_id` gives them.
-        sampling: gives the range of max_new_tokens.
-        seed: of the run.
-        step: of the run, or `EVALUATION`.
+        ids: prompt ids, as `data.prompts.prompt_id` returns them.
+        sampling: settings with the range of `max_new_tokens`.
+        seed: seed of the run.
+        step: step of the run, or `EVALUATION`.
 
     Returns:
-        Limits [B] int64 in tokens, from the range of `sampling.max_new_tokens`, and uniform noise
-        [B, highest limit] float64 in [0, 1).
+        max_new_tokens [B] int64, uniform on the range of `sampling.max_new_tokens`, and noise
+        [B, highest limit] float64, uniform on [0, 1).
     """
     max_new_tokens = np.empty(len(ids), dtype=np.int64)
     noise = np.empty((len(ids), sampling.highest_limit))
     for row, name in enumerate(ids):
-        # +1 because seeds are not negative and EVALUATION is.
+        # +1 because EVALUATION is negative and numpy accepts no negative seeds.
         rng = np.random.default_rng([seed, step + 1, int(name, 16)])
         max_new_tokens[row] = rng.integers(
             sampling.lowest_limit, sampling.highest_limit, endpoint=True
@@ -44,11 +44,11 @@ def sampling_noise(
 def minibatch_assignment(
     seed: int, step: int, epoch: int, rows: int, minibatches: int
 ) -> np.ndarray:
-    """Which minibatch each row of a step's global batch belongs to, [rows] int64.
+    """Assign each row of a step's global batch to a minibatch, [rows] int64.
 
-    Each run of `minibatches` consecutive rows is dealt one row to each minibatch, in random
-    order. So a worker that holds consecutive rows has an equal share of every minibatch, and yet
-    the assignment does not depend on how many workers there are.
+    Of each block of `minibatches` consecutive rows, every minibatch gets one row, in random order.
+    A worker holds consecutive rows and so has an equal share of every minibatch, while the
+    assignment does not depend on the number of workers.
     """
     blocks = rows // minibatches
     rng = np.random.default_rng([seed, step + 1, epoch, 0x9E3779B9])
@@ -59,11 +59,11 @@ def minibatch_assignment(
 def shard_rows(
     seed: int, step: int, shard: int, rows_in_shard: int, rows_per_step: int
 ) -> list[tuple[int, int]]:
-    """Which rows a shard gives to a step: a list of (epoch, row in the shard).
+    """Choose the rows of a shard for a step: a list of (epoch, row in the shard).
 
-    A shard is read as an endless stream of epochs, each a fresh permutation that depends on
-    (seed, epoch, shard) alone; step s takes the next `rows_per_step`. No row is skipped or seen
-    twice within an epoch, and going on after an interruption needs the step and nothing else.
+    A shard is read as an endless stream of epochs, each a new permutation that depends on
+    (seed, epoch, shard) alone; each step takes the next `rows_per_step` rows of the stream. Every
+    row occurs exactly once per epoch, and a resumed run needs only the step.
     """
     first = step * rows_per_step
     chosen: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""What passes from one part of a PPO step to the next: plain records, complete when made.
+"""Records that pass from one part of a run to the next: frozen, and complete when made.
 
 Letters for shapes, here and in every docstring of the project:
 
@@ -18,14 +18,44 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from torch import Tensor  # who has but numbers and names to pass on loads no torch
+    from torch import Tensor  # a module that passes numbers and names only does not load torch
 
 Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class PreparedRow:
+    """A row of data that became a prompt.
+
+    Example:
+
+        prompt_id "00c3f1..."   prompt "Summarize ..."   query_ids [71, 8, 1]
+        columns   {"id": "a1", "dialogue": "A: hi", "summary": "A says hi."}
+    """
+
+    prompt_id: str
+    """Hash of the prompt's text, as `data.prompts.prompt_id` computes it."""
+    prompt: str
+    """The prompt as text."""
+    query_ids: list[int]
+    """The prompt as token ids, [Q]."""
+    columns: dict[str, Any]
+    """The row as it was read, with values of JSON types."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutRow:
+    """A row of data that cannot become a prompt."""
+
+    name: str
+    """The row's id, or the start of its text, for messages."""
+    reason: str
+    """Why it is left out; rows are counted by reason."""
+
+
+@dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """Prompts to be answered: tokens for the policy, texts for the reward.
+    """Prompts to respond to: tokens for the policy, texts for the reward.
 
     Example: two prompts, the second of one token.
 
@@ -33,7 +63,7 @@ class PromptBatch:
     """
 
     ids: list[str]
-    """Hash of each prompt's text: pairs a response before training with the one after."""
+    """Hash of each prompt's text; pairs the response before training with the one after it."""
     texts: list[str]
     """The prompts as text."""
     query_ids: Tensor
@@ -55,7 +85,7 @@ class PromptBatch:
         return len(self.ids)
 
     def select(self, rows: Sequence[int]) -> PromptBatch:
-        """The given rows, in that order, padded no further than the longest of them."""
+        """Return the given rows, in that order, cut to the longest of them."""
         mask = self.query_mask[list(rows)]
         width = int(mask.sum(dim=1).max()) if len(rows) else 0
         return PromptBatch(
@@ -68,24 +98,79 @@ class PromptBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """What the policy sampled for a batch of prompts, all on the policy's device."""
+class TokenBatch:
+    """Prompts and their responses as tokens: the input of a scoring pass of the policy.
 
+    Example: one prompt of 3 tokens, a response of 2 tokens padded to 4.
+
+        query_ids     [[71, 8, 1]]          response_ids  [[205, 1, 0, 0]]
+        query_mask    [[T, T, T]]           response_mask [[T, T, F, F]]
+    """
+
+    query_ids: Tensor
+    """[B, Q] int64 prompt tokens, padded on the right."""
+    query_mask: Tensor
+    """[B, Q] bool, True on prompt tokens."""
     response_ids: Tensor
     """[B, R] int64 sampled tokens, padded on the right."""
     response_mask: Tensor
-    """[B, R] bool, True up to and including end-of-sequence; at least one per row."""
+    """[B, R] bool, True up to and including end-of-sequence, at least one per row."""
+    encoder_states: Tensor | None
+    """[B, Q, D] encoder output that later passes reuse, if the encoder is frozen; else None."""
+
+    def __post_init__(self) -> None:
+        batch = len(self.response_ids)
+        for ids, mask in (("query_ids", "query_mask"), ("response_ids", "response_mask")):
+            shapes = [tuple(getattr(self, name).shape) for name in (ids, mask)]
+            if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != batch:
+                letter = "Q" if ids == "query_ids" else "R"
+                raise ValueError(
+                    f"TokenBatch.{mask} has shape {shapes[1]} and {ids} has shape {shapes[0]}; "
+                    f"expected [{batch}, {letter}] for both."
+                )
+        states = self.encoder_states
+        if states is not None and states.shape[:2] != self.query_ids.shape:
+            raise ValueError(
+                f"TokenBatch.encoder_states has shape {tuple(states.shape)}; expected "
+                f"[{batch}, {self.query_ids.shape[1]}, D], one state per prompt token."
+            )
+        if not bool(self.response_mask[:, :1].all()):
+            raise ValueError(
+                "TokenBatch.response_mask has an empty row; every response has a token."
+            )
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    def select(self, rows: Tensor) -> TokenBatch:
+        """Return the given rows (int64 [N]), cut to the longest prompt and response of them."""
+        queries = int(self.query_mask[rows].sum(dim=1).max())
+        responses = int(self.response_mask[rows].sum(dim=1).max())
+        states = self.encoder_states
+        return TokenBatch(
+            query_ids=self.query_ids[rows, :queries],
+            query_mask=self.query_mask[rows, :queries],
+            response_ids=self.response_ids[rows, :responses],
+            response_mask=self.response_mask[rows, :responses],
+            encoder_states=None if states is None else states[rows, :queries],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Responses that the policy sampled for a batch of prompts, on the policy's device."""
+
+    tokens: TokenBatch
+    """The prompts and the sampled responses."""
     logprobs: Tensor
-    """[B, R] float32, log-probability of each token under the distribution it was drawn from."""
+    """[B, R] float32, log-probability of each token under the distribution it was sampled from."""
     values: Tensor
     """[B, R] float32, the value estimated just before each token."""
-    encoder_states: Tensor | None
-    """[B, Q, D] where the encoder is frozen and one encoding serves every pass, else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the reward said about a batch of responses."""
+    """The reward's output for a batch of responses."""
 
     rewards: np.ndarray
     """[B] float32, the sum that PPO maximises: classifier logit plus weighted extra terms."""
@@ -94,13 +179,13 @@ class Scores:
     toxicity: np.ndarray
     """[B] float32, 1 minus the probability of the rewarded label."""
     truncated: np.ndarray
-    """[B] bool, True where the text was longer than the classifier reads."""
+    """[B] bool, True if the text was longer than the classifier's input and was cut."""
     terms: dict[str, np.ndarray]
     """Each extra term by name, [B] float32, before its weight."""
 
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
-        """Several batches as one, in the order given."""
+        """Join several batches into one, in the order given."""
         join = lambda name: np.concatenate([getattr(part, name) for part in parts])
         return Scores(
             rewards=join("rewards"),
@@ -114,7 +199,7 @@ class Scores:
         )
 
     def select(self, rows: Sequence[int] | np.ndarray) -> Scores:
-        """The given rows, in that order."""
+        """Return the given rows, in that order."""
         return Scores(
             rewards=self.rewards[rows],
             logits=self.logits[rows],
@@ -126,23 +211,17 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What happened when the policy answered a batch of prompts.
+    """The policy's responses to a batch of prompts, with everything that an update needs.
 
-    Example: one prompt of 3 tokens, a 2-token answer padded to 4.
+    Example: one prompt of 3 tokens, a response of 2 tokens padded to 4.
 
         query_ids     [[71, 8, 1]]          response_ids  [[205, 1, 0, 0]]
         query_mask    [[T, T, T]]           response_mask [[T, T, F, F]]
         logprobs      [[-0.7, -0.1, 0, 0]]  scores        [3.2]
     """
 
-    query_ids: Tensor
-    """[B, Q] int64 prompt tokens, padded on the right."""
-    query_mask: Tensor
-    """[B, Q] bool, True on prompt tokens."""
-    response_ids: Tensor
-    """[B, R] int64 sampled tokens, padded on the right."""
-    response_mask: Tensor
-    """[B, R] bool, True up to and including end-of-sequence, at least one per row."""
+    tokens: TokenBatch
+    """The prompts and the sampled responses."""
     logprobs: Tensor
     """[B, R] float32, log-probability of each token under the policy that sampled it."""
     ref_logprobs: Tensor
@@ -151,12 +230,10 @@ class Rollout:
     """[B, R] float32, the value estimated just before each token."""
     scores: Tensor
     """[B] float32, the reward for the whole response."""
-    encoder_states: Tensor | None
-    """[B, Q, D] where the encoder is frozen and one encoding serves every pass, else None."""
 
     def __post_init__(self) -> None:
         batch, response = self.response_ids.shape
-        for name in ("response_mask", "logprobs", "ref_logprobs", "values"):
+        for name in ("logprobs", "ref_logprobs", "values"):
             shape = tuple(getattr(self, name).shape)
             if shape != (batch, response):
                 raise ValueError(
@@ -168,54 +245,72 @@ class Rollout:
                 f"Rollout.scores has shape {tuple(self.scores.shape)}, expected ({batch},): "
                 "one score per response. Sum or index the reward model's output first."
             )
-        if not bool(self.response_mask[:, :1].all()):
-            raise ValueError("Rollout.response_mask has an empty row; every response has a token.")
 
     def __len__(self) -> int:
-        return len(self.response_ids)
+        return len(self.tokens)
+
+    @property
+    def query_ids(self) -> Tensor:
+        """[B, Q] int64 prompt tokens, padded on the right."""
+        return self.tokens.query_ids
+
+    @property
+    def query_mask(self) -> Tensor:
+        """[B, Q] bool, True on prompt tokens."""
+        return self.tokens.query_mask
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[B, R] int64 sampled tokens, padded on the right."""
+        return self.tokens.response_ids
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] bool, True up to and including end-of-sequence, at least one per row."""
+        return self.tokens.response_mask
+
+    @property
+    def encoder_states(self) -> Tensor | None:
+        """[B, Q, D] encoder output that later passes reuse, if the encoder is frozen; else None."""
+        return self.tokens.encoder_states
 
     def select(self, rows: Tensor) -> Rollout:
-        """The given rows (int64 [N]), padded no further than the longest of them."""
-        queries = int(self.query_mask[rows].sum(dim=1).max())
-        responses = int(self.response_mask[rows].sum(dim=1).max())
-        states = self.encoder_states
+        """Return the given rows (int64 [N]), cut to the longest prompt and response of them."""
+        tokens = self.tokens.select(rows)
+        responses = tokens.response_ids.shape[1]
         return Rollout(
-            query_ids=self.query_ids[rows, :queries],
-            query_mask=self.query_mask[rows, :queries],
-            response_ids=self.response_ids[rows, :responses],
-            response_mask=self.response_mask[rows, :responses],
+            tokens=tokens,
             logprobs=self.logprobs[rows, :responses],
             ref_logprobs=self.ref_logprobs[rows, :responses],
             values=self.values[rows, :responses],
             scores=self.scores[rows],
-            encoder_states=None if states is None else states[rows, :queries],
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a rollout asks the policy to learn; every tensor is [B, R] float32."""
+    """Per-token learning targets computed from a rollout; every tensor is [B, R] float32."""
 
     kl: Tensor
     """Per-token KL estimate to the reference, in nats."""
     rewards: Tensor
-    """Reward per token: the KL price on each, the score on the last."""
+    """Reward per token: the KL penalty on each, plus the score on the last."""
     advantages: Tensor
-    """Standardised over all workers."""
+    """Generalised advantage estimates, standardised over all workers."""
     returns: Tensor
-    """What the value head should have said."""
+    """Regression targets of the value head."""
 
     def select(self, rows: Tensor, responses: int) -> Targets:
-        """The given rows (int64 [N]), cut to `responses` tokens."""
+        """Return the given rows (int64 [N]), cut to `responses` tokens."""
         return Targets(*(getattr(self, f.name)[rows, :responses] for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """The figures of one PPO step, already summed over all workers. One row of metrics.jsonl."""
+    """Metrics of one PPO step, already reduced over all workers. One row of metrics.jsonl."""
 
     step: int
-    """Steps done, this one included."""
+    """Steps done, including this one."""
     score: float
     """Mean reward of a response."""
     score_std: float
@@ -225,7 +320,7 @@ class UpdateStats:
     kl: float
     """KL to the reference per response, in nats (k1)."""
     kl_coef: float
-    """Price of a nat that was in force."""
+    """KL coefficient that this step used."""
     entropy: float
     """Mean of -log p per sampled token, in nats."""
     length: float
@@ -237,34 +332,34 @@ class UpdateStats:
     approx_kl: float
     """Per-token KL from the sampling policy, mean over minibatches, in nats (k3)."""
     clip_fraction: float
-    """Share of tokens whose ratio the clip held back."""
+    """Share of tokens whose ratio was clipped."""
     ratio: float
-    """Mean probability ratio of the first minibatch: 1 unless sampling and training disagree."""
+    """Mean probability ratio of the first minibatch; 1 if sampling and training agree."""
     explained_variance: float
     """1 - Var(returns - values) / Var(returns), before the update."""
     grad_norm: float
     """Mean gradient norm before clipping."""
     minibatches: int
-    """Optimiser steps taken; fewer than configured where the update ended early."""
+    """Optimiser steps taken; fewer than configured if `ppo.target_kl` ended the update early."""
     truncated: int
-    """Responses longer than the reward model reads."""
+    """Responses longer than the classifier's input."""
     terms: dict[str, float]
     """Mean of each extra reward term, before its weight."""
     seconds_sample: float
-    """Sampling, mean over workers."""
+    """Time spent sampling, mean over workers."""
     seconds_score: float
-    """Waiting for scores after sampling had ended, mean over workers."""
+    """Time spent waiting for scores after sampling, mean over workers."""
     seconds_reference: float
-    """Log-probabilities under the reference, mean over workers."""
+    """Time spent on log-probabilities under the reference, mean over workers."""
     seconds_update: float
-    """Targets and optimiser steps, mean over workers."""
+    """Time spent on targets and optimiser steps, mean over workers."""
     seconds: float
-    """The whole step, mean over workers."""
+    """Duration of the whole step, mean over workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A batch of responses to score: the unit that travels from a rollout to the reward.
+    """A batch of responses to score: what a rollout sends to the reward.
 
     Example: two responses.
 
@@ -304,10 +399,10 @@ class ScoreRequest:
 
 
 class Pending(Protocol):
-    """Scores that were requested and may not be there yet."""
+    """Scores that were requested and may not have arrived yet."""
 
     def result(self) -> Scores:
-        """Wait for the scores."""
+        """Wait for the scores and return them."""
 
 
 class Scorer(Protocol):
@@ -318,4 +413,4 @@ class Scorer(Protocol):
 
 
 class RewardError(RuntimeError):
-    """No actor gave scores in time, or none could be started; the message is one sentence."""
+    """No reward actor returned scores in time, or none could start; the message is one line."""

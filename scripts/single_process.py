@@ -19,12 +19,13 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ray_detox.data.prompts import prepare, unpack
+from ray_detox.data.prompts import prepare
 from ray_detox.data.shards import PromptShards
 from ray_detox.lab import corpus
 from ray_detox.models.loading import load_policy
 from ray_detox.models.sources import local_folder
 from ray_detox.recipes.loading import load_config
+from ray_detox.records import PreparedRow
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl.loop import train
 from ray_detox.runs.local import LocalRuntime
@@ -46,7 +47,7 @@ def main() -> None:
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prepared = prepare(corpus.rows("ppo", 400), config.data, tokenizer)
-    rows = unpack([row for row in prepared if row["left_out"] is None])
+    rows = [row for row in prepared if isinstance(row, PreparedRow)]
     count = config.data.shards
     shards = PromptShards(
         config, {shard: rows[shard::count] for shard in range(count)}, policy.pad_id

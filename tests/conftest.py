@@ -1,8 +1,8 @@
-"""Tiny random models in a folder, loaded by the product's own code, and builders of small batches.
+"""Fixtures: tiny random models in folders, loaded by the package's own code, and small batches.
 
-The T5 has FLAN's layout (gated-gelu, untied head) and a vocabulary of words, with an
-end-of-sequence token likely enough that responses are of many lengths. Its config asks for
-dropout, which must have no effect. The RoBERTa reads bytes and knows `nothate` and `hate`.
+The T5 has FLAN's layout (gated-gelu, untied head) and a vocabulary of words; its end-of-sequence
+token is likely enough that responses differ in length. Its config sets a dropout rate, which must
+have no effect. The RoBERTa tokenises bytes and has the labels `nothate` and `hate`.
 """
 
 import json
@@ -34,7 +34,7 @@ from ray_detox.models.policy import Policy
 from ray_detox.records import PromptBatch, Rollout
 
 torch.set_num_threads(1)
-# The same examples in every run, and no clock: a busy machine is no failure.
+# The same examples in every run, and no deadline: a slow machine must not fail a test.
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
 
@@ -43,7 +43,7 @@ MakePolicy = Callable[..., Policy]
 
 
 def save_tiny_t5(folder: Path) -> None:
-    """A random T5 with an untied head, and its tokenizer, as `save_pretrained` leaves them."""
+    """Save a random T5 with an untied head, and its tokenizer, with `save_pretrained`."""
     torch.manual_seed(0)
     tokens = ["<pad>", "</s>", "<unk>", *WORDS]
     model = T5ForConditionalGeneration(
@@ -63,7 +63,7 @@ def save_tiny_t5(folder: Path) -> None:
         )
     )
     head = 0.25 * torch.randn(len(tokens), 32)
-    # The mean hidden state of this model's decoder points nowhere, so a large row makes
+    # This decoder's hidden states have a mean near zero, so a large row of the head makes
     # end-of-sequence likely in some contexts and unlikely in others.
     head[1] *= 3
     model.lm_head.weight = nn.Parameter(head)
@@ -80,7 +80,10 @@ def save_tiny_t5(folder: Path) -> None:
 
 
 def save_tiny_roberta(folder: Path, labels: tuple[str, ...] = ("nothate", "hate")) -> None:
-    """A random RoBERTa classifier. `labels` orders its outputs and changes no text's logits."""
+    """Save a random RoBERTa classifier.
+
+    The order of `labels` is the order of the outputs; a label's logit does not depend on it.
+    """
     torch.manual_seed(1)
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     model = RobertaForSequenceClassification(
@@ -125,7 +128,7 @@ def save_tiny_roberta(folder: Path, labels: tuple[str, ...] = ("nothate", "hate"
 
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the T5."""
+    """Folder of the tiny T5."""
     folder = tmp_path_factory.mktemp("models") / "t5"
     save_tiny_t5(folder)
     return folder
@@ -133,7 +136,7 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the RoBERTa."""
+    """Folder of the tiny RoBERTa."""
     folder = tmp_path_factory.mktemp("models") / "roberta"
     save_tiny_roberta(folder)
     return folder
@@ -141,7 +144,7 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_roberta(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of the same RoBERTa with its outputs in another order, or with other names."""
+    """`make_roberta(labels, names=None)`: the same RoBERTa with another order or other names of outputs."""
 
     def make(labels: tuple[str, ...], names: dict[int, str] | None = None) -> Path:
         folder = tmp_path_factory.mktemp("models") / "-".join(labels)
@@ -162,7 +165,7 @@ def tokenizer(tiny_t5: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_t5)
 
 
-def stir(policy: Policy, seed: int = 7, scale: float = 0.3) -> Policy:
+def randomise_weights(policy: Policy, seed: int = 7, scale: float = 0.3) -> Policy:
     """Give adapter and value head random weights, so that neither is a no-op."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -174,16 +177,17 @@ def stir(policy: Policy, seed: int = 7, scale: float = 0.3) -> Policy:
 
 @pytest.fixture(scope="session")
 def make_policy(tiny_t5: Path) -> MakePolicy:
-    """A policy on the T5, as `load_policy` makes it, stirred unless asked not to.
+    """`make_policy(...)`: a policy on the tiny T5, loaded by `load_policy`.
 
-    Keywords `sampling` and `policy` change settings; `seed` and `stirred` are as they say.
+    Keywords `sampling` and `policy` change settings, and `seed` sets the seed of new LoRA weights.
+    Adapter and value head get random weights unless `randomised=False`.
     """
 
     def make(
         sampling: dict[str, Any] | None = None,
         policy: dict[str, Any] | None = None,
         seed: int = 0,
-        stirred: bool = True,
+        randomised: bool = True,
     ) -> Policy:
         settings: dict[str, Any] = {
             "model": str(tiny_t5),
@@ -191,19 +195,19 @@ def make_policy(tiny_t5: Path) -> MakePolicy:
             "lora_rank": 4,
             "lora_alpha": 8,
         }
-        draws: dict[str, Any] = {"max_new_tokens": 12}
+        sampling_settings: dict[str, Any] = {"max_new_tokens": 12}
         made = load_policy(
             PolicyConfig(**(settings | (policy or {}))),
-            SamplingConfig(**(draws | (sampling or {}))),
+            SamplingConfig(**(sampling_settings | (sampling or {}))),
             seed,
         )
-        return stir(made) if stirred else made
+        return randomise_weights(made) if randomised else made
 
     return make
 
 
 def some_prompts(count: int, seed: int = 0, longest: int = 9) -> PromptBatch:
-    """`count` prompts of 2 to `longest` tokens, end-of-sequence included, all different."""
+    """Return `count` different prompts of 2 to `longest` tokens, end-of-sequence included."""
     generator = torch.Generator().manual_seed(seed)
     rows, texts = [], []
     for index in range(count):
@@ -229,28 +233,23 @@ def make_prompts() -> Callable[..., PromptBatch]:
 
 @pytest.fixture(scope="session")
 def make_rollout() -> Callable[..., Rollout]:
-    """`make_rollout(policy, count, seed=0)`: the policy's answers, with random scores."""
+    """`make_rollout(policy, count, seed=0)`: the policy's responses, with random scores."""
 
     def make(policy: Policy, count: int, seed: int = 0) -> Rollout:
         batch = some_prompts(count, seed)
-        budgets, uniforms = draws.sampling_noise(batch.ids, policy.sampling, seed, step=0)
-        sample = policy.sample(
+        max_new_tokens, noise = draws.sampling_noise(batch.ids, policy.sampling, seed, step=0)
+        generation = policy.sample(
             batch.query_ids,
             batch.query_mask,
-            torch.from_numpy(budgets),
-            torch.from_numpy(uniforms).float(),
+            torch.from_numpy(max_new_tokens),
+            torch.from_numpy(noise).float(),
         )
-        answers = (sample.response_ids, sample.response_mask)
         return Rollout(
-            query_ids=batch.query_ids,
-            query_mask=batch.query_mask,
-            response_ids=sample.response_ids,
-            response_mask=sample.response_mask,
-            logprobs=sample.logprobs,
-            ref_logprobs=policy.ref_logprobs(batch.query_ids, batch.query_mask, *answers),
-            values=sample.values,
+            tokens=generation.tokens,
+            logprobs=generation.logprobs,
+            ref_logprobs=policy.ref_logprobs(generation.tokens),
+            values=generation.values,
             scores=torch.randn(count, generator=torch.Generator().manual_seed(seed)),
-            encoder_states=sample.encoder_states,
         )
 
     return make
@@ -258,9 +257,9 @@ def make_rollout() -> Callable[..., Rollout]:
 
 @pytest.fixture(scope="session")
 def two_workers() -> Callable[..., list[Any]]:
-    """`two_workers(work)`: what `work(rank, sum_over_workers)` returns on two threads, by rank.
+    """`two_workers(work)`: run `work(rank, sum_over_workers)` on two threads; return the results by rank.
 
-    Make policies before, and not in `work`: loading a model is no business of two threads.
+    Load policies before the call and not in `work`: loading a model is not thread-safe.
     """
 
     def run(work: Callable[..., Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The learner: one worker and many take the same steps, and nothing but tokens counts."""
+"""The learner: several workers take the same steps as one, and padding has no effect."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ray_detox.config import PolicyConfig, PPOConfig, SamplingConfig
 from ray_detox.models.loading import load_policy
-from ray_detox.records import Rollout, Targets
+from ray_detox.records import Rollout, Targets, TokenBatch
 from ray_detox.rl import ppo
 from ray_detox.rl.learner import Learner, NonFiniteError
 
@@ -35,19 +35,20 @@ def assert_same_weights(actual, expected, atol=2e-6):
 
 
 def learn(policy, config, rollout, updates=3, **learner):
-    """Take some updates on one rollout; return the last one's figures."""
+    """Take some updates on one rollout; return the last one's metrics."""
     made = Learner(policy, config, seed=0, **learner)
     for step in range(updates):
-        figures = made.update(rollout, made.targets(rollout), step=step)
-    return figures
+        metrics = made.update(rollout, made.targets(rollout), step=step)
+    return metrics
 
 
 @pytest.fixture
 def make_long(make_policy):
-    """Policies whose answers have several tokens.
+    """Policies whose responses have several tokens.
 
-    To an answer of one token the decoder's self-attention is a softmax over one entry, with a
-    gradient of zero but for rounding; and Adam's first step goes by a gradient's sign.
+    For a response of one token the decoder's self-attention is a softmax over one entry, whose
+    gradient is zero up to rounding, and the size of Adam's first step does not depend on the size
+    of the gradient.
     """
     return lambda sampling=None, **rest: make_policy(
         {"min_new_tokens": 3} | (sampling or {}), **rest
@@ -55,7 +56,7 @@ def make_long(make_policy):
 
 
 def no_targets(rollout, **changes):
-    """Targets that ask for nothing."""
+    """Targets with zero advantages and no value error."""
     zeros = torch.zeros_like(rollout.logprobs)
     return dataclasses.replace(Targets(zeros, zeros, zeros, rollout.values), **changes)
 
@@ -63,8 +64,8 @@ def no_targets(rollout, **changes):
 # ---- the first step ----------------------------------------------------------------------------
 
 
-def test_without_a_learning_rate_nothing_moves_and_no_kl_is_seen(make_policy, make_rollout):
-    policy = make_policy(stirred=False)
+def test_a_learning_rate_of_zero_changes_no_weight_and_gives_zero_kl(make_policy, make_rollout):
+    policy = make_policy(randomised=False)
     rollout, before = make_rollout(policy, ROWS), weights(policy)
     learner = Learner(policy, settings(learning_rate=0.0, epochs=3), seed=0)
 
@@ -76,14 +77,12 @@ def test_without_a_learning_rate_nothing_moves_and_no_kl_is_seen(make_policy, ma
     assert update.clip_fraction == 0
     assert update.approx_kl == pytest.approx(0, abs=1e-8)
     assert targets.kl.abs().max() < 1e-4
-    assert targets.kl[:, 0].abs().max() < 1e-4, "the first token, too"
+    assert targets.kl[:, 0].abs().max() < 1e-4, "including the first token"
     assert update.minibatches == 6
 
 
 @pytest.mark.parametrize("learning_rate", [1e-5, 1e-2, 1.0])
-def test_the_first_ratio_is_one_whatever_the_learning_rate(
-    make_policy, make_rollout, learning_rate
-):
+def test_the_first_ratio_is_one_at_any_learning_rate(make_policy, make_rollout, learning_rate):
     policy = make_policy({"temperature": 1.3, "min_new_tokens": 2})
     rollout = make_rollout(policy, ROWS)
 
@@ -92,7 +91,7 @@ def test_the_first_ratio_is_one_whatever_the_learning_rate(
     assert update.ratio == pytest.approx(1, abs=1e-5)
 
 
-def test_an_answer_of_one_token_is_learned_from(make_policy, make_rollout):
+def test_a_response_of_one_token_changes_the_weights(make_policy, make_rollout):
     policy = make_policy({"max_new_tokens": 1})
     rollout, before = make_rollout(policy, ROWS), weights(policy)
 
@@ -106,7 +105,7 @@ def test_an_answer_of_one_token_is_learned_from(make_policy, make_rollout):
     assert any(".encoder." in name for name in moved)
 
 
-def test_updates_make_rewarded_answers_likelier(make_policy, make_rollout):
+def test_updates_make_rewarded_responses_more_likely(make_policy, make_rollout):
     policy = make_policy()
     rollout = make_rollout(policy, ROWS)
     good = rollout.scores > rollout.scores.median()
@@ -114,14 +113,12 @@ def test_updates_make_rewarded_answers_likelier(make_policy, make_rollout):
     learn(policy, settings(kl_coef=0.0, epochs=4, learning_rate=3e-3), rollout, updates=3)
 
     with torch.no_grad():
-        now = policy.score_tokens(
-            rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
-        ).logprobs
+        now = policy.score_tokens(rollout.tokens).logprobs
     gain = (now - rollout.logprobs).sum(dim=1)
     assert gain[good].mean() > gain[~good].mean() + 0.1
 
 
-def test_targets_are_the_mathematics_of_the_rollout(make_policy, make_rollout):
+def test_targets_are_the_functions_of_ppo_applied_to_the_rollout(make_policy, make_rollout):
     rollout = make_rollout(make_policy(), ROWS)
     config = settings(kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
     mask = rollout.response_mask
@@ -137,7 +134,7 @@ def test_targets_are_the_mathematics_of_the_rollout(make_policy, make_rollout):
     assert_close(targets.advantages, ppo.standardise(advantages, mask))
 
 
-# ---- what must not matter ----------------------------------------------------------------------
+# ---- what has no effect --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
@@ -145,11 +142,11 @@ def test_the_micro_batch_size_changes_nothing(make_long, make_rollout, micro_bat
     rollout = make_rollout(make_long(), ROWS)
     one, other = make_long(), make_long()
 
-    figures = learn(one, settings(micro_batch_size=4), rollout)
-    others = learn(other, settings(micro_batch_size=micro_batch_size), rollout)
+    expected = learn(one, settings(micro_batch_size=4), rollout)
+    metrics = learn(other, settings(micro_batch_size=micro_batch_size), rollout)
 
     assert_same_weights(weights(other), weights(one))
-    assert dataclasses.asdict(others) == pytest.approx(dataclasses.asdict(figures), abs=1e-5)
+    assert dataclasses.asdict(metrics) == pytest.approx(dataclasses.asdict(expected), abs=1e-5)
 
 
 def test_padding_a_rollout_changes_nothing(make_long, make_rollout):
@@ -157,11 +154,15 @@ def test_padding_a_rollout_changes_nothing(make_long, make_rollout):
     wide = lambda x, by: torch.nn.functional.pad(x, (0, by))
     padded = dataclasses.replace(
         rollout,
-        query_ids=wide(rollout.query_ids, 4),
-        query_mask=wide(rollout.query_mask, 4),
+        tokens=TokenBatch(
+            query_ids=wide(rollout.query_ids, 4),
+            query_mask=wide(rollout.query_mask, 4),
+            response_ids=wide(rollout.response_ids, 3),
+            response_mask=wide(rollout.response_mask, 3),
+            encoder_states=None,
+        ),
         **{
-            name: wide(getattr(rollout, name), 3)
-            for name in ("response_ids", "response_mask", "logprobs", "ref_logprobs", "values")
+            name: wide(getattr(rollout, name), 3) for name in ("logprobs", "ref_logprobs", "values")
         },
     )
     one, other = make_long(), make_long()
@@ -172,53 +173,56 @@ def test_padding_a_rollout_changes_nothing(make_long, make_rollout):
     assert_same_weights(weights(other), weights(one))
 
 
-def test_kept_encoder_states_change_nothing(make_long, make_rollout):
+def test_reused_encoder_states_change_nothing(make_long, make_rollout):
     make = lambda: make_long(policy={"frozen_encoder": True})
     rollout = make_rollout(make(), ROWS)
     one, other = make(), make()
 
     learn(one, settings(), rollout)
-    learn(other, settings(), dataclasses.replace(rollout, encoder_states=None))
+    without_states = dataclasses.replace(rollout.tokens, encoder_states=None)
+    learn(other, settings(), dataclasses.replace(rollout, tokens=without_states))
 
     assert rollout.encoder_states is not None
     assert_same_weights(weights(other), weights(one))
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 4, 8])
-def test_minibatches_part_the_rows_whatever_the_number_of_workers(make_policy, minibatches):
+def test_minibatches_have_the_same_rows_for_any_number_of_workers(make_policy, minibatches):
     learner = Learner(make_policy(), settings(minibatches=minibatches), seed=0)
 
-    whole = learner._deal(step=3, epoch=1, first_row=0, rows=ROWS)
+    whole = learner._assign_minibatches(step=3, epoch=1, first_row=0, rows=ROWS)
 
     assert sorted(np.concatenate(whole).tolist()) == list(range(ROWS))
     assert {len(rows) for rows in whole} == {ROWS // minibatches}
     for workers in (2, 4, 8):
         share = ROWS // workers
-        parts = [learner._deal(3, 1, first, share) for first in range(0, ROWS, share)]
+        parts = [learner._assign_minibatches(3, 1, first, share) for first in range(0, ROWS, share)]
         for minibatch in range(minibatches):
             global_rows = [
-                row + rank * share for rank, deal in enumerate(parts) for row in deal[minibatch]
+                row + rank * share
+                for rank, assignment in enumerate(parts)
+                for row in assignment[minibatch]
             ]
             assert global_rows == whole[minibatch].tolist()
 
 
-# ---- many workers ------------------------------------------------------------------------------
+# ---- several workers ---------------------------------------------------------------------------
 
 GLOO_STEPS = 4
-LEAST_TOKENS = {"uneven": 3, "even": 11}
+MIN_NEW_TOKENS = {"uneven": 3, "even": 11}
 
 
 def rollouts_by_name(make_policy, make_rollout):
-    """A rollout with answers of many lengths, and one where all are of one length."""
-    jobs = {}
-    for name, least in LEAST_TOKENS.items():
-        policy = make_policy({"min_new_tokens": least})
-        jobs[name] = (policy, make_rollout(policy, ROWS))
-    return jobs
+    """A rollout with responses of different lengths, and one with responses of equal length."""
+    made = {}
+    for name, min_new_tokens in MIN_NEW_TOKENS.items():
+        policy = make_policy({"min_new_tokens": min_new_tokens})
+        made[name] = (policy, make_rollout(policy, ROWS))
+    return made
 
 
 def gloo_worker(rank, folder, model):
-    """One of two processes: learn from this worker's half of each rollout, and keep the weights."""
+    """Run one of two processes: learn from its half of each rollout and save the weights."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 
@@ -227,14 +231,15 @@ def gloo_worker(rank, folder, model):
         dist.all_reduce(x)
         return x
 
-    for name, least in LEAST_TOKENS.items():
+    for name, min_new_tokens in MIN_NEW_TOKENS.items():
         fields = torch.load(f"{folder}/{name}.pt", weights_only=True)
-        rollout = Rollout(**fields, encoder_states=None)
+        tokens = TokenBatch(**fields.pop("tokens"))
+        rollout = Rollout(tokens=tokens, **fields)
         share = ROWS // 2
         mine = rollout.select(torch.arange(rank * share, (rank + 1) * share))
         policy = load_policy(
             PolicyConfig(model=model, dtype="float32", lora_rank=4, lora_alpha=8),
-            SamplingConfig(max_new_tokens=12, min_new_tokens=least),
+            SamplingConfig(max_new_tokens=12, min_new_tokens=min_new_tokens),
             seed=0,
         )
         start = load_file(f"{folder}/{name}-start.safetensors")
@@ -251,31 +256,26 @@ def gloo_worker(rank, folder, model):
 
 @pytest.fixture(scope="module")
 def two_processes(make_policy, make_rollout, tiny_t5, tmp_path_factory):
-    """What two processes learned: `{name: (weights and figures of each, policy, rollout)}`."""
+    """Results of two processes: `{name: (weights of each, metrics of each, policy, rollout)}`."""
     folder = tmp_path_factory.mktemp("gloo")
-    jobs = rollouts_by_name(make_policy, make_rollout)
-    for name, (policy, rollout) in jobs.items():
-        fields = {
-            f.name: getattr(rollout, f.name)
-            for f in dataclasses.fields(rollout)
-            if f.name != "encoder_states"
-        }
-        torch.save(fields, folder / f"{name}.pt")
+    made = rollouts_by_name(make_policy, make_rollout)
+    for name, (policy, rollout) in made.items():
+        torch.save(dataclasses.asdict(rollout), folder / f"{name}.pt")
         save_file(weights(policy), folder / f"{name}-start.safetensors")
     mp.spawn(gloo_worker, (str(folder), str(tiny_t5)), nprocs=2)
     return {
         name: (
             [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(2)],
             [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)],
-            *job,
+            *policy_and_rollout,
         )
-        for name, job in jobs.items()
+        for name, policy_and_rollout in made.items()
     }
 
 
 @pytest.mark.parametrize("name", ["uneven", "even"])
-def test_two_processes_learn_what_one_with_all_rows_learns(two_processes, name):
-    found, figures, policy, rollout = two_processes[name]
+def test_two_processes_take_the_same_steps_as_one_with_all_rows(two_processes, name):
+    found, metrics, policy, rollout = two_processes[name]
     lengths = rollout.response_mask.sum(dim=1)
     assert (lengths.unique().numel() == 1) == (name == "even")
     start = weights(policy)
@@ -283,15 +283,15 @@ def test_two_processes_learn_what_one_with_all_rows_learns(two_processes, name):
     update = learn(policy, settings(), rollout, updates=GLOO_STEPS)
 
     alone = weights(policy)
-    still = {n: gap for n in alone if (gap := float((alone[n] - start[n]).abs().max())) < 2e-5}
-    assert still == {}  # every weight moved, or agreement would say little
+    unmoved = {n: gap for n in alone if (gap := float((alone[n] - start[n]).abs().max())) < 2e-5}
+    assert unmoved == {}, "weights that did not move would agree without any training"
     for rank in range(2):
         assert_same_weights(found[rank], alone, atol=3e-6)
-        assert figures[rank] == pytest.approx(dataclasses.asdict(update), rel=1e-3, abs=1e-5)
-    assert all(torch.equal(found[0][n], found[1][n]) for n in alone), "to the last bit"
+        assert metrics[rank] == pytest.approx(dataclasses.asdict(update), rel=1e-3, abs=1e-5)
+    assert all(torch.equal(found[0][n], found[1][n]) for n in alone), "bit for bit"
 
 
-def test_workers_with_unequal_shares_learn_what_one_with_all_rows_learns(
+def test_workers_with_unequal_shares_take_the_same_steps_as_one_with_all_rows(
     make_long, make_rollout, two_workers
 ):
     rollout = make_rollout(make_long(), ROWS)
@@ -311,10 +311,10 @@ def test_workers_with_unequal_shares_learn_what_one_with_all_rows_learns(
         assert_same_weights(found, weights(alone), atol=3e-6)
 
 
-def test_a_minibatch_that_has_no_row_of_a_worker_is_learned_all_the_same(
+def test_a_minibatch_without_a_row_on_some_worker_still_updates_every_worker(
     make_long, make_rollout, two_workers
 ):
-    # Eight minibatches of one row: each is on one worker and not on the other.
+    # Eight minibatches of one row: each is on one worker only.
     rollout = make_rollout(make_long(), ROWS)
     alone = make_long()
     learn(alone, settings(minibatches=8), rollout, updates=1)
@@ -331,11 +331,11 @@ def test_a_minibatch_that_has_no_row_of_a_worker_is_learned_all_the_same(
         assert_same_weights(found, weights(alone), atol=3e-6)
 
 
-# ---- what must stop it -------------------------------------------------------------------------
+# ---- what ends an update -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_no_number_stops_the_update_and_leaves_the_weights(
+def test_a_score_that_is_not_finite_stops_the_update_and_leaves_the_weights(
     make_policy, make_rollout, bad
 ):
     policy = make_policy()
@@ -350,7 +350,9 @@ def test_a_score_that_is_no_number_stops_the_update_and_leaves_the_weights(
     assert not learner.optimiser_state()
 
 
-def test_a_bad_score_on_one_worker_stops_every_worker(make_policy, make_rollout, two_workers):
+def test_a_score_that_is_not_finite_on_one_worker_stops_every_worker(
+    make_policy, make_rollout, two_workers
+):
     policies = [make_policy(), make_policy()]
     rollouts = [
         make_rollout(policy, ROWS).select(torch.arange(4 * rank, 4 * rank + 4))
@@ -370,21 +372,23 @@ def test_a_bad_score_on_one_worker_stops_every_worker(make_policy, make_rollout,
     assert two_workers(work) == [True, True]
 
 
-def test_an_update_that_moved_too_far_ends_before_its_next_step(make_policy, make_rollout):
+def test_an_update_beyond_target_kl_ends_before_its_next_optimiser_step(make_policy, make_rollout):
     rollout = make_rollout(make_policy(), ROWS)
-    stopped, once, free = make_policy(), make_policy(), make_policy()
+    stopped, once, unlimited = make_policy(), make_policy(), make_policy()
     config = {"learning_rate": 0.1, "minibatches": 1}
 
     update = learn(stopped, settings(**config, epochs=4, target_kl=1e-3), rollout, updates=1)
     learn(once, settings(**config, epochs=1), rollout, updates=1)
-    full = learn(free, settings(**config, epochs=4), rollout, updates=1)
+    full = learn(unlimited, settings(**config, epochs=4), rollout, updates=1)
 
     assert update.minibatches == 1
     assert full.minibatches == 4
     assert_same_weights(weights(stopped), weights(once), atol=0.0)
 
 
-def test_an_update_whose_first_minibatch_is_too_far_takes_no_step(make_policy, make_rollout):
+def test_an_update_whose_first_minibatch_exceeds_target_kl_takes_no_optimiser_step(
+    make_policy, make_rollout
+):
     policy = make_policy()
     rollout, before = make_rollout(policy, ROWS), weights(policy)
     elsewhere = torch.where(rollout.response_mask, rollout.logprobs - 1, 0.0)
@@ -413,14 +417,14 @@ def test_gradients_are_clipped_in_every_minibatch(make_policy, make_rollout):
         update = learner.update(rollout, learner.targets(rollout), step=step)
 
     assert norms == pytest.approx([1e-3] * 8, rel=1e-3)
-    assert update.grad_norm > 1e-2, "the norm that is logged is the one before clipping"
+    assert update.grad_norm > 1e-2, "the logged norm is the one before clipping"
 
 
-# ---- the price of KL ---------------------------------------------------------------------------
+# ---- the KL coefficient ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_a_price_in_the_loss_pulls_towards_the_reference(make_policy, make_rollout, estimator):
+def test_a_kl_penalty_in_the_loss_pulls_towards_the_reference(make_policy, make_rollout, estimator):
     policy = make_policy()
     rollout = make_rollout(policy, ROWS)
     config = settings(
@@ -433,9 +437,7 @@ def test_a_price_in_the_loss_pulls_towards_the_reference(make_policy, make_rollo
         learner.update(rollout, no_targets(rollout), step=step)
 
     with torch.no_grad():
-        now = policy.score_tokens(
-            rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.response_mask
-        ).logprobs
+        now = policy.score_tokens(rollout.tokens).logprobs
     far = ppo.kl_k2(rollout.logprobs, rollout.ref_logprobs).sum()
     assert first.grad_norm > 0
     assert ppo.kl_k2(now, rollout.ref_logprobs).sum() < 0.9 * far
@@ -444,9 +446,9 @@ def test_a_price_in_the_loss_pulls_towards_the_reference(make_policy, make_rollo
 @pytest.mark.parametrize(
     "changes",
     [{"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.0}, {"kl_in": "reward", "kl_coef": 0.5}],
-    ids=["no-price", "price-in-the-reward"],
+    ids=["kl-coef-zero", "kl-in-the-reward"],
 )
-def test_without_a_price_in_the_loss_kl_has_no_gradient_of_its_own(
+def test_without_a_kl_penalty_in_the_loss_the_kl_has_no_gradient(
     make_policy, make_rollout, changes
 ):
     policy = make_policy()
@@ -459,7 +461,7 @@ def test_without_a_price_in_the_loss_kl_has_no_gradient_of_its_own(
     assert_same_weights(weights(policy), before, atol=0.0)
 
 
-def test_a_price_in_the_loss_is_not_paid_in_the_reward_as_well(make_policy, make_rollout):
+def test_a_kl_penalty_in_the_loss_is_not_in_the_reward_as_well(make_policy, make_rollout):
     policy = make_policy()
     rollout = make_rollout(policy, ROWS)
 
@@ -470,7 +472,7 @@ def test_a_price_in_the_loss_is_not_paid_in_the_reward_as_well(make_policy, make
     assert (targets.rewards != 0).sum() == ROWS
 
 
-def test_only_the_adaptive_controller_moves_the_price(make_policy):
+def test_only_the_adaptive_controller_changes_the_kl_coefficient(make_policy):
     policy = make_policy()
     fixed = Learner(policy, settings(kl_coef=0.2), seed=0)
     adaptive = Learner(
@@ -487,7 +489,7 @@ def test_only_the_adaptive_controller_moves_the_price(make_policy):
 # ---- state -------------------------------------------------------------------------------------
 
 
-def test_the_optimiser_goes_on_from_its_state_as_if_never_stopped(
+def test_a_restored_optimiser_takes_the_same_steps_as_an_uninterrupted_one(
     make_policy, make_rollout, tmp_path
 ):
     policy, other = make_policy(), make_policy()

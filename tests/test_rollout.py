@@ -1,4 +1,4 @@
-"""Collecting: every answer keeps its prompt, its numbers and its score, however it was chunked."""
+"""Collecting: each response keeps its prompt, metrics and score, for any chunk size."""
 
 import zlib
 
@@ -16,50 +16,56 @@ PER_TOKEN = ("response_ids", "response_mask", "logprobs", "ref_logprobs", "value
 
 
 def score_of(prompt, response):
-    """A number that says which prompt and which response it was made from."""
+    """Return a number that identifies a prompt and its response."""
     return zlib.crc32(f"{prompt}|{response}".encode()) / 2**32
 
 
-class ByText:
-    """Scores by text, at once; remembers what it was asked."""
+class ImmediateScorer:
+    """Scores by text, at once; records its requests."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
-    def submit(self, prompt_texts, responses, response_ids, columns):
-        self.asked.append((list(prompt_texts), list(responses), list(response_ids), columns))
-        return Ready(self.scores(prompt_texts, responses))
+    def submit(self, request):
+        self.requests.append(request)
+        return Ready(self.scores(request))
 
-    def scores(self, prompt_texts, responses):
-        pairs = list(zip(prompt_texts, responses, strict=True))
+    def scores(self, request):
+        pairs = list(zip(request.prompts, request.responses, strict=True))
         numbers = np.array([score_of(*pair) for pair in pairs], dtype=np.float32)
         lengths = np.array([len(response) for _, response in pairs], dtype=np.float32)
         return Scores(numbers, 2 * numbers, 1 - numbers, lengths > 20, {"length": lengths})
 
 
-class Late(ByText):
-    """Scores only once asked for the result, and gives out the last batch first."""
+class LazyScorer(ImmediateScorer):
+    """Scores a request only when its result is read; records how many requests came before."""
 
     def __init__(self):
         super().__init__()
         self.done = []
 
-    def submit(self, prompt_texts, responses, response_ids, columns):
-        number = len(self.asked)
-        self.asked.append((list(prompt_texts), list(responses), list(response_ids), columns))
-        late = self
+    def submit(self, request):
+        number = len(self.requests)
+        self.requests.append(request)
+        scorer = self
 
-        class Pending:
+        class LazyScores:
             def result(self):
-                late.done.append((number, len(late.asked)))
-                return late.scores(prompt_texts, responses)
+                scorer.done.append((number, len(scorer.requests)))
+                return scorer.scores(request)
 
-        return Pending()
+        return LazyScores()
 
 
 def run(policy, tokenizer, batch, scorer=None, chunk_size=4, step=0):
     return collect(
-        policy, tokenizer, scorer or ByText(), batch, seed=0, step=step, chunk_size=chunk_size
+        policy,
+        tokenizer,
+        scorer or ImmediateScorer(),
+        batch,
+        seed=0,
+        step=step,
+        chunk_size=chunk_size,
     )
 
 
@@ -77,7 +83,7 @@ def test_the_prompts_keep_their_order(policy, tokenizer, make_prompts):
     assert torch.equal(rollout.query_mask, batch.query_mask)
 
 
-def test_every_score_belongs_to_its_prompt_and_response(policy, tokenizer, make_prompts):
+def test_each_score_belongs_to_its_prompt_and_response(policy, tokenizer, make_prompts):
     batch = make_prompts(11)
 
     collected = run(policy, tokenizer, batch)
@@ -92,7 +98,7 @@ def test_every_score_belongs_to_its_prompt_and_response(policy, tokenizer, make_
     assert collected.scores.truncated.tolist() == [length > 20 for length in lengths]
 
 
-def test_the_texts_are_those_of_the_tokens(policy, tokenizer, make_prompts):
+def test_responses_are_the_decoded_tokens(policy, tokenizer, make_prompts):
     collected = run(policy, tokenizer, make_prompts(11))
     rollout = collected.rollout
 
@@ -104,17 +110,17 @@ def test_the_texts_are_those_of_the_tokens(policy, tokenizer, make_prompts):
     assert not any("</s>" in text or "<pad>" in text for text in collected.responses)
 
 
-def test_the_scorer_gets_texts_tokens_and_columns_of_the_same_rows(policy, tokenizer, make_prompts):
-    batch, scorer = make_prompts(7), ByText()
+def test_a_request_has_texts_tokens_and_columns_of_the_same_rows(policy, tokenizer, make_prompts):
+    batch, scorer = make_prompts(7), ImmediateScorer()
     column = dict(zip(batch.texts, batch.columns["summary"], strict=True))
 
     run(policy, tokenizer, batch, scorer, chunk_size=3)
 
-    assert [len(texts) for texts, *_ in scorer.asked] == [3, 3, 1]
-    for texts, responses, ids, columns in scorer.asked:
-        assert columns == {"summary": [column[text] for text in texts]}
-        assert responses == decode(tokenizer, ids)
-        assert all(0 not in row for row in ids), "padding is no token of a response"
+    assert [len(request) for request in scorer.requests] == [3, 3, 1]
+    for request in scorer.requests:
+        assert request.columns == {"summary": [column[text] for text in request.prompts]}
+        assert request.responses == decode(tokenizer, request.response_ids)
+        assert all(0 not in row for row in request.response_ids), "token ids without padding"
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
@@ -133,17 +139,21 @@ def test_the_chunk_size_changes_nothing(policy, tokenizer, make_prompts, chunk_s
         assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_rollout_is_what_the_policy_says_when_called_directly(policy, tokenizer, make_prompts):
+def test_a_rollout_equals_direct_calls_of_the_policy(policy, tokenizer, make_prompts):
     batch = make_prompts(6)
-    budgets, uniforms = draws.sampling_noise(batch.ids, policy.sampling, seed=0, step=3)
-    pair = (batch.query_ids, batch.query_mask)
-    sample = policy.sample(*pair, torch.from_numpy(budgets), torch.from_numpy(uniforms).float())
+    max_new_tokens, noise = draws.sampling_noise(batch.ids, policy.sampling, seed=0, step=3)
+    generation = policy.sample(
+        batch.query_ids,
+        batch.query_mask,
+        torch.from_numpy(max_new_tokens),
+        torch.from_numpy(noise).float(),
+    )
     direct = {
-        "response_ids": sample.response_ids,
-        "response_mask": sample.response_mask,
-        "logprobs": sample.logprobs,
-        "values": sample.values,
-        "ref_logprobs": policy.ref_logprobs(*pair, sample.response_ids, sample.response_mask),
+        "response_ids": generation.tokens.response_ids,
+        "response_mask": generation.tokens.response_mask,
+        "logprobs": generation.logprobs,
+        "values": generation.values,
+        "ref_logprobs": policy.ref_logprobs(generation.tokens),
     }
 
     rollout = run(policy, tokenizer, batch, chunk_size=6, step=3).rollout
@@ -156,7 +166,7 @@ def test_a_rollout_is_what_the_policy_says_when_called_directly(policy, tokenize
             assert torch.equal(getattr(rollout, name), expected)
 
 
-def test_kept_encoder_states_are_those_of_their_prompts(make_policy, tokenizer, make_prompts):
+def test_each_prompt_keeps_its_encoder_states(make_policy, tokenizer, make_prompts):
     frozen, batch = make_policy(policy={"frozen_encoder": True}), make_prompts(7)
 
     rollout = run(frozen, tokenizer, batch, chunk_size=3).rollout
@@ -166,7 +176,7 @@ def test_kept_encoder_states_are_those_of_their_prompts(make_policy, tokenizer, 
     assert_close(rollout.encoder_states[mask], expected[mask], atol=2e-5, rtol=1e-4)
 
 
-def test_another_step_draws_other_answers_and_the_same_step_the_same(
+def test_the_same_step_samples_the_same_responses_and_another_step_others(
     policy, tokenizer, make_prompts
 ):
     batch = make_prompts(6)
@@ -177,18 +187,18 @@ def test_another_step_draws_other_answers_and_the_same_step_the_same(
     assert other.responses != first.responses
 
 
-def test_all_is_sampled_before_the_first_score_is_waited_for(policy, tokenizer, make_prompts):
-    batch, late = make_prompts(9), Late()
+def test_all_chunks_are_submitted_before_the_first_wait_for_scores(policy, tokenizer, make_prompts):
+    batch, scorer = make_prompts(9), LazyScorer()
 
-    collected = run(policy, tokenizer, batch, late, chunk_size=2)
+    collected = run(policy, tokenizer, batch, scorer, chunk_size=2)
 
-    assert late.done == [(number, 5) for number in range(5)], "five chunks asked, then the waits"
+    assert scorer.done == [(number, 5) for number in range(5)], "five requests, then the waits"
     assert (
         collected.rollout.scores.tolist() == run(policy, tokenizer, batch).rollout.scores.tolist()
     )
 
 
-def test_the_seconds_name_what_was_done(policy, tokenizer, make_prompts):
+def test_seconds_are_reported_per_part(policy, tokenizer, make_prompts):
     seconds = run(policy, tokenizer, make_prompts(3)).seconds
 
     assert seconds.keys() == {"sample", "reference", "score"}

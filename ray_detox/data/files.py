@@ -1,7 +1,7 @@
-"""What `data.path` names: which files of which kind, and whether any row of it can be used.
+"""The files, or the hub dataset, that `data.path` names, and a check that a row is usable.
 
-No Ray here: a missing file, a missing column or a filter that leaves nothing is found by looking,
-before any node starts. `stages/ingest.py` reads the same `Source` at full scale.
+No Ray here: a missing file, a missing column or a filter that leaves nothing is found in this
+process before any node starts. `stages/ingest.py` reads the same `Source` at full scale.
 """
 
 import csv
@@ -27,32 +27,32 @@ LAB_ROWS = 3200
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where rows come from."""
+    """The kind of the data and its files."""
 
     kind: str
     """`lab`, `hub`, `jsonl`, `csv` or `parquet`."""
     paths: tuple[str, ...] = ()
-    """Files, absolute or s3://, for the last three."""
+    """Files as absolute paths or s3:// addresses; empty for `lab` and `hub`."""
 
 
 def locate(config: DataConfig) -> Source:
-    """Find what `data.path` names, touching no network but S3's listing.
+    """Find the data that `data.path` names; of the network, only S3 is used, to list files.
 
     Raises:
-        ConfigError: nothing is there, or of no kind that can be read.
+        ConfigError: the path does not exist, or its files are of no supported kind.
     """
     path = config.path
     if path == "lab":
         return Source("lab")
     if path.startswith("s3://"):
-        return _of_files(_list_s3(path), path)
+        return _source_of_files(_list_s3(path), path)
     local = Path(path).expanduser()
     if local.is_dir():
-        return _of_files(
+        return _source_of_files(
             sorted(str(f.resolve()) for f in local.iterdir() if f.suffix in KINDS), path
         )
     if local.is_file():
-        return _of_files([str(local.resolve())], path)
+        return _source_of_files([str(local.resolve())], path)
     if looks_like_path(path) or local.suffix in KINDS:
         raise ConfigError(
             f"data.path is {path!r}, and no such file is here. Give a .jsonl, .csv or .parquet "
@@ -78,23 +78,23 @@ def _list_s3(address: str) -> list[str]:
     return sorted(f"s3://{i.path}" for i in infos if Path(i.path).suffix in KINDS)
 
 
-def _of_files(files: list[str], path: str) -> Source:
+def _source_of_files(files: list[str], path: str) -> Source:
     kinds = {KINDS.get(Path(f).suffix, "") for f in files}
     if not files or "" in kinds:
         raise ConfigError(f"data.path is {path!r}; expected .jsonl, .csv or .parquet files there.")
     if len(kinds) > 1:
         raise ConfigError(
             f"data.path is {path!r}, which holds {' and '.join(sorted(kinds))} files. "
-            "Name one of them, or keep one kind."
+            "Name one file, or keep one kind of file in the folder."
         )
     return Source(kinds.pop(), tuple(files))
 
 
 def check_rows(source: Source, config: DataConfig) -> None:
-    """Look until one row can be used; normally that is the first few.
+    """Read rows until one is usable, which is normally one of the first few.
 
     Raises:
-        ConfigError: the dialogue column is missing, or no row is left after filtering.
+        ConfigError: a column is missing, or no row is left after filtering.
     """
     if source.kind == "lab":
         return
@@ -138,7 +138,7 @@ def _check_summary_column(row: Mapping[str, Any], config: DataConfig) -> None:
 
 
 def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:
-    """Rows one after another, in this process, read only as far as they are asked for."""
+    """Read rows lazily, one after another, in this process."""
     if source.kind == "hub":
         yield from load_hub(config)
         return
@@ -155,34 +155,35 @@ def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:
                         yield from batch.to_pylist()
             else:
                 with filesystem.open_input_stream(name) as file:
-                    yield from rows_of(file, source.kind)
+                    yield from read_rows(file, source.kind)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"data.path: {path} cannot be read as {source.kind}: {str(error).splitlines()[0]}"
             ) from error
 
 
-def rows_of(file: Any, kind: str) -> Iterator[dict[str, Any]]:
-    """Rows of an open .jsonl or .csv file, one after another.
+def read_rows(file: Any, kind: str) -> Iterator[dict[str, Any]]:
+    """Read the rows of an open .jsonl or .csv file, one after another.
 
-    A row that is no JSON object, or that has another number of fields than the first line, has no
-    columns. Bytes that are no UTF-8 become lone surrogates, which no dialogue may have.
+    A row that is not a JSON object, or has another number of fields than the first line, yields
+    an empty dict. Bytes that are not valid UTF-8 become lone surrogates, and the row filter leaves
+    such dialogues out.
     """
-    # Only "\n" ends a line of .jsonl, and not, say, a line separator between quotes; csv finds
-    # the ends of its rows itself.
+    # In .jsonl only "\n" ends a line: a dialogue may contain other line separators. The csv module
+    # finds the ends of rows itself.
     newline = "" if kind == "csv" else "\n"
     lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
     if kind == "csv":
-        csv.field_size_limit(1 << 30)  # 131,072 characters unless told
+        csv.field_size_limit(1 << 30)  # the default is 131,072 characters
         for row in csv.DictReader(lines):
-            # What is too much stands under None, what is missing is None.
+            # DictReader puts surplus fields under the key None and gives missing fields None.
             yield {} if None in row or None in row.values() else dict(row)
     else:
         yield from map(parse_json_row, filter(str.strip, lines))
 
 
 def parse_json_row(line: str) -> dict[str, Any]:
-    """One line of a .jsonl file as a row; a line that is no JSON object has no columns."""
+    """Parse one line of a .jsonl file; return an empty row if it is not a JSON object."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -191,17 +192,18 @@ def parse_json_row(line: str) -> dict[str, Any]:
 
 
 def load_hub(config: DataConfig) -> Any:
-    """The hub dataset that `data.path` names.
+    """Load the hub dataset that `data.path` names.
 
     Raises:
-        ConfigError: it is not there, or the hub cannot be reached.
+        ConfigError: the dataset does not exist, or the hub cannot be reached.
     """
+    # Imported here: only hub datasets need these libraries, and they load slowly.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.utils import logging as hub_logging
 
     datasets.disable_progress_bars()
-    hub_logging.set_verbosity_error()  # each attempt to reach the hub would be a line
+    hub_logging.set_verbosity_error()  # otherwise each failed request prints a warning
     try:
         return datasets.load_dataset(config.path, revision=config.revision, split=config.split)
     except ValueError as error:

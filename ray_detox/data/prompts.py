@@ -1,22 +1,21 @@
-"""From a row of data to a prompt: length filter, text, identity, and every number drawn for it.
+"""From a row of data to a prompt: length filter, prompt text, identity and tokens.
 
-Plain functions of values. Randomness is never carried along: what is drawn for a prompt depends
-on (seed, step, prompt) alone, so a run that is resumed, or spread over other workers, draws the
-same.
+Plain functions of values: no Ray, no random numbers (`draws.py`) and no files (`files.py`).
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ray_detox.config import DataConfig
+from ray_detox.records import LeftOutRow, PreparedRow
 
 
 def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | None:
-    """Why a row cannot become a prompt, in words that are counted and shown; None if it can."""
+    """Return the reason why a row cannot become a prompt, for messages; None if it can."""
     dialogue = row.get(config.dialogue_column)
     if dialogue is None:
         return f"no {config.dialogue_column}"
@@ -36,63 +35,73 @@ def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | Non
 
 
 def prompt_text(dialogue: str, config: DataConfig) -> str:
-    """The prompt that asks for a summary of `dialogue`."""
-    # replace and not format: braces in a dialogue are the dialogue's.
+    """Return the prompt that asks for a summary of `dialogue`."""
+    # str.format would interpret braces in the dialogue.
     return config.template.replace("{dialogue}", dialogue)
 
 
 def prompt_id(text: str) -> str:
-    """What a prompt is called everywhere: 16 hexadecimal digits of a hash of its text."""
+    """Return the identity of a prompt: 16 hexadecimal digits of a hash of its text."""
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
 
 
 def prepare(
     rows: Sequence[Mapping[str, Any]], data: DataConfig, tokenizer: Any
-) -> list[dict[str, Any]]:
-    """Raw rows as prepared ones: prompt and tokens, or the reason for leaving the row out.
+) -> list[PreparedRow | LeftOutRow]:
+    """Turn each raw row into a prompt with its tokens, or into the reason for leaving it out.
 
     Returns:
-        For each row `name` and `left_out`; where that is None also `prompt`, `prompt_id`,
-        `query_ids`, and the row's own columns as JSON in `columns`.
+        One record per row, in the order of `rows`.
     """
-    prepared: list[dict[str, Any]] = []
-    for row in rows:
-        reason = reason_to_leave_out(row, data)
-        entry: dict[str, Any] = {"left_out": reason, "name": _name(row, data)}
+    reasons = [reason_to_leave_out(row, data) for row in rows]
+    texts = {
+        i: prompt_text(row[data.dialogue_column], data)
+        for i, row in enumerate(rows)
+        if reasons[i] is None
+    }
+    # One call for all prompts: a fast tokenizer works on a batch in parallel.
+    tokens = tokenizer(list(texts.values()), verbose=False)["input_ids"] if texts else []
+    query_ids = dict(zip(texts, tokens, strict=True))
+    prepared: list[PreparedRow | LeftOutRow] = []
+    for i, row in enumerate(rows):
+        reason = reasons[i]
+        if reason is None and len(query_ids[i]) > data.max_prompt_tokens:
+            reason = f"over {data.max_prompt_tokens} prompt tokens"
         if reason is None:
-            text = prompt_text(row[data.dialogue_column], data)
-            entry |= {"prompt": text, "prompt_id": prompt_id(text)}
-            entry["columns"] = json.dumps(dict(row), default=str)
-        prepared.append(entry)
-
-    usable = [entry for entry in prepared if entry["left_out"] is None]
-    if usable:
-        tokens = tokenizer([entry["prompt"] for entry in usable], verbose=False)["input_ids"]
-        for entry, query_ids in zip(usable, tokens, strict=True):
-            entry["query_ids"] = query_ids
-            if len(query_ids) > data.max_prompt_tokens:
-                entry["left_out"] = f"over {data.max_prompt_tokens} prompt tokens"
+            columns = _with_json_values(row)
+            prepared.append(PreparedRow(prompt_id(texts[i]), texts[i], query_ids[i], columns))
+        else:
+            prepared.append(LeftOutRow(_name(row, data), reason))
     return prepared
 
 
+def _with_json_values(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as JSON can hold it: other values, such as dates, become text."""
+    columns: dict[str, Any] = json.loads(json.dumps(dict(row), default=str))
+    return columns
+
+
 def _name(row: Mapping[str, Any], config: DataConfig) -> str:
-    """What to call a row in a message: its id if it has one, else how it begins."""
+    """Return a name for a row in messages: its id if it has one, else the start of its dialogue."""
     name = row.get("id", row.get(config.dialogue_column))
     text = repr(name)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def unpack(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Prepared rows with their own columns back in place."""
+def unpack_rows(rows: Iterable[Mapping[str, Any]]) -> list[PreparedRow]:
+    """Convert rows of an ingested table back to records."""
     return [
-        json.loads(row["columns"])
-        | {name: row[name] for name in ("prompt_id", "prompt")}
-        | {"query_ids": list(row["query_ids"])}
+        PreparedRow(
+            prompt_id=row["prompt_id"],
+            prompt=row["prompt"],
+            query_ids=list(row["query_ids"]),
+            columns=json.loads(row["columns"]),
+        )
         for row in rows
     ]
 
 
 def held_out_count(rows: int, fraction: float) -> int:
-    """Rows held out of `rows`: rounded up, as scikit-learn and `datasets` split."""
-    # Rounded first, or 0.07 * 100 in binary would come out just above 7 and count as 8.
+    """Return how many of `rows` rows are held out: rounded up, as in scikit-learn and `datasets`."""
+    # Rounded to 9 digits first: 0.07 * 100 is just above 7 in binary and would give 8.
     return int(np.ceil(round(rows * fraction, 9)))

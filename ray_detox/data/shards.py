@@ -1,14 +1,13 @@
-"""Which prompts a worker answers in a step.
+"""The prompts that a worker holds, and those it takes in a step.
 
-All prompts are dealt, once and for good, into a fixed number of shards of equal length (give or
-take one row). A worker holds some consecutive shards; every step takes the same number of rows
-from each shard. So the global batch of a step is the same whatever the number of workers, their
-shares are disjoint and differ by one shard at most, and the position in the data is one integer:
-the step.
+Ingest splits all prompts into a fixed number of shards of equal length (give or take one row). A
+worker holds some consecutive shards, and every step takes the same number of rows from each
+shard. So the global batch of a step is the same for any number of workers, the workers' shares
+are disjoint and differ by at most one shard, and the position in the data is one integer: the
+step.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,41 +15,42 @@ from torch import Tensor
 
 from ray_detox.config import RunConfig
 from ray_detox.draws import shard_rows
-from ray_detox.records import PromptBatch
-
-Row = Mapping[str, Any]
-OWN_COLUMNS = ("prompt_id", "prompt", "query_ids")
-"""Columns that ingest adds to the data's own."""
+from ray_detox.records import PreparedRow, PromptBatch
 
 
-def make_batch(rows: Sequence[Row], pad_id: int) -> PromptBatch:
-    """Rows of prepared data as a batch of prompts."""
-    query_ids, query_mask = pad_rows([row["query_ids"] for row in rows], pad_id)
-    names = [name for name in (rows[0] if rows else {}) if name not in OWN_COLUMNS]
+def make_batch(rows: Sequence[PreparedRow], pad_id: int) -> PromptBatch:
+    """Collect prepared rows into a batch of prompts, padded with `pad_id`."""
+    query_ids, query_mask = pad_rows([row.query_ids for row in rows], pad_id)
+    names = rows[0].columns if rows else {}
     return PromptBatch(
-        ids=[row["prompt_id"] for row in rows],
-        texts=[row["prompt"] for row in rows],
+        ids=[row.prompt_id for row in rows],
+        texts=[row.prompt for row in rows],
         query_ids=query_ids,
         query_mask=query_mask,
-        columns={name: [row[name] for row in rows] for name in names},
+        columns={name: [row.columns[name] for row in rows] for name in names},
     )
 
 
 def shards_of_worker(shards: int, rank: int, workers: int) -> range:
-    """The consecutive shards that worker `rank` of `workers` holds; at most `shards` workers."""
+    """Return the consecutive shards that worker `rank` of `workers` holds.
+
+    There must be at most `shards` workers.
+    """
     return range(rank * shards // workers, (rank + 1) * shards // workers)
 
 
 class PromptShards:
-    """The shards of one worker, in memory.
+    """The prompt shards of one worker, in memory.
 
     Args:
-        config: of the run; gives seed, number of shards and prompts per step.
-        rows: rows of each shard that this worker holds, by shard, none empty.
-        pad_id: pads the prompts of a batch.
+        config: settings of the run: seed, number of shards and prompts per step.
+        rows: rows of each shard that this worker holds, by shard number; no shard is empty.
+        pad_id: token id that pads the prompts of a batch.
     """
 
-    def __init__(self, config: RunConfig, rows: Mapping[int, Sequence[Row]], pad_id: int) -> None:
+    def __init__(
+        self, config: RunConfig, rows: Mapping[int, Sequence[PreparedRow]], pad_id: int
+    ) -> None:
         self.seed = config.seed
         self.rows_per_shard = config.ppo.prompts_per_step // config.data.shards
         self.rows = dict(sorted(rows.items()))
@@ -59,7 +59,7 @@ class PromptShards:
         """Position of this worker's first row in every step's global batch."""
 
     def batch(self, step: int) -> PromptBatch:
-        """This worker's prompts of a step, in the order of the global batch."""
+        """Return this worker's prompts of a step, in the order of the global batch."""
         chosen = [
             rows[index]
             for shard, rows in self.rows.items()
@@ -69,7 +69,7 @@ class PromptShards:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids to ids and mask, both [B, longest], padded on the right."""
+    """Pad rows of token ids on the right; return ids and mask, both [B, longest]."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max()) if len(rows) else 0
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)

@@ -3,13 +3,14 @@
 Both sides use the same sampling noise for a prompt, so that only the policy differs. No Ray here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_detox.config import RunConfig
 from ray_detox.evaluation.examples import EvaluatedResponse, PairedExample
+from ray_detox.records import PreparedRow
 
 if TYPE_CHECKING:
     from ray_detox.rl.rollout import Collected
@@ -19,7 +20,7 @@ def measure(
     policy: Any,
     tokenizer: Any,
     scorer: Any,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[PreparedRow],
     config: RunConfig,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[PairedExample]:
@@ -41,7 +42,7 @@ def measure(
     from ray_detox.rl.rollout import collect
 
     # Prompts of similar length share a chunk, so there is little padding.
-    order = np.argsort([len(row["query_ids"]) for row in rows], kind="stable")
+    order = np.argsort([len(row.query_ids) for row in rows], kind="stable")
     examples: dict[int, PairedExample] = {}
     size = config.evaluate.batch_size
     for start in range(0, len(order), size):
@@ -55,13 +56,13 @@ def measure(
         kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1).tolist()
         for position, i in enumerate(chunk):
             row = rows[i]
-            reference = row.get(config.data.summary_column or "")
+            reference = row.columns.get(config.data.summary_column or "")
             examples[i] = PairedExample(
                 index=i,
-                prompt_id=row["prompt_id"],
-                query=row["prompt"],
+                prompt_id=row.prompt_id,
+                query=row.prompt,
                 reference=reference if isinstance(reference, str) else None,
-                facts=_facts(row.get("facts")),
+                facts=_facts(row.columns.get("facts")),
                 kl=kl[position],
                 before=_evaluated(before, position),
                 after=_evaluated(after, position),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
@@ -14,17 +14,20 @@ from ray_detox.models.sources import local_folder
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that `policy.dtype` means on a device; bfloat16, never float16, for T5."""
+    """Return the dtype that `policy.dtype` means on a device.
+
+    float16 is never used: the activations of T5 overflow it.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def lora_config(config: PolicyConfig) -> LoraConfig:
-    """The adapter that `config` asks for."""
+    """Return peft's settings for the adapter that `config` describes."""
     targets: list[str] | str = list(config.lora_targets)
     if config.frozen_encoder:
-        # peft reads a string as a regular expression over whole module names.
+        # peft interprets a string as a regular expression for whole module names.
         targets = rf".*\bdecoder\b.*\.({'|'.join(config.lora_targets)})"
     return LoraConfig(
         r=config.lora_rank,
@@ -42,12 +45,12 @@ def load_policy(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Policy:
-    """Load the model, put the adapter on, and add a value head.
+    """Load the base model, attach the adapter and add a value head.
 
-    The new LoRA weights depend on `seed` alone, so that every worker starts from the same.
+    New LoRA weights depend on `seed` alone, so that all workers start from the same weights.
 
     Raises:
-        ConfigError: the model or the starting adapter is not there.
+        ConfigError: the model or the starting adapter does not exist.
     """
     device = torch.device(device)
     dtype = compute_dtype(config.dtype, device)
@@ -61,11 +64,11 @@ def load_policy(
     else:
         start = str(local_folder(config.adapter, None, "policy.adapter"))
         model = PeftModel.from_pretrained(base, start, adapter_name=POLICY, is_trainable=True)
-        # The behaviour that training starts from is the reference, and not the bare base model:
-        # otherwise the first step already pays for everything the starting adapter learned.
+        # The reference is the starting adapter and not the base model: otherwise the first step's
+        # KL would already contain everything that the starting adapter has learned.
         model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
         model.set_adapter(POLICY)
-    # What plain peft will look for: the name people know, not this machine's cache.
+    # Plain peft loads the base model by this name, so it must not be a cache folder of this machine.
     model.peft_config[POLICY].base_model_name_or_path = (
         str(folder) if config.model == "lab" else config.model
     )
@@ -80,25 +83,23 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     """Merge an adapter into its base model and save a plain model that needs no peft.
 
     Args:
-        config: names the base model.
+        config: settings that name the base model.
         adapter: folder that `Policy.save_adapter` wrote.
-        out: folder to write model and tokenizer to.
+        out: folder for model and tokenizer.
     """
-    from transformers import AutoTokenizer
-
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     with warnings.catch_warnings():
-        # That merging unties the embeddings, where they never were tied, and what libraries
-        # tell one another about their next release.
+        # Warnings that do not concern the user: peft's on untied embeddings, although this head
+        # was never tied, and deprecations inside the libraries.
         warnings.simplefilter("ignore")
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
     if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
-        # transformers 5 writes true here for every T5 and keeps the truth elsewhere; version 4
-        # would believe it, tie the head and compute other logits without an error.
+        # transformers 5 writes true for every T5, tied or not. Version 4 would believe it, tie the
+        # head and compute other logits without an error.
         file = out / "config.json"
         settings = json.loads(file.read_text(encoding="utf-8"))
         settings["tie_word_embeddings"] = False

@@ -1,8 +1,8 @@
-"""Where models come from: a name in the config becomes a local folder, here and on every node.
+"""Model sources: turns the name of a model in the settings into a local folder, on every node.
 
 A name is `lab` (a model inside this package), a local folder, an `s3://` address, or a hub id.
-Only configuration, tokenizer and safetensors files are ever fetched: nothing from a model's
-repository is executed or unpickled.
+Only configuration, tokenizer and safetensors files are downloaded; no code of a model repository
+is executed and nothing is unpickled.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ LAB_MODELS = {"policy.model": lab.T5, "reward.model": lab.ROBERTA}
 
 
 def local_folder(name: str, revision: str | None, setting: str, *, weights: bool = True) -> Path:
-    """The folder that holds the model called `name`, fetched first if need be.
+    """Return the folder of the model called `name`, downloading the model first if necessary.
 
     Args:
         name: `lab`, a folder, `s3://bucket/prefix`, or a hub id.
         revision: commit or tag of a hub model.
-        setting: the config key that named it, for messages; also picks the `lab` model.
-        weights: False fetches configuration and tokenizer only.
+        setting: the setting that holds the name, for messages; also selects the `lab` model.
+        weights: False downloads only configuration and tokenizer of a hub model.
 
     Raises:
-        ConfigError: nothing is there, or it cannot be reached.
+        ConfigError: the model does not exist, or cannot be reached.
     """
     if name == "lab" and setting in LAB_MODELS:
         return LAB_MODELS[setting]
@@ -50,9 +50,9 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
 
 
 def fingerprint(name: str, revision: str | None, setting: str) -> str:
-    """What tells this model from another one of the same name.
+    """Return a fingerprint of a model's content, which differs for another model of the same name.
 
-    The commit of a hub model, else `folder_fingerprint`. Arguments as for `local_folder`.
+    It is the commit of a hub model, else `folder_fingerprint`. Arguments as for `local_folder`.
     """
     folder = local_folder(name, revision, setting, weights=False)
     if folder.parent.name == "snapshots":  # the hub's cache: .../snapshots/COMMIT
@@ -61,7 +61,7 @@ def fingerprint(name: str, revision: str | None, setting: str) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over names and contents of a model's description and weights."""
+    """Return a SHA-256 over names and contents of a model's description and weight files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
@@ -72,7 +72,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def looks_like_path(name: str) -> bool:
-    """True where `name` can only mean a place on this machine, and not a hub id."""
+    """Return True if `name` can only be a path on this machine and not a hub id."""
     return name.startswith(("/", ".", "~")) or not HUB_ID.match(name) or Path(name).exists()
 
 
@@ -85,8 +85,8 @@ def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> P
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ConfigError(
-            f"{setting} is {name!r}, and the hub has no such model, or not for you. Check the id, "
-            "or give a local folder or an s3:// address."
+            f"{setting} is {name!r}, and the hub has no such model or denies you access. Check the "
+            "id, or give a local folder or an s3:// address."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ConfigError(
@@ -97,7 +97,7 @@ def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> P
 
 
 def hub_has_safetensors(name: str, revision: str | None) -> bool:
-    """Whether a hub model has safetensors; True where the hub cannot be asked."""
+    """Return whether a hub model has safetensors; True if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -111,7 +111,7 @@ def hub_has_safetensors(name: str, revision: str | None) -> bool:
 
 
 def _from_s3(address: str, setting: str) -> Path:
-    """Copy everything under `address` into a local cache that is keyed by what is there now."""
+    """Copy the model files under `address` into a local cache, keyed by their names and times."""
     filesystem, root = s3_filesystem(address, setting)
     from pyarrow import fs
 
@@ -127,7 +127,10 @@ def _from_s3(address: str, setting: str) -> Path:
         f for f in files if any(Path(f.path).match(p) for p in DESCRIPTION_FILES + WEIGHT_FILES)
     ]
     if not wanted:
-        raise ConfigError(f"{setting} is {address!r}, and no model files are there.")
+        raise ConfigError(
+            f"{setting} is {address!r}, and no model files are there. Give the prefix of a model "
+            "that save_pretrained wrote."
+        )
 
     listing = "\n".join(
         f"{f.path} {f.size} {f.mtime_ns}" for f in sorted(wanted, key=lambda f: f.path)
@@ -137,7 +140,7 @@ def _from_s3(address: str, setting: str) -> Path:
     if cache.is_dir():
         return cache
     cache.parent.mkdir(parents=True, exist_ok=True)
-    # Downloaded beside and renamed: a second process never sees half a model.
+    # Downloaded to a temporary folder and renamed, so that no other process sees half a model.
     part = Path(tempfile.mkdtemp(dir=cache.parent))
     for file in wanted:
         target = part / Path(file.path).relative_to(root)
@@ -146,13 +149,13 @@ def _from_s3(address: str, setting: str) -> Path:
             shutil.copyfileobj(source, sink, 1 << 20)
     try:
         part.rename(cache)
-    except OSError:  # another process was first, with the same content
+    except OSError:  # another process has finished the same download
         shutil.rmtree(part)
     return cache
 
 
 def s3_filesystem(address: str, setting: str) -> tuple[Any, str]:
-    """A pyarrow filesystem for an `s3://` address, and the path in it."""
+    """Return a pyarrow filesystem for an `s3://` address, and the path in it."""
     from pyarrow import fs
 
     try:

@@ -1,14 +1,14 @@
-"""Everything a run needs to go on, in one folder of safetensors and JSON.
+"""Checkpoints: the complete state of a run, in one folder of safetensors and JSON.
 
     adapter/                  LoRA weights and settings; plain peft loads this folder
     value_head.safetensors
     optimiser.safetensors     Adam's moments by parameter name
-    metrics.jsonl             the figures of every step so far
-    state.json                step, price of KL, seed, the run's settings
+    metrics.jsonl             the metrics of every step so far
+    state.json                step, KL coefficient, seed, the run's settings
 
-Nothing in it depends on the number of workers. There is no state of a random generator: all that
-is drawn depends on (seed, step, prompt), so seed and step are that state, and the position in the
-data as well. Where checkpoints are kept is `checkpoint_store.py`.
+A checkpoint does not depend on the number of workers. It needs no state of a random generator:
+every random number is a function of (seed, step, prompt), and so is the position in the data.
+`runs/checkpoint_store.py` decides where checkpoints are kept.
 """
 
 import json
@@ -36,7 +36,7 @@ def write(
     step: int,
     history: Sequence[UpdateStats] = (),
 ) -> None:
-    """Write the state after `step` steps into an empty folder; `history` are their figures."""
+    """Write the state after `step` steps into an empty folder; `history` is their metrics."""
     policy.save_adapter(folder / "adapter")
     policy.save_value_head(folder / "value_head.safetensors")
     save_file(learner.optimiser_state(), folder / "optimiser.safetensors")
@@ -54,10 +54,10 @@ def write(
 
 
 def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[UpdateStats]]:
-    """Take up the state that `write` left; its step, and the figures of the steps so far.
+    """Restore the state that `write` saved; return its step and the metrics of the steps so far.
 
     Raises:
-        ValueError: the folder is of another format.
+        ValueError: the checkpoint has a format that this version cannot read.
     """
     state = read_state(folder)
     policy.load_adapter(folder / "adapter")
@@ -69,15 +69,15 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
+    """Read state.json of a checkpoint.
 
     Raises:
-        ValueError: it is of a format that this version does not know.
+        ValueError: the checkpoint has a format that this version cannot read.
     """
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise ValueError(
             f"The checkpoint {folder} has format {state.get('format')}; this version reads "
-            f"{FORMAT}. Go on with ray-detox {state.get('version')}."
+            f"{FORMAT}. Continue the run with ray-detox {state.get('version')}."
         )
     return state

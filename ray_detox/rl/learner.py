@@ -1,8 +1,8 @@
 """One PPO update of a policy on one rollout: targets, epochs, minibatches, optimiser.
 
-A worker of many differs from a worker alone in one argument, `sum_over_workers`: token counts,
-advantage moments, gradients and metrics are added up across workers, so the step taken is the
-step that one worker holding every worker's rows would take. Knows nothing of Ray or of text.
+Several workers differ from a single worker in one argument, `sum_over_workers`: token counts,
+advantage moments, gradients and metrics are summed over workers, so the optimiser step equals
+that of one worker holding all rows. This module knows nothing of Ray or of text.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from ray_detox.rl import ppo
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient was NaN or infinite; the weights were left as they were."""
+    """A loss or a gradient is NaN or infinite; the minibatch has not changed the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Figures of one update over all workers; means over its optimiser steps."""
+    """Metrics of one update over all workers; means over its optimiser steps."""
 
     policy_loss: float
     value_loss: float
@@ -32,17 +32,17 @@ class Update:
     clip_fraction: float
     grad_norm: float
     ratio: float
-    """Mean ratio of the first minibatch, before any step of this update: 1 if all is well."""
+    """Mean probability ratio of the first minibatch, before any optimiser step: expected to be 1."""
     minibatches: int
     """Optimiser steps taken."""
 
 
-# Sums over tokens that ride along with the gradient, in one message.
+# Sums over tokens; they share the gradient's all-reduce, which saves a round trip per minibatch.
 _METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
 
 
 class Learner:
-    """Owns the optimiser and takes PPO steps on `policy`."""
+    """PPO updates of `policy`: holds the optimiser and the current KL coefficient."""
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class Learner:
         self.optimiser = torch.optim.Adam(self.trainable.values(), lr=config.learning_rate)
 
     def targets(self, rollout: Rollout) -> Targets:
-        """What the rollout asks the policy to learn, at the price of KL now in force."""
+        """Compute per-token KL, rewards, advantages and returns with the current KL coefficient."""
         config, mask = self.config, rollout.response_mask
         estimate = ppo.KL_ESTIMATORS[config.kl_estimator]
         kl = torch.where(mask, estimate(rollout.logprobs, rollout.ref_logprobs), 0.0)
-        price = self.kl_coef if config.kl_in == "reward" else 0.0
-        rewards = ppo.token_rewards(rollout.scores, kl, mask, price)
+        kl_coef = self.kl_coef if config.kl_in == "reward" else 0.0
+        rewards = ppo.token_rewards(rollout.scores, kl, mask, kl_coef)
         advantages, returns = ppo.gae(
             rewards, rollout.values, mask, config.gamma, config.gae_lambda
         )
@@ -79,16 +79,17 @@ class Learner:
     def update(
         self, rollout: Rollout, targets: Targets, *, step: int, first_row: int = 0
     ) -> Update:
-        """Take `epochs` passes of `minibatches` optimiser steps over the rollout.
+        """Take `minibatches` optimiser steps per epoch, for `epochs` passes over the rollout.
 
         Args:
             rollout: this worker's rows of the step's global batch.
             targets: from `targets(rollout)`.
-            step: of the run; decides the assignment into minibatches.
+            step: step of the run; determines the minibatch assignment.
             first_row: position of this worker's first row in the global batch.
 
         Raises:
-            NonFiniteError: on every worker alike, before the weights were touched by it.
+            NonFiniteError: a loss or gradient is not finite; raised on every worker, before the
+                minibatch changes the weights.
         """
         assignments = [
             self._assign_minibatches(step, epoch, first_row, len(rollout))
@@ -108,17 +109,17 @@ class Learner:
             (r for assignment in assignments for r in assignment), tokens, strict=True
         ):
             self.optimiser.zero_grad(set_to_none=False)
-            # Neighbours in a micro-batch are of like size, so that little of it is padding.
+            # Sorted by size, so that the rows of a micro-batch need little padding.
             by_size = rows[np.argsort(sizes[rows], kind="stable")]
             sums = self._backward(rollout, targets, by_size, token_count)
-            measured = self._share(sums)
+            measured = self._reduce_and_clip(sums)
             if not all(np.isfinite(v) for v in measured.values()):
                 bad = ", ".join(name for name, v in measured.items() if not np.isfinite(v))
                 raise NonFiniteError(
                     f"Not a finite number in step {step + 1}: {bad}. The weights are those before this "
                     "minibatch. Lower ppo.learning_rate or ppo.max_grad_norm, or raise ppo.kl_coef."
                 )
-            if self._moved_enough(measured["approx_kl"]):
+            if self._exceeds_target_kl(measured["approx_kl"]):
                 break
             self.optimiser.step()
             metrics.append(measured)
@@ -128,13 +129,13 @@ class Learner:
     def _assign_minibatches(
         self, step: int, epoch: int, first_row: int, rows: int
     ) -> list[np.ndarray]:
-        """This worker's rows of each minibatch of an epoch."""
+        """Return this worker's rows of each minibatch of an epoch."""
         config = self.config
         assignment = minibatch_assignment(
             self.seed, step, epoch, config.prompts_per_step, config.minibatches
         )
-        mine = assignment[first_row : first_row + rows]
-        return [np.flatnonzero(mine == m) for m in range(config.minibatches)]
+        own = assignment[first_row : first_row + rows]
+        return [np.flatnonzero(own == m) for m in range(config.minibatches)]
 
     def _backward(
         self, rollout: Rollout, targets: Targets, rows: np.ndarray, token_count: float
@@ -150,15 +151,9 @@ class Learner:
         return sums / token_count
 
     def _loss(self, rollout: Rollout, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Loss summed over the tokens of a micro-batch, and sums of `_METRICS`."""
+        """Return the loss summed over the tokens of a micro-batch, and sums of `_METRICS`."""
         config, mask = self.config, rollout.response_mask
-        new = self.policy.score_tokens(
-            rollout.query_ids,
-            rollout.query_mask,
-            rollout.response_ids,
-            mask,
-            rollout.encoder_states,
-        )
+        new = self.policy.score_tokens(rollout.tokens)
         policy_loss, clipped = ppo.policy_loss(
             new.logprobs, rollout.logprobs, targets.advantages, mask, config.clip_range
         )
@@ -176,7 +171,7 @@ class Learner:
                 [
                     policy_loss.sum(),
                     value_loss.sum(),
-                    # k3 of the policy that sampled against the one being trained
+                    # k3 between the policy that sampled and the policy being trained
                     torch.where(mask, ppo.kl_k3(rollout.logprobs, new.logprobs), 0.0).sum(),
                     clipped.sum(),
                     ratio.sum(),
@@ -184,8 +179,8 @@ class Learner:
             ).double()
         return loss, metrics
 
-    def _share(self, sums: Tensor) -> dict[str, float]:
-        """Sum gradients and metrics over workers in one message, then clip the gradient."""
+    def _reduce_and_clip(self, sums: Tensor) -> dict[str, float]:
+        """Sum gradients and metrics over workers in one all-reduce, then clip the gradient."""
         parameters = list(self.trainable.values())
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients] + [sums.to(gradients[0].dtype)])
@@ -198,20 +193,20 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         return dict(zip(_METRICS, flat[start:].tolist(), strict=True)) | {"grad_norm": float(norm)}
 
-    def _moved_enough(self, approx_kl: float) -> bool:
-        """True where the update should end before taking another step."""
+    def _exceeds_target_kl(self, approx_kl: float) -> bool:
+        """Return True if the update should end before its next optimiser step."""
         limit = self.config.target_kl
         return limit is not None and approx_kl > limit
 
     def _summary(self, metrics: list[dict[str, float]], last: dict[str, float]) -> Update:
         steps = len(metrics)
-        # Where the very first minibatch was already too far, its metrics are all there is.
+        # If the first minibatch already exceeds the target KL, only its metrics exist.
         metrics = metrics or [last]
-        mean = {n: float(np.mean([f[n] for f in metrics])) for n in metrics[0]}
+        mean = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         return Update(**(mean | {"ratio": metrics[0]["ratio"]}), minibatches=steps)
 
     def adapt_kl_coef(self, kl: float) -> None:
-        """Let the adaptive controller, if there is one, answer to a step's KL per response."""
+        """Adapt the KL coefficient to a step's KL per response, if the controller is adaptive."""
         config = self.config
         if config.kl_controller == "adaptive":
             self.kl_coef = ppo.next_kl_coef(
@@ -225,7 +220,7 @@ class Learner:
     # ---- state ---------------------------------------------------------------------------------
 
     def optimiser_state(self) -> dict[str, Tensor]:
-        """Adam's moments and step counts by parameter name, flat, for safetensors."""
+        """Return Adam's moments and step counts by parameter name, flat, for safetensors."""
         state = {}
         for name, parameter in self.trainable.items():
             for key, value in self.optimiser.state[parameter].items():
@@ -233,12 +228,12 @@ class Learner:
         return state
 
     def load_optimiser_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `optimiser_state` gave."""
+        """Restore the state that `optimiser_state` returned."""
         for name, parameter in self.trainable.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             found = {k: state[f"{k}:{name}"] for k in keys if f"{k}:{name}" in state}
             if found:
-                # Adam keeps its step count on the CPU and its moments beside the weights.
+                # Adam expects its step count on the CPU and its moments on the weights' device.
                 self.optimiser.state[parameter] = {
                     k: v.clone() if k == "step" else v.to(parameter.device)
                     for k, v in found.items()

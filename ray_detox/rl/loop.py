@@ -1,11 +1,11 @@
-r"""The training loop of one worker: collect, learn, count, keep; again.
+r"""The training loop of one worker: collect a rollout, update the policy, log, checkpoint.
 
     shards.batch(step) -> collect(...) -> learner.targets -> learner.update
                                                     \-> UpdateStats -> runtime.log
                                every k steps: checkpoint -> runtime.save (rank 0)
 
-What the loop asks of its surroundings is the small `Runtime` protocol. `stages/train.py` has the
-one for a Ray Train worker; `LocalRuntime` here is a process by itself.
+The loop reaches its surroundings through the small `Runtime` protocol. `stages/train.py`
+implements it for a Ray Train worker, `runs/local.py` for a single process.
 """
 
 import time
@@ -29,25 +29,26 @@ from ray_detox.rl.rollout import Collected, collect
 T = TypeVar("T")
 
 START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Nats by which a token's log-probability may differ from the reference's before any training:
-one pass decodes token by token, the other all at once, and they round differently."""
+"""Largest difference, in nats, between a token's log-probability under the policy and under the
+reference before any training: sampling decodes token by token and the reference scores all tokens
+at once, so the two round differently."""
 
 
 class StartError(RuntimeError):
-    """The policy does not start where its reference is."""
+    """The untrained policy differs from its reference."""
 
 
 class Runtime(Protocol):
-    """What a worker needs to know and do beyond itself."""
+    """The surroundings of a worker: its rank, the other workers, the log and the checkpoints."""
 
     rank: int
     world_size: int
 
     def sum_over_workers(self, x: Tensor) -> Tensor:
-        """Add `x` up across workers; every worker calls this in the same order."""
+        """Sum `x` over workers; every worker calls this in the same order."""
 
     def log(self, stats: UpdateStats) -> None:
-        """Publish the figures of a step; called on rank 0."""
+        """Publish the metrics of a step; called on rank 0."""
 
     def save(
         self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
@@ -57,25 +58,28 @@ class Runtime(Protocol):
         Args:
             step: steps done.
             write: fills an empty folder.
-            objective: what PPO maximises, of the step just done; None before the first.
-            last: no step follows, so return once the checkpoint is safe.
+            objective: PPO's objective in the last step, score - kl_coef * kl; None before step 1.
+            last: True if no step follows: return only when the checkpoint is safely stored.
         """
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
-        """Apply `read` to the newest checkpoint's folder, the same on every worker; None if none."""
+        """Apply `read` to the newest checkpoint's folder; return None if there is none.
+
+        Every worker gets the same checkpoint.
+        """
 
     def should_stop(self) -> bool:
-        """True once somebody wants the run to end early; asked on rank 0 only."""
+        """Return True if the run should end after this step; called on rank 0 only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a worker's training ended."""
+    """The end of a worker's training."""
 
     step: int
-    """Steps done in all."""
+    """Steps done in total."""
     stopped: bool
-    """True where it was asked to end early."""
+    """True if the run was asked to end early."""
 
 
 def train(
@@ -89,7 +93,7 @@ def train(
     """Run PPO from the newest checkpoint, or from the start, to `train.steps`.
 
     Raises:
-        NonFiniteError: a loss or gradient was NaN or infinite; the last checkpoint is kept.
+        NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is kept.
         StartError: the untrained policy differs from its reference.
     """
     learner = Learner(policy, config.ppo, config.seed, runtime.sum_over_workers)
@@ -129,7 +133,9 @@ def train(
         now = time.perf_counter()
         seconds = collected.seconds | {"update": now - update_began, "total": now - began}
         stop_here = runtime.rank == 0 and runtime.should_stop()
-        stats, stop = _count(runtime, collected, targets, update, step, kl_coef, seconds, stop_here)
+        stats, stop = _reduce_stats(
+            runtime, collected, targets, update, step, kl_coef, seconds, stop_here
+        )
         learner.adapt_kl_coef(stats.kl)
         history.append(stats)
         if runtime.rank == 0:
@@ -142,22 +148,25 @@ def train(
 
 
 def check_start(rollout: Rollout, dtype: torch.dtype) -> None:
-    """Refuse to train a policy that does not start at its reference.
+    """Check that the untrained policy equals its reference.
 
     Before the first update policy and reference are the same function, so the log-probabilities
-    of the sampled tokens agree, and the KL is 0. Where it is not, every reward that follows would
-    carry a price for something that training never did.
+    of the sampled tokens agree and the KL is 0. Otherwise every later reward would contain a KL
+    penalty for a difference that training did not cause.
+
+    Raises:
+        StartError: a token's log-probability differs by more than `START_TOLERANCE`.
     """
     gap = float((rollout.logprobs - rollout.ref_logprobs)[rollout.response_mask].abs().max())
     if gap > START_TOLERANCE[dtype]:
         raise StartError(
             f"Before any training the policy differs from its reference by {gap:.3g} nats on a "
-            f"token (at most {START_TOLERANCE[dtype]} is rounding). The base model or the adapter "
-            "is not the one that sampled."
+            f"token; rounding explains at most {START_TOLERANCE[dtype]}. The base model or the "
+            "adapter is not the one that sampled: check policy.model and policy.adapter."
         )
 
 
-def _count(
+def _reduce_stats(
     runtime: Runtime,
     collected: Collected,
     targets: Targets,
@@ -167,7 +176,10 @@ def _count(
     seconds: dict[str, float],
     stop: bool,
 ) -> tuple[UpdateStats, bool]:
-    """The figures of a step over all workers, and whether rank 0 wants to stop; one message."""
+    """Reduce the metrics of a step over all workers, and share rank 0's wish to stop.
+
+    One all-reduce carries all sums, so that a step waits for the other workers only once.
+    """
     rollout, scores = collected.rollout, collected.scores
     mask = rollout.response_mask
     sums = {
@@ -177,7 +189,7 @@ def _count(
         "toxicity": scores.toxicity.astype("float64").sum(),
         "truncated": scores.truncated.sum(),
         "kl": ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs)[mask].double().sum().item(),
-        "surprise": -rollout.logprobs[mask].double().sum().item(),
+        "negative_logprob": -rollout.logprobs[mask].double().sum().item(),
         "tokens": mask.sum().item(),
         "workers": 1,
         "stop": float(stop),
@@ -196,7 +208,7 @@ def _count(
         toxicity=total["toxicity"] / rows,
         kl=total["kl"] / rows,
         kl_coef=kl_coef,
-        entropy=total["surprise"] / total["tokens"],
+        entropy=total["negative_logprob"] / total["tokens"],
         length=total["tokens"] / rows,
         policy_loss=update.policy_loss,
         value_loss=update.value_loss,

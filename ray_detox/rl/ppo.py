@@ -1,9 +1,9 @@
 """The mathematics of PPO on text, as functions of tensors.
 
-Everything here is stateless and runs on one process: tensors in, tensors out.
-Collecting text lives in `rollout.py`, gradients in `learner.py`, Ray in `stages/`.
+Every function is stateless and runs in one process: tensors in, tensors out.
+`rollout.py` collects responses, `learner.py` computes gradients, `stages/` runs on Ray.
 The letters B, R and the masks are those of `records.py`: a mask is True where a token
-counts, and `response_mask` is a run of True (through end-of-sequence) and then of False.
+counts, and each row of `response_mask` is True through end-of-sequence and then False.
 
 An encoder-decoder needs no shift: the logits at decoder position t predict response token t,
 so the first token and the end-of-sequence token are trained like any other.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SumOverWorkers = Callable[[Tensor], Tensor]
-"""Adds a tensor up across workers; every worker gets the sum. `identity` where there is one worker."""
+"""Sums a tensor over workers; every worker gets the sum. `identity` if there is one worker."""
 
 
 def identity(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1 = log p - log p_ref. Unbiased, may be negative. Same shape as the arguments, in nats.
+    """k1 = log p - log p_ref: unbiased, may be negative. Same shape as the arguments, in nats.
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
@@ -35,7 +35,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = (log p - log p_ref)^2 / 2. Low variance, biased; as a loss its gradient is the KL's.
+    """k2 = (log p - log p_ref)^2 / 2: low variance, biased; as a loss its gradient is the KL's.
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
@@ -43,7 +43,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = (r - 1) - log r with r = p_ref / p. Unbiased and never negative.
+    """k3 = (r - 1) - log r with r = p_ref / p: unbiased and never negative.
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
@@ -57,15 +57,15 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 def next_kl_coef(
     kl_coef: float, kl: float, kl_target: float, kl_horizon: int, responses: int
 ) -> float:
-    """Steer the price of KL so that a response's KL moves towards a target.
+    """Adapt the KL coefficient so that a response's KL moves towards a target.
 
         kl_coef * (1 + clip(kl / kl_target - 1, -0.2, 0.2) * responses / kl_horizon)
 
     Args:
-        kl_coef: the price so far.
+        kl_coef: the coefficient of this step.
         kl: mean KL of a response in this step, in nats.
-        kl_target: the KL aimed at, in nats.
-        kl_horizon: responses over which the price reacts.
+        kl_target: the target KL, in nats.
+        kl_horizon: time constant of the controller, in responses.
         responses: responses in this step, over all workers.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
@@ -80,8 +80,8 @@ def next_kl_coef(
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
     """Spread one score per response into one reward per token.
 
-    Every response token pays for leaving the reference policy, and the last one also
-    earns the reward model's score:
+    Every response token gets a penalty for diverging from the reference policy, and the last
+    one also gets the reward model's score:
 
         r_t = -kl_coef * kl_t + [t is the last token] * score
 
@@ -89,7 +89,7 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
         scores: [B] reward-model logits; higher is less toxic.
         kl: [B, R] per-token estimate of log pi - log pi_ref, in nats.
         response_mask: [B, R] True on response tokens, at least one per row.
-        kl_coef: price of one nat, in units of score.
+        kl_coef: KL penalty per nat, in units of score.
 
     Returns:
         [B, R] rewards, zero outside the mask.
@@ -113,15 +113,15 @@ def gae(
         delta_t = r_t + gamma * V_{t+1} - V_t
         A_t     = delta_t + gamma * gae_lambda * A_{t+1}
 
-    A response is one finished episode, so V and A are zero after its last token,
-    whatever the value head says about padding.
+    A response is one finished episode, so V and A are zero after its last token; values
+    on padding are ignored.
 
     Args:
-        rewards: [B, R] reward for emitting token t.
-        values: [B, R] V_t, the value estimated just before token t is emitted.
+        rewards: [B, R] r_t, the reward for generating token t.
+        values: [B, R] V_t, the value estimated just before token t is generated.
         response_mask: [B, R] True on response tokens.
         gamma: discount per token, in [0, 1].
-        gae_lambda: 0 trusts the value head (one-step TD), 1 trusts the rewards (Monte Carlo).
+        gae_lambda: in [0, 1]; 0 is one-step TD (relies on the value head), 1 is Monte Carlo.
 
     Returns:
         advantages [B, R] and returns [B, R] = advantages + values, both zero outside the mask.
@@ -148,20 +148,21 @@ def standardise(
 
         (x - mean) / sqrt(variance + eps),  variance with Bessel's n - 1
 
-    The moments are taken over every worker's batch, so two workers with half the
-    batch each take the same step as one worker with the whole of it.
+    The moments are computed over all workers' batches, so two workers with half the batch
+    each take the same step as one worker with the whole batch.
 
     Args:
         x: [B, R].
         mask: [B, R] True on entries that count, at least one over all workers.
-        sum_over_workers: adds a tensor up across workers; a Ray Train worker passes an all-reduce.
-        eps: keeps the division finite where all entries are equal.
+        sum_over_workers: sums a tensor over workers; a Ray Train worker passes an all-reduce.
+        eps: keeps the division finite if all entries are equal.
 
     Returns:
         [B, R], zero outside the mask.
     """
     x = torch.where(mask, x, 0.0)
-    # float64: the two sums cross many thousand tokens, and a worker's share must not matter.
+    # float64: the sums run over many thousand tokens, and rounding must not depend on how the
+    # tokens are split over workers.
     count, total = sum_over_workers(torch.stack([mask.sum().double(), x.double().sum()]))
     centred = torch.where(mask, x - (total / count).to(x.dtype), 0.0)
     square = sum_over_workers((centred.double() ** 2).sum())
@@ -172,11 +173,11 @@ def standardise(
 def explained_variance(
     values: Tensor, returns: Tensor, mask: Tensor, sum_over_workers: SumOverWorkers = identity
 ) -> float:
-    """How much of the returns' variance the value head foresaw: 1 is all, 0 is none.
+    """Share of the returns' variance that the value head predicts: at most 1, which is all of it.
 
         1 - Var(returns - values) / Var(returns), over the masked tokens of all workers
 
-    Zero where the returns do not vary. Arguments are [B, R].
+    Zero if the returns do not vary. Arguments are [B, R].
     """
     returns, error = returns[mask].double(), (returns - values)[mask].double()
     ones = torch.ones_like(returns)
@@ -188,8 +189,8 @@ def explained_variance(
 
 # ---- losses ----------------------------------------------------------------------------------
 #
-# Losses come back per token and not as a mean: the mean divides by the tokens of all workers,
-# which only the caller knows.
+# The losses are per token and not a mean, because the mean divides by the token count of all
+# workers, which only the caller knows.
 
 
 def policy_loss(
@@ -199,7 +200,7 @@ def policy_loss(
     response_mask: Tensor,
     clip_range: float,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate, per token, and where the clip held a token back.
+    """The clipped surrogate loss per token, and the tokens that are clipped.
 
         ratio = exp(new_logprobs - logprobs)
         loss  = -min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A)
@@ -209,20 +210,21 @@ def policy_loss(
         logprobs: [B, R] under the policy that sampled the response.
         advantages: [B, R].
         response_mask: [B, R] True on response tokens.
-        clip_range: how far the probability ratio may move from 1 before it stops paying.
+        clip_range: distance of the probability ratio from 1 beyond which a further move in the
+            advantage's favour brings no gain.
 
     Returns:
-        loss [B, R] to be summed and minimised, and clipped [B, R] bool; zero and False
-        outside the mask.
+        loss [B, R], to be summed and minimised, and is_clipped [B, R] bool, True on tokens whose
+        clipped term is the smaller one; zero and False outside the mask.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
     """
     # Padding is masked before exp(): an overflow there would turn its zero gradient into NaN.
     ratio = torch.exp(torch.where(response_mask, new_logprobs - logprobs, 0.0))
-    free = ratio * advantages
+    unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = torch.where(response_mask, -torch.minimum(free, clipped), 0.0)
-    return loss, (clipped < free) & response_mask
+    loss = torch.where(response_mask, -torch.minimum(unclipped, clipped), 0.0)
+    return loss, (clipped < unclipped) & response_mask
 
 
 def value_loss(
@@ -232,7 +234,7 @@ def value_loss(
     response_mask: Tensor,
     clip_range: float,
 ) -> Tensor:
-    """Half the squared error of the value head, per token, with the same caution as the policy.
+    """The clipped value loss per token: half the squared error of the value head.
 
         clipped = values + clip(new_values - values, -clip_range, clip_range)
         loss    = max((new_values - returns)^2, (clipped - returns)^2) / 2
@@ -242,14 +244,15 @@ def value_loss(
         values: [B, R] estimated while sampling.
         returns: [B, R].
         response_mask: [B, R] True on response tokens.
-        clip_range: how far a value may move before moving further stops paying.
+        clip_range: distance of a value from its old estimate beyond which a further move towards
+            the return brings no gain.
 
     Returns:
         loss [B, R], zero outside the mask.
 
     Source: Schulman et al. 2017 code release; Engstrom et al. 2020, arXiv:2005.12729, section 2.
     """
-    # Padding is masked before the square: an infinity there would get a gradient of NaN.
+    # Padding is masked before the square: an infinity there would turn its zero gradient into NaN.
     new_values, values, returns = (
         torch.where(response_mask, x, 0.0) for x in (new_values, values, returns)
     )

@@ -1,4 +1,4 @@
-"""Where sampling and scoring meet: prompts in, a complete `Rollout` out.
+"""Collect a rollout: sample a response to each prompt and have the responses scored.
 
     prompts, sorted by length, in chunks
       chunk 1   sample ---> submit for scoring . . . . . . . . . . . . . . . . result
@@ -6,8 +6,8 @@
                                         reference log-probabilities of all     v
                                                                             Rollout
 
-Scoring happens elsewhere (in reward actors, or at once in this process); this process goes on
-sampling, then scores the reference, and only then waits. No gradients here, and no Ray.
+The scorer may run elsewhere (in reward actors) or in this process. Scoring overlaps with sampling
+and with the reference pass; only then does this process wait for scores. No gradients, no Ray.
 """
 
 import time
@@ -30,18 +30,19 @@ from ray_detox.records import (
     Scorer,
     ScoreRequest,
     Scores,
+    TokenBatch,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A rollout, what the reward said in full, the texts, and where the time went."""
+    """A rollout with the full scores, the response texts and the time that each part took."""
 
     rollout: Rollout
     scores: Scores
     responses: list[str]
     seconds: dict[str, float]
-    """`sample`, `reference`, and `score`: the wait for scores that nothing else filled."""
+    """Seconds by part: `sample`, `reference`, and `score` (waiting for scores after both)."""
 
 
 def collect(
@@ -54,18 +55,18 @@ def collect(
     step: int,
     chunk_size: int,
 ) -> Collected:
-    """Answer every prompt once and have the chunks scored.
+    """Sample one response per prompt, have the responses scored, and return the rollout.
 
     Args:
-        policy: chunks, and is its own reference.
-        tokenizer: turns chunks into text.
-        scorer: scores texts, asynchronously if it can.
+        policy: samples the responses, and is its own reference.
+        tokenizer: decodes the responses.
+        scorer: scores the responses, asynchronously if it can.
         batch: B prompts; the result keeps their order.
-        seed: of the run.
-        step: of the run; with seed and prompt it decides every draw.
-        chunk_size: prompts sampled, and then sent for scoring, at a time.
+        seed: seed of the run.
+        step: step of the run; seed, step and prompt determine the sampling noise.
+        chunk_size: prompts that are sampled, and then submitted for scoring, at a time.
     """
-    # Neighbours in a chunk are of like length, so that little of it is padding.
+    # Sorted by length, so that the prompts of a chunk need little padding.
     order = torch.argsort(batch.query_mask.sum(dim=1), stable=True).tolist()
     seconds = {"sample": 0.0, "reference": 0.0, "score": 0.0}
 
@@ -77,79 +78,83 @@ def collect(
             chunk = _generate(policy, tokenizer, part, seed, step)
         chunks.append(chunk)
         pending.append(
-            scorer.submit(ScoreRequest(part.texts, chunk.texts, chunk.ids, part.columns))
+            scorer.submit(
+                ScoreRequest(part.texts, chunk.responses, chunk.response_ids, part.columns)
+            )
         )
 
     with _add_time(seconds, "reference"):
-        references = [
-            policy.ref_logprobs(
-                a.query_ids,
-                a.query_mask,
-                a.sample.response_ids,
-                a.sample.response_mask,
-                a.sample.encoder_states,
-            )
-            for a in chunks
-        ]
+        references = [policy.ref_logprobs(chunk.generation.tokens) for chunk in chunks]
     with _add_time(seconds, "score"):
         scores = Scores.concatenate([p.result() for p in pending])
 
-    back = np.argsort(order)
-    scores = scores.select(back)
-    texts = [text for a in chunks for text in a.texts]
+    original_order = np.argsort(order)
+    scores = scores.select(original_order)
+    responses = [text for chunk in chunks for text in chunk.responses]
     return Collected(
-        rollout=_assemble(chunks, references, scores, torch.from_numpy(back).to(policy.device)),
+        rollout=_assemble(
+            [chunk.generation for chunk in chunks],
+            references,
+            scores,
+            torch.from_numpy(original_order).to(policy.device),
+        ),
         scores=scores,
-        responses=[texts[i] for i in back],
+        responses=[responses[i] for i in original_order],
         seconds=seconds,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A chunk of prompts on the policy's device, and what it said to them."""
+    """The responses to a chunk of prompts, on the policy's device and as the scorer needs them."""
 
-    query_ids: Tensor
-    query_mask: Tensor
-    sample: Generation
-    ids: list[list[int]]
-    texts: list[str]
+    generation: Generation
+    response_ids: list[list[int]]
+    """[B] responses as token ids, without padding."""
+    responses: list[str]
+    """[B] responses as text."""
 
 
 def _generate(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, part: PromptBatch, seed: int, step: int
 ) -> _Chunk:
-    query_ids = part.query_ids.to(policy.device)
-    query_mask = part.query_mask.to(policy.device)
     max_new_tokens, noise = draws.sampling_noise(part.ids, policy.sampling, seed, step)
-    sample = policy.sample(
-        query_ids,
-        query_mask,
+    generation = policy.sample(
+        part.query_ids.to(policy.device),
+        part.query_mask.to(policy.device),
         torch.from_numpy(max_new_tokens).to(policy.device),
         torch.from_numpy(noise.astype(np.float32)).to(policy.device),
     )
-    rows = zip(sample.response_ids.tolist(), sample.response_mask.sum(dim=1).tolist(), strict=True)
-    ids = [row[:length] for row, length in rows]
-    return _Chunk(query_ids, query_mask, sample, ids, decode(tokenizer, ids))
+    tokens = generation.tokens
+    lengths = tokens.response_mask.sum(dim=1).tolist()
+    response_ids = [
+        row[:length] for row, length in zip(tokens.response_ids.tolist(), lengths, strict=True)
+    ]
+    return _Chunk(generation, response_ids, decode(tokenizer, response_ids))
 
 
 def _assemble(
-    chunks: Sequence[_Chunk], references: Sequence[Tensor], scores: Scores, back: Tensor
+    generations: Sequence[Generation],
+    references: Sequence[Tensor],
+    scores: Scores,
+    original_order: Tensor,
 ) -> Rollout:
-    """The chunks as one rollout, its rows in the order that `back` restores."""
-    samples = [a.sample for a in chunks]
-    join = lambda parts: _stack_padded(parts)[back]
-    states = [s.encoder_states for s in samples if s.encoder_states is not None]
+    """Concatenate the chunks into one rollout and put its rows in the given order."""
+    join = lambda parts: _concatenate_padded(parts)[original_order]
+    tokens = [generation.tokens for generation in generations]
+    states = [t.encoder_states for t in tokens if t.encoder_states is not None]
     return Rollout(
-        query_ids=join([a.query_ids for a in chunks]),
-        query_mask=join([a.query_mask for a in chunks]),
-        response_ids=join([s.response_ids for s in samples]),
-        response_mask=join([s.response_mask for s in samples]),
-        logprobs=join([s.logprobs for s in samples]),
+        tokens=TokenBatch(
+            query_ids=join([t.query_ids for t in tokens]),
+            query_mask=join([t.query_mask for t in tokens]),
+            response_ids=join([t.response_ids for t in tokens]),
+            response_mask=join([t.response_mask for t in tokens]),
+            encoder_states=join(states) if states else None,
+        ),
+        logprobs=join([g.logprobs for g in generations]),
         ref_logprobs=join(references),
-        values=join([s.values for s in samples]),
-        scores=torch.from_numpy(scores.rewards).to(back.device),
-        encoder_states=join(states) if states else None,
+        values=join([g.values for g in generations]),
+        scores=torch.from_numpy(scores.rewards).to(original_order.device),
     )
 
 
@@ -161,16 +166,16 @@ def _add_time(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Responses as text, without special tokens."""
+    """Decode responses to text, without special tokens."""
     return [text.strip() for text in tokenizer.batch_decode(list(rows), skip_special_tokens=True)]
 
 
-def _stack_padded(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [b, n, ...] below one another, padded with zeros to the largest n."""
+def _concatenate_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors [b, n, ...] along b, each padded with zeros to the largest n."""
     width = max(part.shape[1] for part in parts)
-    wide = []
+    padded_parts = []
     for part in parts:
         padded = part.new_zeros((part.shape[0], width, *part.shape[2:]))
         padded[:, : part.shape[1]] = part
-        wide.append(padded)
-    return torch.cat(wide)
+        padded_parts.append(padded)
+    return torch.cat(padded_parts)

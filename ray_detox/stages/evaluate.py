@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import ray
 
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.evaluation.examples import PairedExample
+from ray_detox.records import PreparedRow
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.storage import Storage, StorageError
@@ -43,7 +44,7 @@ def pack_adapter(folder: Path) -> AdapterFiles:
 def measure_shard(
     config: RunConfig,
     adapter: AdapterFiles,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[PreparedRow],
     directory: Any,
     progress: Any,
 ) -> Examples:
@@ -86,7 +87,7 @@ def _load_policy(policy: PolicyConfig, sampling: SamplingConfig, seed: int, devi
 def run_evaluation(
     config: RunConfig,
     adapter: AdapterFiles,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[PreparedRow],
     directory: Any,
     need: Needs,
     on_event: Callable[[PromptsMeasured], None],
@@ -153,14 +154,14 @@ class _KeptShards:
         storage: Storage | None,
         config: RunConfig,
         adapter: AdapterFiles,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[PreparedRow],
     ) -> None:
         tree = config.to_dict()
         same = [tree[section] for section in ("seed", "data", "policy", "sampling")]
         same += [tree["evaluate"][name] for name in ("shards", "batch_size")]
         same += [tree["reward"][name] for name in _DECIDES_SCORES]
         same += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
-        same += [row["prompt_id"] for row in rows]
+        same += [row.prompt_id for row in rows]
         self._storage = storage
         self._folder = f"evaluation/{hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]}"
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from ray.data.datasource import FileBasedDatasource
 from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
-from ray_detox.data.files import LAB_ROWS, Source, load_hub, rows_of
-from ray_detox.data.prompts import held_out_count, prepare, unpack
+from ray_detox.data.files import LAB_ROWS, Source, load_hub, read_rows
+from ray_detox.data.prompts import held_out_count, prepare, unpack_rows
 from ray_detox.models.sources import local_folder
+from ray_detox.records import LeftOutRow, PreparedRow
 
 EXAMPLES_SHOWN = 3
 
@@ -60,7 +61,7 @@ class Ingested:
 
     shards: list[Any]
     """References to `data.shards` Arrow tables of equal length, give or take one row."""
-    held_out: list[dict[str, Any]]
+    held_out: list[PreparedRow]
     """Rows for the evaluation, at most `evaluate.prompts`."""
     counts: RowCounts
     fingerprint: str
@@ -121,7 +122,7 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     bounds = [round((count - held) * shard / data.shards) for shard in range(1, data.shards)]
     return Ingested(
         shards=[_hold(shard) for shard in (train.split_at_indices(bounds) if bounds else [train])],
-        held_out=unpack(held_out.take(config.evaluate.prompts)),
+        held_out=unpack_rows(held_out.take(config.evaluate.prompts)),
         counts=RowCounts(read_count, left_out, examples, count - held, held),
         fingerprint=_fingerprint(kept),
     )
@@ -154,7 +155,7 @@ class _TextFiles(FileBasedDatasource):
         self._kind = kind
 
     def _read_stream(self, f: Any, path: str) -> Iterator[pa.Table]:
-        rows = rows_of(f, self._kind)
+        rows = read_rows(f, self._kind)
         while some := [json.dumps(row) for row in itertools.islice(rows, 4096)]:
             yield pa.table({"row": some})
 
@@ -164,7 +165,25 @@ def prepare_batch(batch: pa.Table, config: RunConfig, as_json: bool) -> pa.Table
     rows = batch.to_pylist()
     if as_json:
         rows = [json.loads(row["row"]) for row in rows]
-    return pa.Table.from_pylist(prepare(rows, config.data, _tokenizer(config)), schema=SCHEMA)
+    return pack_rows(prepare(rows, config.data, _tokenizer(config)))
+
+
+def pack_rows(rows: Sequence[PreparedRow | LeftOutRow]) -> pa.Table:
+    """Convert prepared rows to a table of `SCHEMA`."""
+    return pa.Table.from_pylist(
+        [
+            {"left_out": row.reason, "name": row.name}
+            if isinstance(row, LeftOutRow)
+            else {
+                "prompt_id": row.prompt_id,
+                "prompt": row.prompt,
+                "query_ids": row.query_ids,
+                "columns": json.dumps(row.columns),
+            }
+            for row in rows
+        ],
+        schema=SCHEMA,
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,6 +20,7 @@ from ray_detox.config import RunConfig
 from ray_detox.data.files import Source
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.evaluation.summarise import RunFacts
+from ray_detox.records import PreparedRow
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter
 from ray_detox.runs.console import Console, step_line
@@ -142,7 +143,7 @@ class Session:
         return TrainingFacts(outcome, store.best(), seconds)
 
     def measure(
-        self, folder: RunFolder, rows: list[dict[str, Any]], *, keep: bool = True
+        self, folder: RunFolder, rows: Sequence[PreparedRow], *, keep: bool = True
     ) -> list[PairedExample]:
         """Generate and score a response to each held-out prompt, before and after training.
 

@@ -17,7 +17,7 @@ import ray
 import ray.train
 
 from ray_detox.config import RunConfig
-from ray_detox.data.prompts import unpack
+from ray_detox.data.prompts import unpack_rows
 from ray_detox.records import UpdateStats
 from ray_detox.runs.checkpoint_store import Checkpoint, pack_folder, unpack_folder
 from ray_detox.stages.events import CheckpointTaken, StepDone, WorkerEvent, WorkerStarted
@@ -137,7 +137,7 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
     policy = load_policy(config.policy, config.sampling, config.seed, device)
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     mine = shards_of_worker(config.data.shards, runtime.rank, runtime.world_size)
-    rows = {shard: unpack(ray.get(job.shards[shard]).to_pylist()) for shard in mine}
+    rows = {shard: unpack_rows(ray.get(job.shards[shard]).to_pylist()) for shard in mine}
     shards = PromptShards(config, rows, policy.pad_id)
     runtime.send(
         WorkerStarted(

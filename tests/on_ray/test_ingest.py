@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from ray_detox.config import ConfigError
 from ray_detox.data.files import locate
-from ray_detox.data.prompts import prompt_text, unpack
+from ray_detox.data.prompts import prompt_text, unpack_rows
 from ray_detox.data.shards import PromptShards, shards_of_worker
 from ray_detox.lab import corpus
 from ray_detox.recipes.loading import load_config
@@ -60,7 +60,7 @@ class Prepared:
         self.counts = data.counts
         self.fingerprint = data.fingerprint
         self.held_out = data.held_out
-        self.shards = [unpack(table.to_pylist()) for table in ray.get(data.shards)]
+        self.shards = [unpack_rows(table.to_pylist()) for table in ray.get(data.shards)]
 
     @property
     def train(self):
@@ -68,7 +68,7 @@ class Prepared:
 
 
 def ids(rows):
-    return [row["prompt_id"] for row in rows]
+    return [row.prompt_id for row in rows]
 
 
 def counted(prepared):
@@ -77,8 +77,10 @@ def counted(prepared):
 
 
 def own(rows, *names):
-    names = ("prompt_id", "prompt", "query_ids", *names)
-    return [{name: row[name] for name in names} for row in rows]
+    return [
+        (row.prompt_id, row.prompt, row.query_ids, {name: row.columns[name] for name in names})
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +137,9 @@ def test_a_prompt_is_the_template_around_the_dialogue_and_its_tokens(embedded):
     dialogues = {row["id"]: row["dialogue"] for row in corpus.rows("ppo", ROWS)}
 
     for row in embedded.train[:5] + embedded.held_out[:5]:
-        text = prompt_text(dialogues[row["id"]], embedded.config.data)
-        assert row["prompt"] == text
-        assert row["query_ids"] == tokenizer(text)["input_ids"]
+        text = prompt_text(dialogues[row.columns["id"]], embedded.config.data)
+        assert row.prompt == text
+        assert row.query_ids == tokenizer(text)["input_ids"]
 
 
 def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t5):
@@ -151,7 +153,9 @@ def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t
     found = Prepared(f"data.path={path}", f"policy.model={tiny_t5}")
 
     assert found.counts.left_out == {"not over 200 characters": 8000}
-    assert {row["summary"] for row in found.train + found.held_out} == set(map(str, range(ROWS)))
+    assert {row.columns["summary"] for row in found.train + found.held_out} == set(
+        map(str, range(ROWS))
+    )
 
 
 # ---- what is left out ------------------------------------------------------------------------
@@ -190,7 +194,9 @@ def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_pa
     assert counts.examples["empty dialogue"] == ["'c'", "'d'"]
     assert counts.examples["dialogue is not text"] == ["'e0'", "'e1'", "'e2'"]
     assert counts.examples["over 300 prompt tokens"] == ["'i'"]
-    assert {row["id"] for row in found.train + found.held_out} == {row["id"] for row in rows}
+    assert {row.columns["id"] for row in found.train + found.held_out} == {
+        row["id"] for row in rows
+    }
 
 
 def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_t5):
@@ -232,7 +238,9 @@ def test_shards_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):
     assert sum(sizes) == hashed.counts.train
     everything = ids(hashed.train) + ids(hashed.held_out)
     assert len(everything) == len(set(everything)) == ROWS
-    assert {row["id"] for row in hashed.train + hashed.held_out} == {row["id"] for row in rows}
+    assert {row.columns["id"] for row in hashed.train + hashed.held_out} == {
+        row["id"] for row in rows
+    }
 
 
 def test_a_fifth_rounded_up_is_held_out(hashed):
@@ -261,8 +269,8 @@ def test_the_last_fifth_of_the_files_is_held_out_on_request(
     found = Prepared(f"data.path={tmp_path}", f"policy.model={tiny_t5}", "data.held_out_rows=last")
 
     first, last = rows[:-HELD_OUT], rows[-HELD_OUT:]
-    assert {row["id"] for row in found.train} == {row["id"] for row in first}
-    assert {row["id"] for row in found.held_out} == {row["id"] for row in last}
+    assert {row.columns["id"] for row in found.train} == {row["id"] for row in first}
+    assert {row.columns["id"] for row in found.held_out} == {row["id"] for row in last}
     assert ids(found.train) == sorted(ids(found.train))
     assert ids(found.held_out) == sorted(ids(found.held_out))
 

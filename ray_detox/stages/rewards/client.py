@@ -154,7 +154,7 @@ class RewardClient:
         else:
             self._router.on_ping_failed(actor, last_line(error))
 
-    def _when_done(self, ref: ObjectRef[T], then: Callable[[Future[T]], None]) -> None:
+    def _when_done(self, ref: ObjectRef[Any], then: Callable[[Future[Any]], None]) -> None:
         """Queue an event for the end of a call; no thread waits for it."""
         ref.future().add_done_callback(lambda answer: self._events.put(lambda: then(answer)))
 
