@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any
 
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
@@ -38,8 +38,6 @@ REFRESH_S = 1.0
 """Time between two reports to the directory, each of which returns the list of actors."""
 TICK_S = 0.1
 """Time between two checks of the clock while a caller waits for scores."""
-
-T = TypeVar("T")
 
 
 class RewardClient:
