@@ -116,7 +116,7 @@ def run_training(
     progress = start_progress()
     scratch = tempfile.mkdtemp(prefix="ray-detox-train-")
     outcome = TrainingOutcome(step=0)
-    failures, failed_at = 0, -1
+    failures = FailureCounter(config.cluster.max_failures)
     expected = config.train.min_workers
     try:
         while True:
@@ -126,28 +126,16 @@ def run_training(
                 writer.flush(ACTOR_TIMEOUT_S)
                 return replace(outcome, step=step, stopped=True)
             on_event(GroupStarted(number=outcome.groups, workers=workers, step=step))
-            job = TrainJob(
-                config=config,
-                group=f"group-{time.time_ns()}",
-                progress=progress,
-                directory=pool.directory,
-                shards=list(shards),
-                start=ray.put(dict(writer.newest.files)) if writer.newest else None,
-            )
+            start = ray.put(dict(writer.newest.files)) if writer.newest else None
+            name = f"group-{time.time_ns()}"
+            job = TrainJob(config, name, progress, pool.directory, list(shards), start)
             group = WorkerGroup(job, need, pool, workers, writer, scratch, on_event)
             result = group.run(stop_requested)
             expected = group.expected_workers()
             if group.error is not None:
                 outcome = replace(outcome, lost=outcome.lost + 1)
                 step = newest_step(writer)
-                # Failures count only as long as no checkpoint lies between them: a run on a
-                # cluster that loses a node every hour makes progress, and must not end.
-                failures, failed_at = (failures + 1 if step == failed_at else 1), step
-                if failures > config.cluster.max_failures:
-                    raise TrainingError(
-                        f"Training failed {failures} times at step {step + 1}: "
-                        f"{describe(group.error)}. The newest checkpoint is that of step {step}."
-                    ) from group.error
+                failures.count(step, group.error)
                 on_event(GroupLost(describe(group.error), step))
             elif result.error is not None:
                 raise TrainingError(result.error)
@@ -167,6 +155,35 @@ def run_training(
     finally:
         ray.kill(progress)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class FailureCounter:
+    """Counts failures of worker groups that happen without a new checkpoint between them.
+
+    A run on a cluster that loses a node every hour makes progress, and must not end.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self._max_failures = max_failures
+        self._failures, self._step = 0, -1
+
+    def count(self, step: int, error: BaseException) -> None:
+        """Count a failure.
+
+        Args:
+            step: of the newest checkpoint.
+            error: of the group that failed.
+
+        Raises:
+            TrainingError: there were more than `max_failures` at this step.
+        """
+        self._failures = self._failures + 1 if step == self._step else 1
+        self._step = step
+        if self._failures > self._max_failures:
+            raise TrainingError(
+                f"Training failed {self._failures} times at step {step + 1}: {describe(error)}. "
+                f"The newest checkpoint is that of step {step}."
+            ) from error
 
 
 def newest_step(writer: CheckpointWriter) -> int:
