@@ -33,7 +33,7 @@ def test_the_readme_lists_every_setting_as_the_code_has_it():
     assert settings_table["with_table"](readme) == readme, "run settings_table.py --write"
 
 
-def test_the_schema_beside_the_recipes_is_the_codes_and_every_recipe_names_it():
+def test_the_schema_file_is_current_and_every_recipe_names_it():
     folder = ROOT / "ray_detox/recipes"
 
     assert json.loads((folder / "schema.json").read_text()) == schema(), (
@@ -115,7 +115,7 @@ def test_scripts_and_tests_that_the_readmes_name_exist():
     assert [name for name in sorted(names) if f"def {name}(" not in tests] == []
 
 
-def test_commands_that_the_readme_names_are_all_that_there_are():
+def test_the_readme_names_every_command():
     shown = subprocess.run(
         [sys.executable, "-m", "ray_detox", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
@@ -125,7 +125,7 @@ def test_commands_that_the_readme_names_are_all_that_there_are():
     assert commands == set(re.findall(r"^\| `ray-detox ([\w-]+)", table, re.M))
 
 
-def test_libraries_of_the_page_are_those_that_were_looked_at():
+def test_vendored_libraries_match_their_recorded_hashes():
     vendor = ROOT / "ray_detox/viewer/static/vendor"
     manifest = json.loads((vendor / "MANIFEST.json").read_text(encoding="utf-8"))
     listed = {name: digest for library in manifest for name, digest in library["files"].items()}

@@ -27,7 +27,7 @@ def from_a_task(cause: Exception) -> Exception:
     return ray.exceptions.RayTaskError("measure_shard", trace, cause).as_instanceof_cause()
 
 
-def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch):
+def test_a_run_that_did_not_start_leaves_no_folder(tmp_path, monkeypatch):
     def too_small(folder):
         raise ConfigError("The run needs 8 GPUs, and the cluster has 0.")
 
@@ -37,7 +37,7 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_trained_is_kept_whatever_fails_after_it(tmp_path, monkeypatch):
+def test_a_later_failure_keeps_what_was_trained(tmp_path, monkeypatch):
     def trained_and_then_no_model(folder):
         folder.adapter.mkdir()
         (folder.adapter / "adapter_config.json").write_text("{}")
@@ -51,7 +51,7 @@ def test_what_was_trained_is_kept_whatever_fails_after_it(tmp_path, monkeypatch)
     assert (tmp_path / "first/adapter/adapter_config.json").is_file()
 
 
-def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
+def test_an_error_in_a_task_is_reported_by_its_cause(tmp_path, monkeypatch):
     def broken(folder):
         raise from_a_task(ValueError("The reward term length gave 3 values for 4 responses."))
 
@@ -72,7 +72,9 @@ def test_an_error_in_a_task_is_told_by_its_cause(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_full_disk_and_a_silent_ray_are_told_in_one_line(tmp_path, monkeypatch, error, sentence):
+def test_a_full_disk_and_a_ray_timeout_are_reported_in_one_line(
+    tmp_path, monkeypatch, error, sentence
+):
     def fails(folder):
         raise error
 
@@ -82,7 +84,7 @@ def test_a_full_disk_and_a_silent_ray_are_told_in_one_line(tmp_path, monkeypatch
     assert "\n" not in str(failed.value)
 
 
-def test_storage_that_cannot_be_read_is_a_sentence_for_who_takes_up_a_run(tmp_path):
+def test_resuming_from_unreadable_storage_is_refused_in_one_line(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/first").write_text("in the way")
 
@@ -90,7 +92,7 @@ def test_storage_that_cannot_be_read_is_a_sentence_for_who_takes_up_a_run(tmp_pa
         resume.resume_from_storage(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
 
 
-def test_every_run_keeps_its_checkpoints_apart(tmp_path):
+def test_runs_that_share_a_storage_have_separate_checkpoints(tmp_path):
     config = load_config("lab", ["train.storage=s3://bucket/runs/"])
 
     places = [resume.run_storage(config, RunFolder(tmp_path, name)).address for name in "ab"]
@@ -99,7 +101,7 @@ def test_every_run_keeps_its_checkpoints_apart(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["seed=1", "data.limit=300", "policy.lora_rank=4"])
-def test_another_run_of_the_same_name_is_not_gone_on_with(tmp_path, other):
+def test_a_different_run_of_the_same_id_is_refused(tmp_path, other):
     words = [f"train.storage={tmp_path / 'kept'}"]
     config = load_config("lab", words)
     pipeline.prepare_run(config, RunFolder(tmp_path / "one", "first"), resume=False)

@@ -20,7 +20,7 @@ class Died(Exception):
         self.health_check_failure = failure
 
 
-def test_a_worker_that_died_is_named_and_not_those_that_missed_it():
+def test_the_worker_that_died_is_named_and_not_its_peers():
     lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
     error = WorkerGroupError("...", {0: lost, 1: Died(ActorDiedError())})
 
@@ -44,11 +44,11 @@ def test_a_worker_that_died_is_named_and_not_those_that_missed_it():
         (RuntimeError(), "RuntimeError: no message"),
     ],
 )
-def test_what_failed_is_told_by_its_cause(error, sentence):
+def test_a_failed_group_is_described_by_its_cause(error, sentence):
     assert describe(error) == sentence
 
 
-def test_a_cause_behind_other_errors_is_found():
+def test_the_root_cause_behind_wrapped_errors_is_found():
     inner = ValueError("no such label")
     outer = RuntimeError("a page of traceback")
     outer.__cause__ = inner
@@ -58,7 +58,7 @@ def test_a_cause_behind_other_errors_is_found():
     assert describe(error) == "worker 0 failed with ValueError: no such label"
 
 
-def test_gloo_listens_where_ray_reaches_the_node(monkeypatch):
+def test_gloo_is_bound_to_the_network_interface_of_ray(monkeypatch):
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 
@@ -68,7 +68,7 @@ def test_gloo_listens_where_ray_reaches_the_node(monkeypatch):
     assert "127.0.0.1" in [each.address for each in psutil.net_if_addrs()[chosen]]
 
 
-def test_gloo_listens_where_it_was_told_to(monkeypatch):
+def test_gloo_socket_ifname_is_respected(monkeypatch):
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
 

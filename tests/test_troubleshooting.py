@@ -48,13 +48,13 @@ def test_every_message_has_a_heading_a_cause_and_a_fix():
 
 
 @pytest.mark.parametrize("message", OURS)
-def test_a_message_of_ours_is_one_that_we_print(message):
+def test_a_quoted_message_of_ours_is_in_our_code(message):
     assert is_named(message)
     assert message in (ROOT / "ray_detox" / OURS[message]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("message", RAYS)
-def test_a_message_of_rays_is_one_of_this_ray(message):
+def test_a_quoted_message_of_ray_is_in_the_installed_ray(message):
     assert is_named(message)
     (installed,) = importlib.util.find_spec("ray").submodule_search_locations  # not imported yet
     assert message.encode() in (Path(installed) / RAYS[message]).read_bytes()
@@ -65,7 +65,7 @@ def is_named(message):
     return message in (SECTION if message in IN_THE_TEXT else "\n".join(HEADINGS))
 
 
-def test_settings_and_files_that_it_names_are_there():
+def test_settings_and_files_in_the_troubleshooting_section_exist():
     sections = {k: v for k, v in RunConfig().to_dict().items() if isinstance(v, dict)}
     named = re.findall(r"\b([a-z]+)\.([a-z_]+)\b", " ".join(re.findall(r"`([^`]*)`", SECTION)))
     settings = {(section, name) for section, name in named if section in sections}
@@ -79,7 +79,7 @@ def test_settings_and_files_that_it_names_are_there():
         assert (ROOT / file).is_file(), file
 
 
-def test_its_numbers_are_rays_and_ours():
+def test_numbers_in_the_troubleshooting_section_match_the_code():
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
     from ray.dashboard.consts import DEFAULT_JOB_START_TIMEOUT_SECONDS
 

@@ -1,11 +1,12 @@
-r"""Ray tasks that measure before and after, and the final one that stores the result.
+"""Ray tasks that measure held-out prompts before and after training.
 
     held-out rows --shard--> measure_shard (policy + adapter, scores from the reward actors)
-                  --shard--> measure_shard         |         \
-                                        a file in storage     store_result: deltas, report, store
+                  --shard--> measure_shard --> paired examples, in the rows' order
+                                   |
+                                   '--> a file in the run's storage
 
-The adapter travels as bytes, so that no file system has to be shared. A shard that was measured
-is kept, and a run that goes on measures the others only.
+The adapter travels as bytes, so that nodes need no shared file system. A measured shard is kept,
+so that a resumed run measures only the missing ones.
 """
 
 import contextlib
@@ -32,11 +33,20 @@ from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progr
 AdapterFiles = dict[str, bytes]
 Examples = list[PairedExample]
 
-_DECIDES_SCORES = ("model", "revision", "label", "input", "terms", "batch_size", "max_tokens")
+# Settings of the reward on which a score depends; the number of actors is not one.
+_DECISIVE_REWARD_SETTINGS = (
+    "model",
+    "revision",
+    "label",
+    "input",
+    "terms",
+    "batch_size",
+    "max_tokens",
+)
 
 
 def pack_adapter(folder: Path) -> AdapterFiles:
-    """The files of an adapter's folder by name."""
+    """Read the files of an adapter's folder, by name."""
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
@@ -48,7 +58,7 @@ def measure_shard(
     directory: Any,
     progress: Any,
 ) -> Examples:
-    """`evaluation.measure` of some rows, with the trained adapter."""
+    """Run `evaluation.measure` on some rows, with the trained adapter."""
     import torch
     from transformers import AutoTokenizer
 
@@ -78,7 +88,7 @@ def measure_shard(
 
 @functools.lru_cache(maxsize=1)
 def _load_policy(policy: PolicyConfig, sampling: SamplingConfig, seed: int, device: str) -> Any:
-    """The policy; a process that measures several shards loads it once."""
+    """Load the policy, once in a process that measures several shards."""
     from ray_detox.models.loading import load_policy
 
     return load_policy(policy, sampling, seed, device)
@@ -102,13 +112,13 @@ def run_evaluation(
         directory: of the reward pool.
         need: resolved for this cluster.
         on_event: called with the number of prompts that were measured.
-        storage: where measured shards are kept, and found again; None keeps none.
+        storage: of the run, which keeps measured shards; None keeps none.
 
     Raises:
-        ConfigError: no task has had room for `cluster.capacity_timeout_s`.
+        ConfigError: the cluster had no resources for a task for `cluster.capacity_timeout_s`.
     """
     count = min(config.evaluate.shards, len(rows))
-    # Dealt out in turn: the shards then have prompts of all lengths alike.
+    # Every count-th row, so that all shards have prompts of similar lengths.
     shards = [list(range(first, len(rows), count)) for first in range(count)]
     kept = _KeptShards(storage, config, adapter, rows)
     found: dict[int, Examples] = {}
@@ -147,7 +157,11 @@ def run_evaluation(
 
 
 class _KeptShards:
-    """Measured shards in the run's storage, under a name that only the same measurement has."""
+    """Measured shards in the run's storage.
+
+    The folder's name is a hash of everything that decides the result, so a shard of a measurement
+    with other settings, another adapter or other prompts is never used.
+    """
 
     def __init__(
         self,
@@ -157,16 +171,18 @@ class _KeptShards:
         rows: Sequence[PreparedRow],
     ) -> None:
         tree = config.to_dict()
-        same = [tree[section] for section in ("seed", "data", "policy", "sampling")]
-        same += [tree["evaluate"][name] for name in ("shards", "batch_size")]
-        same += [tree["reward"][name] for name in _DECIDES_SCORES]
-        same += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
-        same += [row.prompt_id for row in rows]
+        decisive = [tree[section] for section in ("seed", "data", "policy", "sampling")]
+        decisive += [tree["evaluate"][name] for name in ("shards", "batch_size")]
+        decisive += [tree["reward"][name] for name in _DECISIVE_REWARD_SETTINGS]
+        decisive += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
+        decisive += [row.prompt_id for row in rows]
         self._storage = storage
-        self._folder = f"evaluation/{hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]}"
+        self._folder = (
+            f"evaluation/{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}"
+        )
 
     def read(self, number: int) -> Examples | None:
-        """The examples of a shard; None if it is not kept or is damaged."""
+        """Return the examples of a shard; None if it is not kept or is damaged."""
         if self._storage is None:
             return None
         try:
@@ -176,7 +192,7 @@ class _KeptShards:
             return None
 
     def write(self, number: int, examples: Examples) -> None:
-        """Keep a shard. Where that fails, measuring it again is all that it costs."""
+        """Keep a shard; if that fails, a resumed run measures it again."""
         if self._storage is not None:
             with contextlib.suppress(StorageError):
                 stored = [example.to_json() for example in examples]

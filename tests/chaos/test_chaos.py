@@ -22,7 +22,7 @@ def house(tmp_path_factory):
         yield found
 
 
-def test_workers_and_reward_actors_that_are_killed_change_nothing(house):
+def test_killed_workers_and_reward_actors_do_not_change_the_result(house):
     blows = [Blow("actor", 0, 0.5), Blow("worker", 2, 0.2), Blow("actor", 3, 0.0)]
     blows += [Blow("worker", 5, 0.1)]
 
@@ -33,7 +33,9 @@ def test_workers_and_reward_actors_that_are_killed_change_nothing(house):
     assert faults(house, "processes", CALM, ended, exact=True) == [], ended.text
 
 
-def test_a_node_a_full_disk_a_driver_and_a_damaged_checkpoint_change_nothing(house):
+def test_a_lost_node_a_full_disk_a_killed_driver_and_a_damaged_checkpoint_do_not_change_the_result(
+    house,
+):
     blows = [Blow("full", 1, 0.0), Blow("node", 3, 0.3), Blow("damage", 6, 0.2)]
 
     ended = house.go("nodes", SAME, blows)
@@ -44,7 +46,7 @@ def test_a_node_a_full_disk_a_driver_and_a_damaged_checkpoint_change_nothing(hou
     assert faults(house, "nodes", CALM, ended, exact=True) == [], ended.text
 
 
-def test_a_run_goes_on_with_fewer_workers_and_grows_back(tmp_path):
+def test_a_run_continues_with_fewer_workers_and_grows_back(tmp_path):
     blows = [Blow("actor_node", 2, 0.3), Blow("return", 5, 0.0), Blow("controller", 14, 0.1)]
 
     with chaos(tmp_path, cpus=2) as small:
@@ -63,7 +65,7 @@ def test_a_run_goes_on_with_fewer_workers_and_grows_back(tmp_path):
 # ---- the schedule ------------------------------------------------------------------------------
 
 
-def test_a_seed_gives_the_same_schedule_again_and_all_kinds_come_up():
+def test_a_schedule_is_reproducible_and_schedules_cover_all_kinds_of_faults():
     drawn = [schedule(seed, STEPS) for seed in range(60)]
 
     assert drawn == [schedule(seed, STEPS) for seed in range(60)]

@@ -124,14 +124,14 @@ def test_a_run_that_loses_a_node_to_the_network_ends_with_code_0(story):
     assert story.ended.job["driver_exit_code"] == 0
 
 
-def test_ray_found_out_by_itself_while_the_node_lived_on(story):
+def test_ray_detects_the_partition_while_the_node_is_still_alive(story):
     before, after, _ = story.nodes
 
     assert set(before) - set(after) == {story.address}
     assert story.lived_on
 
 
-def test_the_run_went_on_with_fewer_workers_from_where_it_was(story):
+def test_the_run_resumes_with_fewer_workers_from_its_newest_checkpoint(story):
     said = story.ended.text
     first, _, _ = said.partition("resuming from step")
     ((step, workers),) = re.findall(r"resuming from step (\d+) with (\d) work", said)
@@ -143,7 +143,7 @@ def test_the_run_went_on_with_fewer_workers_from_where_it_was(story):
     assert int(workers) == 1
 
 
-def test_its_result_is_in_the_table_once_and_whole(story):
+def test_the_result_is_stored_once_and_complete(story):
     left = story.left
 
     assert left["runs"] == ["cut"]
@@ -153,7 +153,7 @@ def test_its_result_is_in_the_table_once_and_whole(story):
     assert [sample["index"] for sample in left["samples"]] == list(range(MEASURED))
 
 
-def test_its_checkpoints_and_shards_are_in_the_bucket(story):
+def test_checkpoints_and_measured_shards_are_in_the_bucket(story):
     left = story.left
 
     assert left["newest"] == STEPS
@@ -161,7 +161,7 @@ def test_its_checkpoints_and_shards_are_in_the_bucket(story):
     assert left["shards"] == [f"shard-{number:05d}.json" for number in range(SHARDS)]
 
 
-def test_a_node_that_comes_back_is_a_new_one(story):
+def test_a_node_that_comes_back_gets_a_new_id(story):
     before, _, again = story.nodes
 
     # What is told that it was given up ends itself; it was started again by hand.

@@ -76,7 +76,7 @@ def metrics_without_times(folder):
 # ---- a run -----------------------------------------------------------------------------------
 
 
-def test_the_report_has_every_figure(finished):
+def test_the_report_has_every_metric(finished):
     _, report, _ = finished
 
     assert report["run_id"] == "whole"
@@ -102,7 +102,7 @@ def test_the_report_has_every_figure(finished):
     assert report["config"] == load_config("lab", SHORT).to_dict()
 
 
-def test_every_row_that_was_read_is_accounted_for(finished):
+def test_the_row_counts_add_up(finished):
     rows = finished[1]["rows"]
 
     assert rows["read"] == 400
@@ -119,7 +119,7 @@ def test_two_workers_trained_and_the_reward_actor_scored_every_text(finished):
     assert actor["texts"] == STEPS * PROMPTS + 2 * MEASURED
 
 
-def test_every_step_has_a_line_and_a_row_of_finite_figures(finished):
+def test_every_step_has_a_line_and_a_row_of_finite_metrics(finished):
     folder, _, printed = finished
     rows = read_metrics(folder.path / "metrics.jsonl")
 
@@ -172,7 +172,9 @@ def test_plain_peft_loads_the_adapter_and_it_was_trained(finished):
 
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
-def test_an_exported_model_answers_as_the_base_with_the_adapter(finished, output, tmp_path):
+def test_an_exported_model_generates_what_the_base_with_the_adapter_generates(
+    finished, output, tmp_path
+):
     target = tmp_path / "model"
 
     assert cli.main(["export", "whole", str(target), "--output", str(output)]) == 0
@@ -191,7 +193,7 @@ def test_an_exported_model_answers_as_the_base_with_the_adapter(finished, output
         )
 
 
-def test_measuring_a_run_again_finds_what_its_report_says(finished, output, capsys):
+def test_evaluating_a_run_again_reproduces_its_report(finished, output, capsys):
     assert cli.main(["evaluate", "whole", "--json", "--output", str(output)]) == 0
 
     again = json.loads(capsys.readouterr().out)
@@ -200,7 +202,7 @@ def test_measuring_a_run_again_finds_what_its_report_says(finished, output, caps
         assert again[name] == report[name]
 
 
-def test_a_measurement_that_was_cut_off_goes_on_with_the_shards_that_are_missing(finished, output):
+def test_an_interrupted_evaluation_measures_only_the_missing_shards(finished, output):
     shutil.copytree(finished[0].path, output / "cut")
     cut = RunFolder(output, "cut")
     for name in ("report.json", "samples.jsonl"):
@@ -231,7 +233,7 @@ class StopsAtOnce(Console):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     finished, output, capsys, monkeypatch
 ):
     whole, report, _ = finished
@@ -263,7 +265,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
     assert resumed["toxicity"] == report["toxicity"]
 
 
-def test_the_same_command_goes_on_with_a_run_whose_machine_is_gone(
+def test_the_same_command_on_another_machine_resumes_the_run_from_its_storage(
     finished, output, capsys, monkeypatch
 ):
     # What a retry of cluster/kuberay.yaml does: a new head, an empty disk, the same words.
@@ -291,7 +293,7 @@ def test_the_same_command_goes_on_with_a_run_whose_machine_is_gone(
     assert (tried.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
 
 
-def test_what_an_earlier_group_says_late_is_not_heard(tmp_path):
+def test_late_events_of_an_earlier_group_are_ignored(tmp_path):
     # A worker on a node that was cut off goes on for a while, and is heard once the node is back.
     config, heard = load_config("lab"), []
     kept = SimpleNamespace(newest=None, put=lambda checkpoint: heard.append(checkpoint))
@@ -364,7 +366,7 @@ def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dy
     assert metrics_without_times(taken_up) == metrics_without_times(folder)
 
 
-def test_a_run_that_is_nowhere_cannot_be_taken_up(aws, output, capsys):
+def test_resuming_a_run_that_does_not_exist_is_refused(aws, output, capsys):
     code = cli.main(
         ["run", "--resume", "nobody", f"train.storage={output}", "--output", str(output)]
     )
@@ -375,7 +377,7 @@ def test_a_run_that_is_nowhere_cannot_be_taken_up(aws, output, capsys):
 
 
 @pytest.mark.parametrize("setting", ["data.path", "policy.model", "reward.model", "train.storage"])
-def test_what_is_not_on_s3_is_refused(aws, output, capsys, setting):
+def test_a_missing_s3_address_is_refused(aws, output, capsys, setting):
     code = cli.main(
         [
             "run",
@@ -410,7 +412,7 @@ def test_what_is_not_on_s3_is_refused(aws, output, capsys, setting):
         ),
     ],
 )  # fmt: skip
-def test_a_cluster_that_is_too_small_is_refused_and_the_run_leaves_nothing(
+def test_a_cluster_that_is_too_small_is_refused_and_no_files_are_left(
     output, capsys, settings, sentence
 ):
     # An address, for what this machine alone lacks is found earlier. Ray is connected already.
@@ -426,7 +428,7 @@ def test_a_cluster_that_is_too_small_is_refused_and_the_run_leaves_nothing(
     assert not RunFolder(output, "large").path.exists()
 
 
-def test_too_few_prompts_for_the_shards_are_refused_and_the_run_leaves_nothing(
+def test_too_few_prompts_for_the_shards_are_refused_and_no_files_are_left(
     output, capsys, tmp_path, tiny_t5
 ):
     path = tmp_path / "rows.jsonl"
