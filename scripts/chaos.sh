@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs that lose processes, nodes and storage, each on a schedule from a seed. Arguments as below.
+# Runs with random faults in processes, nodes and storage, reproducible from a seed.
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
@@ -8,10 +8,11 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   cat <<'USAGE'
 Usage: bash scripts/chaos.sh [--seeds N] [--first SEED] [--workers same|fewer] [--limit SECONDS]
 
-A Ray of several nodes on this machine; N short runs on it (40 unless said), about a minute each
-on 2 cores, disturbed by one to three blows: workers, reward actors, nodes, drivers, all of Ray,
-checkpoints, storage. Prints what happened to each and whether it ended as the run that was not
-disturbed did. A run that did not is seen again with its seed, and leaves chaos-seed-N.log here.
+Starts several Ray nodes on this machine and runs N short runs on them (default 40), about a
+minute each on 2 cores. One to three faults per run hit workers, reward actors, nodes, drivers,
+all of Ray, checkpoints or storage. Prints for each run which faults were injected and whether its
+result equals that of the undisturbed run. A wrong run leaves chaos-seed-N.log in this folder;
+repeat it with its seed.
 USAGE
   exit
 fi

@@ -1,6 +1,6 @@
-"""`ray-detox` with one file system more: `chaos://`, a folder that can be told to fail.
+"""`ray-detox` with one file system more: `chaos://`, a folder that can be outcome to fail.
 
-What it is told lies in the file `$CHAOS_FAULT`: `full` (no space left) or `slow` (half a second
+What it is outcome lies in the file `$CHAOS_FAULT`: `full` (no space left) or `slow` (half a second
 for every write).
 """
 
@@ -21,10 +21,10 @@ class ChaosFileSystem(LocalFileSystem):
 
     def _open(self, path, mode="rb", **rest):
         fault = Path(os.environ["CHAOS_FAULT"])
-        told = fault.read_text() if fault.exists() else ""
-        if "w" in mode and told == "full":
+        kind = fault.read_text() if fault.exists() else ""
+        if "w" in mode and kind == "full":
             raise OSError(errno.ENOSPC, "No space left on device")
-        if "w" in mode and told == "slow":
+        if "w" in mode and kind == "slow":
             time.sleep(0.5)
         return super()._open(path, mode, **rest)
 

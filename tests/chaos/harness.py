@@ -1,8 +1,8 @@
-"""A Ray of several nodes on this machine, a run on it, and what happens to them on a schedule.
+"""Run on several Ray nodes on this machine while scheduled faults are injected.
 
 this process      Cluster: GCS and raylets as processes of this machine
-  go(blows)       `ray-detox run` as a process; its lines say when the next blow is due
-                  a driver that ended is followed by `ray-detox run --resume`
+  go(faults)      `ray-detox run` as a process; its output shows when the next fault is due;
+                  when a driver ends because of a fault, `ray-detox run --resume` follows
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from tests.chaos.schedule import DRIVERS, Blow
+from tests.chaos.schedule import DRIVERS, Fault
 
 STEPS, PROMPTS, MEASURED = 8, 32, 24
 SETTINGS = [
@@ -60,7 +60,7 @@ ENVIRONMENT = {
 }
 DRAIN_S = 8
 HEADLESS_S = 150
-"""A driver must have noticed by then that the head of its cluster is gone."""
+"""Time within which a driver must notice that the head node is gone."""
 
 
 @dataclass
@@ -68,12 +68,12 @@ class Ended:
     """How a run ended."""
 
     codes: list[int]
-    """Exit codes of its drivers, one after another."""
+    """Exit codes of its drivers, in order."""
     said: list[str]
-    """All lines that they printed."""
+    """All lines that the drivers printed."""
     seconds: float
-    happened: list[str] = field(default_factory=list)
-    """What happened, and to whom."""
+    injected: list[str] = field(default_factory=list)
+    """Each injected fault with its victim."""
 
     @property
     def text(self) -> str:
@@ -81,12 +81,12 @@ class Ended:
 
 
 class Chaos:
-    """Some nodes, and runs on them.
+    """A Ray cluster on this machine, and runs on it.
 
     Args:
         folder: for runs and their storage.
-        nodes: besides the head, which has no CPU.
-        cpus: of each.
+        nodes: number of worker nodes beside the head, which has no CPU.
+        cpus: of each worker node.
     """
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
@@ -94,11 +94,11 @@ class Chaos:
         self.folder = folder
         self.cpus = cpus
         self.count = nodes
-        self.fault = folder / "fault"
+        self.storage_fault = folder / "fault"
         self.return_s = 4.0
-        """After this time a node that was lost is there again, and storage that failed works."""
+        """Seconds until a lost node is replaced and failed storage works again."""
         os.environ.update(ENVIRONMENT)
-        self._later: list[tuple[float, str]] = []
+        self._recoveries: list[tuple[float, str]] = []
         self._start()
 
     def _start(self) -> None:
@@ -120,11 +120,11 @@ class Chaos:
             self.add_node()
 
     def add_node(self) -> None:
-        """One node more."""
+        """Add a worker node."""
         self.cluster.add_node(num_cpus=self.cpus, object_store_memory=100 * 1024 * 1024)
 
     def close(self) -> None:
-        """End all of Ray that this object started."""
+        """Stop all Ray processes that this object started."""
         self.cluster.shutdown()
         shutil.rmtree(self.temp, ignore_errors=True)
 
@@ -134,37 +134,37 @@ class Chaos:
         self,
         run_id: str,
         settings: Sequence[str] = (),
-        blows: Sequence[Blow] = (),
+        faults: Sequence[Fault] = (),
         limit_s: float = 300,
         seed: int = 0,
     ) -> Ended:
-        """Run to the end, through all that happens.
+        """Run to the end while the faults are injected.
 
         Raises:
-            TimeoutError: it had not ended after `limit_s`.
+            TimeoutError: the run did not end within `limit_s`.
         """
         self._draw = random.Random(seed)
         ended = Ended([], [], 0.0)
         began = time.monotonic()
-        waiting = list(blows)
+        waiting = list(faults)
         words = ["lab", *SETTINGS, *settings, f"cluster.address={self.cluster.address}"]
         words += [f"train.storage=chaos://{self.folder}/storage", "--run-id", run_id]
         while True:
             asked = self._drive(run_id, words, waiting, ended, began + limit_s)
             if ended.codes[-1] == 0 or not asked:
                 break
-            while self.fault.exists():  # nobody resumes on a disk that is full
-                self._catch_up()
+            while self.storage_fault.exists():  # a resumed driver would find the disk still full
+                self._recover()
                 time.sleep(0.1)
             words = ["--resume", run_id, f"cluster.address={self.cluster.address}"]
-        self._catch_up(everything=True)
+        self._recover(everything=True)
         ended.seconds = time.monotonic() - began
         return ended
 
     def _drive(
-        self, run_id: str, words: list[str], waiting: list[Blow], ended: Ended, limit: float
+        self, run_id: str, words: list[str], waiting: list[Fault], ended: Ended, limit: float
     ) -> bool:
-        """One driver's life; True where it was ended by a blow."""
+        """Run one driver to its end; True if an injected fault ended it."""
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -178,7 +178,7 @@ class Chaos:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"CHAOS_FAULT": str(self.fault)},
+            env=os.environ | {"CHAOS_FAULT": str(self.storage_fault)},
         )
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
@@ -197,28 +197,28 @@ class Chaos:
                     step, since = int(line[5:].split("/")[0]), time.monotonic()
                 elif line.startswith("evaluate "):
                     step, since = STEPS + 1, time.monotonic()
-            self._catch_up()
+            self._recover()
             now = time.monotonic()
             is_due = waiting and step >= waiting[0].after_step and now - since >= waiting[0].delay_s
             if is_due and not asked:
-                blow = waiting.pop(0)
-                told = self._strike(blow, process, run_id)
-                ended.happened.append(f"{blow}: {told}")
-                asked = blow.kind in DRIVERS
+                fault = waiting.pop(0)
+                outcome = self._inject(fault, process, run_id)
+                ended.injected.append(f"{fault}: {outcome}")
+                asked = fault.kind in DRIVERS
         reader.join(10)
         while not lines.empty():
             ended.said.append(lines.get().rstrip())
         ended.codes.append(process.returncode)
         return asked
 
-    # ---- what happens --------------------------------------------------------------------------
+    # ---- faults --------------------------------------------------------------------------------
 
-    def _strike(self, blow: Blow, driver: subprocess.Popen[str], run_id: str) -> str:
-        kind = blow.kind
+    def _inject(self, fault: Fault, driver: subprocess.Popen[str], run_id: str) -> str:
+        kind = fault.kind
         if kind in TITLES:
             found = self.processes(TITLES[kind])
             if not found:
-                return "there was none"
+                return "no such process"
             victim = self._draw.choice(found)
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
@@ -230,27 +230,27 @@ class Chaos:
                 (node,) = [n for n in self.cluster.worker_nodes if _raylets(n) & raylets]
             if kind == "drain":
                 self._drain(node)
-                self._later.append((time.monotonic() + DRAIN_S, node.node_id))
+                self._recoveries.append((time.monotonic() + DRAIN_S, node.node_id))
             elif kind == "raylet":
                 node.kill_raylet()
-                self._later.append((time.monotonic() + self.return_s, node.node_id))
+                self._recoveries.append((time.monotonic() + self.return_s, node.node_id))
             else:
                 self.cluster.remove_node(node, allow_graceful=False)
-                self._later.append((time.monotonic() + self.return_s, ""))
+                self._recoveries.append((time.monotonic() + self.return_s, ""))
             return f"node {node.node_id[:8]}"
         if kind == "return":
-            self._catch_up(everything=True)
-            return "all is there again"
+            self._recover(everything=True)
+            return "everything recovered"
         if kind in ("full", "slow"):
-            self.fault.write_text(kind)
-            self._later.append((time.monotonic() + self.return_s, "fault"))
+            self.storage_fault.write_text(kind)
+            self._recoveries.append((time.monotonic() + self.return_s, "fault"))
             return f"for {self.return_s:g} s"
         if kind == "head":
             self.cluster.head_node.kill_gcs_server()
             self.cluster.head_node.kill_raylet()
-            # Nobody ends the driver: it must find out for itself.
+            # The driver gets no signal: it must notice by itself.
             driver.wait(HEADLESS_S)
-            self._start_anew()
+            self._restart()
             return f"the driver ended with {driver.returncode}"
         driver.send_signal(signal.SIGTERM if kind == "stop" else signal.SIGKILL)
         if kind == "damage":
@@ -258,23 +258,23 @@ class Chaos:
             return self._damage(run_id)
         if kind == "cluster":
             driver.wait(30)
-            self._start_anew()
+            self._restart()
         return f"pid {driver.pid}"
 
-    def _start_anew(self) -> None:
+    def _restart(self) -> None:
         self.close()
-        self._later = [entry for entry in self._later if entry[1] == "fault"]
+        self._recoveries = [entry for entry in self._recoveries if entry[1] == "fault"]
         self._start()
 
-    def _catch_up(self, everything: bool = False) -> None:
-        """Bring back what has been away for long enough."""
-        for entry in list(self._later):
+    def _recover(self, everything: bool = False) -> None:
+        """Bring back nodes and storage whose time has come."""
+        for entry in list(self._recoveries):
             when, what = entry
             if not everything and time.monotonic() < when:
                 continue
-            self._later.remove(entry)
+            self._recoveries.remove(entry)
             if what == "fault":
-                self.fault.unlink(missing_ok=True)
+                self.storage_fault.unlink(missing_ok=True)
                 continue
             for node in list(self.cluster.worker_nodes):
                 if node.node_id == what:
@@ -289,19 +289,19 @@ class Chaos:
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _damage(self, run_id: str) -> str:
-        """Cut a file of the newest checkpoint short, if there is an earlier one."""
+        """Truncate a file of the newest checkpoint, if there is an earlier one."""
         kept = sorted(
             (self.folder / "storage" / run_id / "checkpoints").glob("step-*/manifest.json")
         )
         if len(kept) < 2:
-            return "no checkpoint to spare"
+            return "only one checkpoint"
         files = sorted(file for file in kept[-1].parent.rglob("*") if file.is_file())
         file = self._draw.choice(files)
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         return f"{kept[-1].parent.name}/{file.name}"
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Ray's workers of this cluster with a title, oldest first."""
+        """Return the Ray worker processes of this cluster with a title, oldest first."""
         nodes = [self.cluster.head_node, *self.cluster.worker_nodes]
         raylets = set().union(*map(_raylets, nodes))
         found = []
@@ -312,27 +312,27 @@ class Chaos:
                 found.append(process)
         return sorted(found, key=lambda process: process.info["create_time"])
 
-    # ---- what a run left -----------------------------------------------------------------------
+    # ---- files of a run -------------------------------------------------------------------------
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """The figures of every step, without the clock's and the pool's."""
+        """Return the metrics of every step, without times and pool metrics."""
         file = self.folder / "runs" / run_id / "metrics.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         drop = lambda name: name.startswith("seconds") or name == "pool"
         return [{name: value for name, value in row.items() if not drop(name)} for row in rows]
 
     def adapter(self, run_id: str) -> bytes:
-        """The trained weights."""
+        """Return the trained weights."""
         return (self.folder / "runs" / run_id / "adapter/adapter_model.safetensors").read_bytes()
 
     def samples(self, run_id: str) -> list[Mapping[str, Any]]:
-        """What was measured."""
+        """Return the measured examples in their stored form."""
         file = self.folder / "runs" / run_id / "samples.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def _raylets(node: Any) -> set[int]:
-    """The process whose children are Ray's workers on a node."""
+    """Return the raylet of a node, whose children are its Ray workers."""
     return {info.process.pid for info in node.all_processes.get("raylet", [])}
 
 
@@ -344,7 +344,7 @@ def _read(process: subprocess.Popen[str], lines: "queue.SimpleQueue[str]") -> No
 
 @contextlib.contextmanager
 def chaos(folder: Path, **arguments: Any) -> Iterator[Chaos]:
-    """A `Chaos` that is ended in the end."""
+    """Start a `Chaos`, and close it at the end."""
     made = Chaos(folder, **arguments)
     try:
         yield made

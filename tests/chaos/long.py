@@ -1,4 +1,4 @@
-"""Many runs, each with a schedule of its own from a seed; a line for each, and how many were wrong.
+"""Run many random fault schedules; print a line for each and the number of wrong results.
 
 bash scripts/chaos.sh --seeds 40 --first 0
 """
@@ -8,16 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.chaos.compare import FEWER, SAME, differences
 from tests.chaos.harness import STEPS, Chaos, chaos
-from tests.chaos.judge import FEWER, SAME, faults
 from tests.chaos.schedule import schedule
 
 DOCUMENTED = ("Training failed", "The run needs", "could not be kept", "No scores for")
-"""How the sentences begin that a run may end with."""
+"""Beginnings of the documented messages with which a run may end."""
 
 
 def main() -> int:
-    """Run the schedules; 1 where one was wrong."""
+    """Run the schedules; return 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=40, help="how many schedules")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -39,30 +39,30 @@ def main() -> int:
             continue
         with (
             tempfile.TemporaryDirectory(prefix="chaos-") as name,
-            chaos(Path(name), cpus=cpus) as house,
+            chaos(Path(name), cpus=cpus) as nodes,
         ):
-            ended = house.go("calm", settings, limit_s=args.limit)
+            ended = nodes.go("calm", settings, limit_s=args.limit)
             print(f"calm, {settings[0]}: {ended.codes}, {ended.seconds:.0f} s", flush=True)
-            wrong += sum(_is_wrong(house, seed, settings, exact, args.limit) for seed in of_these)
+            wrong += sum(_is_wrong(nodes, seed, settings, exact, args.limit) for seed in of_these)
     print(f"{wrong} wrong")
     return 1 if wrong else 0
 
 
-def _is_wrong(house: Chaos, seed: int, settings: list[str], exact: bool, limit_s: float) -> bool:
-    """Run one schedule and print its line."""
-    run_id, blows = f"seed-{seed}", schedule(seed, STEPS)
+def _is_wrong(nodes: Chaos, seed: int, settings: list[str], exact: bool, limit_s: float) -> bool:
+    """Run one schedule and print its line; True if the result is wrong."""
+    run_id, faults = f"seed-{seed}", schedule(seed, STEPS)
     try:
-        ended = house.go(run_id, settings, blows, limit_s=limit_s, seed=seed)
+        ended = nodes.go(run_id, settings, faults, limit_s=limit_s, seed=seed)
     except TimeoutError as error:
-        print(f"{run_id} | {', '.join(map(str, blows))} | HANGS: {error}", flush=True)
+        print(f"{run_id} | {', '.join(map(str, faults))} | HANGS: {error}", flush=True)
         return True
-    bad = faults(house, run_id, "calm", ended, exact)
+    bad = differences(nodes, run_id, "calm", ended, exact)
     said = [line for line in ended.said[-3:] if any(start in line for start in DOCUMENTED)]
     if ended.codes[-1] != 0 and said:
-        bad, outcome = [], f"ended with its sentence: {said[0]}"
+        bad, outcome = [], f"ended with a documented message: {said[0]}"
     else:
         outcome = "; ".join(bad) or ("equal" if exact else "close")
-    happened = ", ".join(ended.happened)
+    happened = ", ".join(ended.injected)
     print(
         f"{run_id} | {happened} | codes {ended.codes} | {ended.seconds:.0f} s | {outcome}",
         flush=True,

@@ -1,4 +1,4 @@
-"""What happens to a run, and when: drawn from a seed, so that a failure can be seen again."""
+"""Random schedules of faults, reproducible from a seed."""
 
 import random
 from dataclasses import dataclass
@@ -11,31 +11,31 @@ KINDS = PROCESSES + NODES + DRIVERS + STORAGE
 
 
 @dataclass(frozen=True)
-class Blow:
-    """One thing that happens.
+class Fault:
+    """One injected fault.
 
     `worker`, `actor`, `controller`, `measurer`, `progress`, `directory` and `raylet` are processes
-    that get SIGKILL; `node` loses all its processes at once; `drain` announces that, some seconds
-    ahead. `driver` gets SIGKILL and `stop` SIGTERM; after `damage` the newest checkpoint is cut
-    short as well, and after `cluster` all of Ray is gone, too. `head` takes the head node from a
-    driver that must notice by itself. `full` and `slow` happen to storage for a while. Beside these
-    `actor_node` is a node with a reward actor, and `return` ends all that lasts a while.
+    that get SIGKILL. `node` kills all processes of a node; `drain` announces that some seconds
+    ahead. `driver` gets SIGKILL and `stop` SIGTERM; `damage` also truncates the newest checkpoint,
+    and `cluster` also stops all of Ray. `head` kills the head node, which the driver must notice by
+    itself. `full` and `slow` break storage for a while. Two kinds are not drawn at random:
+    `actor_node` kills a node with a reward actor, and `return` ends all temporary faults.
     """
 
     kind: str
     after_step: int
-    """Once the line of this step was printed; one more than there are: once it is evaluated."""
+    """Inject it after the line of this step; the number of steps plus one means the evaluation."""
     delay_s: float
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.after_step}+{self.delay_s:.1f}s"
 
 
-def schedule(seed: int, steps: int, kinds: tuple[str, ...] = KINDS, most: int = 3) -> list[Blow]:
-    """One to `most` blows in the order of their steps."""
+def schedule(seed: int, steps: int, kinds: tuple[str, ...] = KINDS, most: int = 3) -> list[Fault]:
+    """Draw one to `most` faults, in the order of their steps."""
     draw = random.Random(seed)
-    blows = [
-        Blow(draw.choice(kinds), draw.randint(0, steps + 1), round(draw.uniform(0, 1.5), 1))
+    faults = [
+        Fault(draw.choice(kinds), draw.randint(0, steps + 1), round(draw.uniform(0, 1.5), 1))
         for _ in range(draw.randint(1, most))
     ]
-    return sorted(blows, key=lambda blow: blow.after_step)
+    return sorted(faults, key=lambda fault: fault.after_step)
