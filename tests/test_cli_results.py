@@ -15,6 +15,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from ray_detox.cli import main as cli
+from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs.folder import RunFolder
 from ray_detox.store.dynamodb import DynamoDBStore
@@ -116,12 +117,19 @@ SAMPLE = {
     "index": 0,
     "prompt_id": "00ff",
     "query": "q",
+    "reference": None,
+    "facts": None,
+    "kl": 0.5,
     "response_before": "b",
-    "response_after": "</script><b>a",
-    "toxicity_before": 0.75,
-    "toxicity_after": 0.25,
     "reward_before": -1.0,
+    "toxicity_before": 0.75,
+    "length_before": 2,
+    "truncated_before": False,
+    "response_after": "</script><b>a",
     "reward_after": 1.0,
+    "toxicity_after": 0.25,
+    "length_after": 5,
+    "truncated_after": False,
 }
 
 
@@ -129,7 +137,7 @@ SAMPLE = {
 def folder(output):
     """The files of a finished run that no store has."""
     folder = RunFolder(output, "third")
-    folder.write_result(make_report("third"), [SAMPLE])
+    folder.write_result(make_report("third"), [PairedExample.from_json(SAMPLE)])
     (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
     (folder.path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5}\n')
     return folder

@@ -201,6 +201,8 @@ def test_a_stored_form_with_a_missing_or_unknown_field_is_refused():
         PairedExample.from_json(less)
     with pytest.raises(ValueError, match="unknown field 'colour'"):
         PairedExample.from_json(stored | {"colour": "red"})
+    with pytest.raises(ValueError, match="is 3, expected an object"):
+        PairedExample.from_json(3)
 
 
 def test_every_metric_of_the_table_is_in_the_report():

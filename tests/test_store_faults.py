@@ -13,6 +13,8 @@ import types
 import pytest
 from botocore.config import Config
 
+from ray_detox.evaluation.examples import EvaluatedResponse, PairedExample
+from ray_detox.evaluation.summarise import RunFacts
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.publish import publish
@@ -265,31 +267,41 @@ FINAL_TASK = """
     import sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
-    from ray_detox.config import load_config
+    from ray_detox.recipes.loading import load_config
     from ray_detox.run_folder import RunFolder
-    from ray_detox.stages.evaluate import store_result
+    from ray_detox.stages.finish import store_result
     from tests.test_store_faults import FACTS, scored
     config = load_config("lab", sys.argv[3:])
     folder = RunFolder(Path(sys.argv[2]), "first")
     store_result._function(config, folder, scored(), FACTS, attempt="one", overwrite=False)
 """
-FACTS = {
-    "run_id": "first",
-    "steps": 1,
-    "rows": {"read": 4, "left_out": {}, "examples": {}, "train": 2, "held_out": 2},
-    "seconds": {},
-    "training": {},
-    "fingerprints": {},
-}
+FACTS = RunFacts(
+    run_id="first",
+    steps=1,
+    rows={"read": 4, "left_out": {}, "examples": {}, "train": 2, "held_out": 2},
+    seconds={},
+    training={},
+    fingerprints={},
+)
 
 
 def scored():
-    sides = {"before": 0.9, "after": 0.1}
-    sample = {"query": "q", "reference": "They met.", "facts": ["met"], "kl": 0.5}
-    for side, toxicity in sides.items():
-        sample |= {f"response_{side}": "They met.", f"toxicity_{side}": toxicity}
-        sample |= {f"reward_{side}": 1.0, f"length_{side}": 3, f"truncated_{side}": False}
-    return [sample | {"index": i, "prompt_id": f"{i:016x}"} for i in range(60)]
+    before, after = (
+        EvaluatedResponse("They met.", 1.0, toxicity, 3, False) for toxicity in (0.9, 0.1)
+    )
+    return [
+        PairedExample(
+            index=i,
+            prompt_id=f"{i:016x}",
+            query="q",
+            reference="They met.",
+            facts=("met",),
+            kl=0.5,
+            before=before,
+            after=after,
+        )
+        for i in range(60)
+    ]
 
 
 def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy, table, tmp_path):
@@ -314,7 +326,9 @@ def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy,
     proxy.heal()
     assert publish(load_config("lab", settings).results, folder)
 
-    assert stored(store) == (*folder.read_result(), [{"step": 1, "score": 0.5}])
+    report, examples = folder.read_result()
+    samples = [example.to_json() for example in examples]
+    assert stored(store) == (report, samples, [{"step": 1, "score": 0.5}])
 
 
 @pytest.fixture

@@ -82,12 +82,14 @@ class PairedExample:
         return flat
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+    def from_json(cls, stored: Any) -> Self:
         """The record of a stored form; the inverse of `to_json`.
 
         Raises:
-            ValueError: a field is missing or unknown.
+            ValueError: it is not an object, or a field is missing or unknown.
         """
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"an evaluated prompt is {stored!r}, expected an object")
         rest = dict(stored)
         try:
             before, after = (_pop_response(rest, side) for side in SIDES)
