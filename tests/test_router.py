@@ -1,5 +1,8 @@
 """The router's rules with scripted actors and a clock of the test: dispatch, failures, timeouts."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -243,6 +246,18 @@ def test_an_error_of_the_reward_reaches_the_caller_and_is_not_retried():
     for call in list(service.calls):
         service.answer(call)
     assert not service.calls
+
+
+def test_the_directory_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'ray.train', 'ray.data'): sys.modules[name] = None\n"
+        "import ray_detox.rewards.messages, ray_detox.stages.rewards.directory\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+
+    assert done.returncode == 0, done.stderr
 
 
 def timeout_message(service, batch):
