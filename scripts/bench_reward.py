@@ -1,10 +1,11 @@
-"""How many texts a second the reward actors score, beside a bare loop in one process.
+"""Measure how many texts per second the reward actors score, compared with a loop in one process.
 
     python scripts/bench_reward.py --texts 512
 
-Prints ratios to that loop, which is measured anew beside each row, on the embedded classifier with
-one thread per process: on a shared machine nothing else would mean much. The last rows are what
-`serving.batch_across_workers` does where every caller has few texts.
+Prints a table of texts per second and of ratios to the loop. Absolute rates depend on what else the
+machine does, so that each row measures the loop again, beside the actors. All processes use the
+embedded classifier and one thread. The last two rows show the effect of
+`serving.batch_across_workers` if every caller has few texts.
 """
 
 import argparse
@@ -14,10 +15,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -39,16 +40,16 @@ BATCH = 64
 
 
 def main() -> None:
-    """Measure, and print two tables."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=512, help="for every caller")
+    parser.add_argument("--texts", type=int, default=512, help="texts per caller")
     args = parser.parse_args()
     source = [str(row["summary"]) for row in corpus.rows("ppo", 512)]
     texts = (source * (args.texts // len(source) + 1))[: args.texts]
     config = RunConfig(serving=ServingConfig(cpus_per_actor=0.5))
 
     reward = Reward(config.reward)
-    score_all(reward, texts[:BATCH], BATCH)  # the first calls are slower
+    score_all(reward, texts[:BATCH], BATCH)  # warm up: the first calls are slower
     folder = tempfile.mkdtemp(prefix="ray-")
     ray.init(
         address="local",
@@ -64,10 +65,10 @@ def main() -> None:
         print(f"{'texts/s':<34}{'loop':>8}" + "".join(f"{f'{n} caller(s)':>16}" for n in CALLERS))
         for actors in ACTORS:
             several = config.replace(reward=config.reward.replace(actors=actors))
-            print(row(f"{actors} actor(s), {BATCH} texts a call", reward, several, texts, BATCH))
+            print(row(f"{actors} actor(s), {BATCH} texts per call", reward, several, texts, BATCH))
         for across in (False, True):
             one = config.replace(serving=config.serving.replace(batch_across_workers=across))
-            name = f"1 actor, 4 a call, {'across workers' if across else 'each by itself'}"
+            name = f"1 actor, 4 per call, {'across workers' if across else 'call by call'}"
             print(row(name, reward, one, texts, 4))
     finally:
         ray.shutdown()
@@ -75,33 +76,33 @@ def main() -> None:
 
 
 def row(name: str, reward: Reward, config: RunConfig, texts: list[str], batch: int) -> str:
-    """Texts a second of the loop and of a pool, for each number of callers."""
+    """Measure the loop and one pool, and format a row with each number of callers."""
     with closing(RewardPool(config, 0.0)) as pool:
         pool.wait(timeout_s=300)
         loop = rate([reward], texts, batch)
-        found = []
+        rates = []
         for count in CALLERS:
             clients = [RewardClient(pool.directory, config) for _ in range(count)]
             for client in clients:
                 score_all(client, texts[:batch], batch)
-            found.append(rate(clients, texts, batch))
+            rates.append(rate(clients, texts, batch))
             for client in clients:
                 client.close()
     return f"{name:<34}{loop:>8.0f}" + "".join(
-        f"{f'{one:.0f} (x{one / loop:.2f})':>16}" for one in found
+        f"{f'{one:.0f} (x{one / loop:.2f})':>16}" for one in rates
     )
 
 
-def rate(scorers: list[Any], texts: list[str], batch: int) -> float:
-    """Texts a second that all callers together have scored, each with its own scorer."""
+def rate(scorers: Sequence[Scorer], texts: list[str], batch: int) -> float:
+    """Return the texts per second of all callers together, each with its own scorer."""
     with ThreadPoolExecutor(len(scorers)) as threads:
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         list(threads.map(lambda scorer: score_all(scorer, texts, batch), scorers))
-        return len(texts) * len(scorers) / (time.perf_counter() - began)
+        return len(texts) * len(scorers) / (time.perf_counter() - start_s)
 
 
 def score_all(scorer: Scorer, texts: list[str], batch: int) -> None:
-    """Score batch after batch, as a worker does: it has the next one only once it has learnt."""
+    """Score one batch after another, as a worker does: it samples the next one after an update."""
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         scorer.submit(ScoreRequest([""] * len(part), part, [[]] * len(part), {})).result()

@@ -1,5 +1,8 @@
 """The router's rules with scripted actors and a clock of the test: dispatch, failures, timeouts."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,9 +26,9 @@ class Service:
         self.calls = []
         self.pings = []
         self.router = Router(config, self.calls.append, self.pings.append, lambda: self.now)
-        self.list(actors)
+        self.publish(actors)
 
-    def list(self, actors, **down):
+    def publish(self, actors, **down):
         names = [f"actor {i}" for i in range(actors)]
         self.router.update_actors([ActorInfo(n, "node a", None, down.get(n[-1])) for n in names])
 
@@ -92,7 +95,7 @@ def test_chunks_go_to_the_actor_with_the_least_load_of_all_workers():
     while_the_load_is_known = [call.actor for call in service.calls]
     for call in list(service.calls):
         service.answer(call)
-    service.list(2)
+    service.publish(2)
     service.submit(*"abcd")
 
     assert while_the_load_is_known == [idle.actor] * 2
@@ -132,7 +135,7 @@ def test_the_only_actor_gets_its_lost_chunk_again_after_the_cool_down():
 
 def test_an_actor_that_is_down_or_gone_gets_no_chunks():
     service = Service(3)
-    service.list(2, **{"0": "died"})
+    service.publish(2, **{"0": "died"})
 
     service.submit(*"abcdefgh")
 
@@ -144,7 +147,7 @@ def test_chunks_of_an_actor_are_redispatched_when_the_pool_lists_it_as_down():
     batch = service.submit("a")
     first = service.calls[0]
 
-    service.list(2, **{first.actor.name[-1]: "died"})
+    service.publish(2, **{first.actor.name[-1]: "died"})
     service.answer(service.calls[1])
 
     assert batch.result().rewards.tolist() == [1]
@@ -155,7 +158,7 @@ def test_scores_from_an_actor_that_is_gone_still_count():
     service = Service(1)
     batch = service.submit("a")
 
-    service.list(0)
+    service.publish(0)
     service.pass_time(1)
     service.answer(service.calls[0])
 
@@ -270,7 +273,7 @@ def test_a_timeout_names_the_actor_its_node_and_its_last_event():
 
 def test_a_timeout_says_why_no_actor_has_room():
     service = Service(2)
-    service.list(2, **{"0": "has not come up yet", "1": "died"})
+    service.publish(2, **{"0": "has not come up yet", "1": "died"})
 
     message = timeout_message(service, service.submit("a"))
 
@@ -296,15 +299,15 @@ def test_every_text_is_scored_once_whatever_happens_to_the_actors(data):
     for _ in range(60):
         if batch.scores.done():
             break
-        event = data.draw(st.sampled_from(["answer", "lose", "silence", "list"]))
+        event = data.draw(st.sampled_from(["answer", "lose", "silence", "publish"]))
         if event == "silence":
             service.pass_time(CONFIG.heartbeat_timeout_s + PING_TIMEOUT_S + 2)
-        elif event == "list":
-            service.list(data.draw(st.integers(0, actors)))
+        elif event == "publish":
+            service.publish(data.draw(st.integers(0, actors)))
         elif service.calls:
             call = data.draw(st.sampled_from(service.calls))
             service.answer(call) if event == "answer" else service.lose(call)
-    service.list(actors)
+    service.publish(actors)
     for _ in range(100):
         service.pass_time(COOL_DOWN_S)
         for call in list(service.calls):
@@ -313,3 +316,15 @@ def test_every_text_is_scored_once_whatever_happens_to_the_actors(data):
     assert batch.result().rewards.tolist() == [len(text) for text in texts]
     assert service.router.waiting == 0
     assert not any(service.held_by(f"actor {i}") for i in range(actors))
+
+
+def test_the_directory_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'ray.train', 'ray.data'): sys.modules[name] = None\n"
+        "import ray_detox.rewards.messages, ray_detox.stages.rewards.directory\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Reward functions that misbehave, for actors to import."""
+"""Reward functions for tests of the reward actors, which import them: some fail or hang on demand."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def echo(completions: Sequence[str], facts: Sequence[str], **_: Any) -> list[float]:
-    """The length of each completion, and a thousandth of the length of its column `facts`."""
+    """Return the length of each completion plus a thousandth of the length of its column `facts`."""
     return [len(c) + len(f) / 1000 for c, f in zip(completions, facts, strict=True)]
 
 
 def die_once(completions: Sequence[str], marker: Sequence[str], **_: Any) -> list[float]:
-    """End the process, the first time that a file of the column `marker` is not there."""
+    """Exit the process if a file named in the column `marker` does not exist; create that file first."""
     for name in set(marker) - {""}:
         if not Path(name).exists():
             Path(name).touch()
@@ -23,15 +23,15 @@ def die_once(completions: Sequence[str], marker: Sequence[str], **_: Any) -> lis
 
 
 def pause(completions: Sequence[str], seconds: Sequence[float], **_: Any) -> list[float]:
-    """Take a while."""
+    """Sleep for the longest time in the column `seconds`."""
     time.sleep(max(seconds))
     return [float(len(c)) for c in completions]
 
 
 def hang_once(completions: Sequence[str], hang: Sequence[str], **_: Any) -> list[float]:
-    """Stop the process, the first time that a file of the column `hang` is not there.
+    """Stop the process with SIGSTOP if a file named in the column `hang` does not exist.
 
-    The file holds the process's id, for the one who wakes it.
+    The new file then holds the process's id, so that the test can send SIGCONT.
     """
     for name in set(hang) - {""}:
         if not Path(name).exists():

@@ -1,6 +1,7 @@
-"""The reward in actors: the same scores as in this process, whatever happens to the actors."""
+"""Reward actors: the same scores as in this process, whatever happens to the actors."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -30,14 +31,14 @@ TERMS = (
 
 
 def settings(model, terms=TERMS, **more):
-    """Small batches, little of the cluster for an actor, and these terms."""
+    """A run with small batches and actors that take a tenth of a CPU."""
     reward = RewardConfig(model=str(model), terms=terms, batch_size=CHUNK, input="prompt+response")
     serving = ServingConfig(cpus_per_actor=0.1)
     return changed(RunConfig(reward=reward, serving=serving), **more)
 
 
 def changed(config, **settings):
-    """A run with other settings of its reward and of how that is served."""
+    """A run with other settings in its sections `reward` and `serving`."""
     of_reward = {k: v for k, v in settings.items() if k in RewardConfig.model_fields}
     of_serving = {k: v for k, v in settings.items() if k not in of_reward}
     return config.replace(
@@ -52,14 +53,14 @@ def config(tiny_roberta):
 
 @pytest.fixture(scope="module")
 def pool(config):
-    """Three actors, of which any test may kill some, to see them come back."""
+    """Three actors; tests may kill some and wait until they are back."""
     with contextlib.closing(RewardPool(config, 0.0)) as started:
         started.wait(timeout_s=240)
         yield started
 
 
 def batch(**columns):
-    """Texts of all lengths, some of them longer than the classifier reads."""
+    """Texts of many lengths, some longer than the classifier reads."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 700, TEXTS)
     responses = ["".join(chr(97 + c) for c in rng.integers(0, 26, n)) for n in lengths]
@@ -72,7 +73,7 @@ def batch(**columns):
 
 @pytest.fixture(scope="module")
 def expected(config):
-    """Scores of the usual batch: its chunks by length, one after another in this process."""
+    """Scores of the usual batch, in the same chunks, computed in this process."""
     reward = Reward(config.reward)
     order = sorted(range(TEXTS), key=lambda i: len(batch().responses[i]))
     chunks = [order[i : i + CHUNK] for i in range(0, TEXTS, CHUNK)]
@@ -90,11 +91,11 @@ def assert_equal(found, expected):
 
 @contextlib.contextmanager
 def directory_of(pool, numbers):
-    """A list of some of the pool's actors: what a smaller pool would publish."""
+    """A directory of some of the pool's actors, as a smaller pool would publish it."""
     pool.wait(timeout_s=240)
     directory = RewardDirectory.remote()
-    listings = [one for one in pool._listed if int(one.name.split()[-1]) in numbers]
-    ray.get(directory.publish.remote(1, listings))
+    actors = [info for info in pool._listed if int(info.name.split()[-1]) in numbers]
+    ray.get(directory.publish.remote(1, actors))
     yield directory
     ray.kill(directory)
 
@@ -104,51 +105,51 @@ def score(directory, config, request):
         return client.submit(request).result()
 
 
-def wait_until(so, timeout_s=120):
+def wait_until(condition, timeout_s=120):
     deadline = time.monotonic() + timeout_s
-    while not so():
-        assert time.monotonic() < deadline, "it did not come to pass"
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {timeout_s} s"
         time.sleep(0.05)
 
 
 def all_up(pool):
-    figures = pool.metrics()
-    return figures["actors"] == figures["wanted"]
+    metrics = pool.metrics()
+    return metrics.actors == metrics.wanted
 
 
 # ---- the same scores ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_actors_score_as_this_process_does_whatever_their_number(config, pool, expected, count):
+def test_any_number_of_actors_scores_as_this_process_does(config, pool, expected, count):
     with directory_of(pool, range(count)) as directory:
         found = score(directory, config, batch())
 
     assert_equal(found, expected)
     assert set(found.terms) == {term.name for term in TERMS}
-    assert found.terms["echo"][7] == np.float32(len(batch()[1][7]) + 0.007)
+    assert found.terms["echo"][7] == np.float32(len(batch().responses[7]) + 0.007)
     assert found.terms["get_repetition_penalty_reward"][4] == np.float32(-2 / 3)
     assert 0 < found.truncated.sum() < TEXTS
 
 
-def test_all_actors_take_part_and_say_where_they_are(config, pool):
+def test_all_actors_get_chunks_and_report_where_they_are(config, pool):
     wait_until(lambda: all_up(pool))
-    before = [about["texts"] for about in pool.describe()]
+    before = [report.state.texts for report in pool.describe()]
 
     score(pool.directory, config, batch())
 
     after = pool.describe()
-    shares = [about["texts"] - then for about, then in zip(after, before, strict=True)]
+    shares = [report.state.texts - then for report, then in zip(after, before, strict=True)]
     assert sum(shares) == TEXTS
     assert min(shares) >= CHUNK
-    for about in after:
-        assert about["device"] == "cpu"
-        assert about["max_tokens"] == 512
-        assert about["node"] == ray.get_runtime_context().get_node_id()[:8]
-        assert about["peak_mb"] > 0
+    for report in after:
+        assert report.device == "cpu"
+        assert report.max_tokens == 512
+        assert report.node == ray.get_runtime_context().get_node_id()[:8]
+        assert report.peak_mb > 0
 
 
-def test_batches_that_are_scored_at_the_same_time_keep_their_order(config, pool, expected):
+def test_concurrent_batches_keep_the_order_of_their_texts(config, pool, expected):
     with contextlib.closing(RewardClient(pool.directory, config)) as client:
         waiting = [client.submit(batch().select(range(i, TEXTS))) for i in range(4)]
         found = [pending.result() for pending in reversed(waiting)][::-1]
@@ -169,9 +170,9 @@ def test_two_clients_share_the_actors(config, pool, expected):
             assert_equal(pending.result(), expected)
 
 
-def test_an_actor_has_no_more_than_two_chunks_of_a_client(config, pool):
+def test_an_actor_holds_at_most_two_chunks_of_a_client(config, pool):
     def held():
-        return [about["held"] for about in pool.describe()]
+        return [report.state.held for report in pool.describe()]
 
     with (
         directory_of(pool, [0]) as directory,
@@ -186,29 +187,29 @@ def test_an_actor_has_no_more_than_two_chunks_of_a_client(config, pool):
     assert max(held[1] for held in seen) == 0
 
 
-# ---- what befalls the actors -------------------------------------------------------------------
+# ---- failures of actors ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_actors_that_die_every_few_chunks_lose_nothing(config, pool, expected, tmp_path, count):
-    order = np.argsort([len(text) for text in batch()[1]], kind="stable")
+def test_actors_that_die_after_some_chunks_lose_no_scores(config, pool, expected, tmp_path, count):
+    order = np.argsort([len(text) for text in batch().responses], kind="stable")
     marks = [""] * TEXTS
     for i in range(count):
         marks[order[2 * i * CHUNK]] = str(tmp_path / f"died {i}")
     before = pool.metrics()
 
     with directory_of(pool, range(count)) as directory:
-        found = score(directory, config, *batch(marker=marks))
+        found = score(directory, config, batch(marker=marks))
 
     assert {path.name for path in tmp_path.iterdir()} == {f"died {i}" for i in range(count)}
     assert_equal(found, expected)
     wait_until(lambda: all_up(pool))
-    assert pool.metrics()["restarts"] > before["restarts"]
+    assert pool.metrics().restarts > before.restarts
 
 
-def test_an_actor_that_is_gone_for_good_is_done_without_and_replaced(config, pool, expected):
+def test_an_actor_that_is_dead_for_good_is_replaced_and_no_scores_are_lost(config, pool, expected):
     wait_until(lambda: all_up(pool))
-    lost = pool.metrics()["lost"]
+    lost = pool.metrics().lost
 
     with contextlib.closing(RewardClient(pool.directory, config)) as client:
         pending = client.submit(batch(seconds=[0.1] * TEXTS))
@@ -216,12 +217,12 @@ def test_an_actor_that_is_gone_for_good_is_done_without_and_replaced(config, poo
         found = pending.result()
 
     np.testing.assert_array_equal(found.logits, expected.logits)
-    wait_until(lambda: pool.metrics()["lost"] == lost + 1 and all_up(pool))
+    wait_until(lambda: pool.metrics().lost == lost + 1 and all_up(pool))
     assert len(pool.describe()) == 3
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_actor_that_hangs_is_done_without_or_started_again(
+def test_chunks_of_an_actor_that_hangs_are_scored_elsewhere_or_after_its_restart(
     config, pool, expected, tmp_path, count
 ):
     impatient = changed(config, heartbeat_timeout_s=1.0)
@@ -238,27 +239,28 @@ def test_an_actor_that_hangs_is_done_without_or_started_again(
 
     assert_equal(found, expected)
     if count == 1:
-        assert pool.metrics()["restarts"] > before["restarts"]
+        assert pool.metrics().restarts > before.restarts
 
 
-def test_figures_tell_of_what_was_sent_again(config, pool, expected, tmp_path):
+def test_metrics_count_chunks_that_were_sent_again(config, pool, expected, tmp_path):
     wait_until(lambda: all_up(pool))
     before = pool.metrics()
     marks = [str(tmp_path / "died") if i == 20 else "" for i in range(TEXTS)]
 
     with contextlib.closing(RewardClient(pool.directory, config)) as client:
         found = client.submit(batch(marker=marks)).result()
-        wait_until(lambda: pool.metrics()["resent"] > before["resent"])
+        wait_until(lambda: pool.metrics().resent > before.resent)
 
     assert_equal(found, expected)
     wait_until(lambda: all_up(pool))
-    figures = pool.metrics()
-    assert set(figures) == set("actors wanted waiting in_flight resent restarts lost".split())
-    assert (figures["actors"], figures["wanted"], figures["waiting"]) == (3, 3, 0)
-    assert figures["restarts"] > before["restarts"]
+    metrics = pool.metrics()
+    names = set("actors wanted waiting in_flight resent restarts lost".split())
+    assert set(dataclasses.asdict(metrics)) == names
+    assert (metrics.actors, metrics.wanted, metrics.waiting) == (3, 3, 0)
+    assert metrics.restarts > before.restarts
 
 
-def test_an_error_of_the_scoring_reaches_the_caller_as_it_is(config, pool):
+def test_an_error_of_a_term_reaches_the_caller_unchanged(config, pool):
     without_facts = batch()
     del without_facts.columns["facts"]
 
@@ -266,56 +268,56 @@ def test_an_error_of_the_scoring_reaches_the_caller_as_it_is(config, pool):
         score(pool.directory, config, without_facts)
 
 
-# ---- deadlines, and actors that do not come ----------------------------------------------------
+# ---- timeouts, and actors that do not start ----------------------------------------------------
 
 
-def test_a_deadline_is_an_error_of_one_line_that_names_the_actor_and_its_node(config, pool):
+def test_a_timeout_is_a_one_line_error_that_names_the_actor_and_its_node(config, pool):
     impatient = changed(config, timeout_s=0.5)
     node = ray.get_runtime_context().get_node_id()[:8]
 
     with directory_of(pool, [2]) as directory, pytest.raises(RewardError) as caught:
         score(directory, impatient, batch(seconds=[2.0] * TEXTS))
 
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert "of 50 texts within 0.5 s (serving.timeout_s): reward actor" in sentence
-    assert f"on node {node} " in sentence
-    assert "Add actors (reward.actors), or raise the deadline." in sentence
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "of 50 texts within 0.5 s (serving.timeout_s): reward actor" in message
+    assert f"on node {node} " in message
+    assert "Add actors (reward.actors) or raise serving.timeout_s." in message
 
 
-def test_actors_that_the_cluster_has_no_room_for_are_an_error_of_one_line(tiny_roberta):
+def test_actors_that_the_cluster_has_no_resources_for_are_a_one_line_error(tiny_roberta):
     config = settings(tiny_roberta, actors=2, cpus_per_actor=1000, timeout_s=2.0)
     with contextlib.closing(RewardPool(config, 0.0)) as pool:
         with pytest.raises(RewardError) as caught:
             pool.wait(timeout_s=0.5)
-        wait_until(lambda: ray.get(pool.directory.sync.remote("", -1, 0, 0))[1])
+        wait_until(lambda: ray.get(pool.directory.sync.remote("", -1, 0, 0)).actors)
         with pytest.raises(RewardError) as waited:
             score(pool.directory, config, batch())
-        figures = pool.metrics()
+        metrics = pool.metrics()
 
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert "2 of 2 reward actors did not come up within 0.5 s" in sentence
-    assert "serving.cpus_per_actor" in sentence
-    assert "reward actor 0 on no node yet has not come up yet" in str(waited.value)
-    assert (figures["actors"], figures["wanted"]) == (0, 2)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "2 of 2 reward actors did not start within 0.5 s" in message
+    assert "serving.cpus_per_actor" in message
+    assert "reward actor 0 on no node yet has not started yet" in str(waited.value)
+    assert (metrics.actors, metrics.wanted) == (0, 2)
 
 
-def test_an_actor_that_cannot_start_is_an_error_of_one_line(tiny_roberta):
+def test_an_actor_that_cannot_start_is_a_one_line_error(tiny_roberta):
     config = settings(tiny_roberta, (RewardTerm(function="nowhere.f"),))
     with contextlib.closing(RewardPool(config, 0.0)) as pool, pytest.raises(RewardError) as caught:
         pool.wait(timeout_s=120)
 
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert "A reward actor could not start" in sentence
-    assert "nowhere.f cannot be imported" in sentence
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "A reward actor could not start" in message
+    assert "nowhere.f cannot be imported" in message
 
 
-# ---- their number ------------------------------------------------------------------------------
+# ---- scaling -----------------------------------------------------------------------------------
 
 
-def test_actors_come_with_the_load_and_go_without_it_and_change_no_score(config, expected):
+def test_the_pool_follows_the_load_and_scores_stay_the_same(config, expected):
     moving = changed(config, actors="1..2", upscale_delay_s=0.4, downscale_delay_s=1.0)
     with (
         contextlib.closing(RewardPool(moving, 0.0)) as pool,
@@ -323,23 +325,23 @@ def test_actors_come_with_the_load_and_go_without_it_and_change_no_score(config,
     ):
         pool.wait(timeout_s=240)
         load = [client.submit(batch(seconds=[0.2] * TEXTS)) for _ in range(3)]
-        wait_until(lambda: pool.metrics()["wanted"] == 2)
-        while pool.metrics()["actors"] < 2:
+        wait_until(lambda: pool.metrics().wanted == 2)
+        while pool.metrics().actors < 2:
             load.append(client.submit(batch(seconds=[0.2] * TEXTS)))
             load[-2].result()
         found = [pending.result() for pending in load]
-        wait_until(lambda: pool.metrics()["wanted"] == 1)
+        wait_until(lambda: pool.metrics().wanted == 1)
         found.append(client.submit(batch(seconds=[0.0] * TEXTS)).result())
         wait_until(lambda: len(pool._actors) == 1)
         found.append(client.submit(batch(seconds=[0.0] * TEXTS)).result())
-        lost = pool.metrics()["lost"]
+        lost = pool.metrics().lost
 
     for scores in found:
         assert_equal(scores, expected)
     assert lost == 0
 
 
-def test_shrinking_takes_back_at_once_what_has_not_come(config):
+def test_shrink_removes_actors_that_have_not_started_at_once(config):
     moving = changed(config, actors="1..3", cpus_per_actor=1000)
     with contextlib.closing(RewardPool(moving, 0.0)) as pool:
         with pool._lock:
@@ -349,18 +351,18 @@ def test_shrinking_takes_back_at_once_what_has_not_come(config):
         pool.shrink()
 
         assert len(pool._actors) == 1
-        assert pool.metrics()["wanted"] == 1
+        assert pool.metrics().wanted == 1
 
 
-def test_an_actor_whose_node_has_gone_comes_up_elsewhere(config):
+def test_an_actor_whose_node_is_gone_starts_on_another(config):
     one = changed(config, actors=1)
     with contextlib.closing(RewardPool(one, 0.0, [ray.NodeID.from_random().hex()])) as pool:
-        (about,) = pool.wait(timeout_s=240)
+        (report,) = pool.wait(timeout_s=240)
 
-    assert about["node"] == ray.get_runtime_context().get_node_id()[:8]
+    assert report.node == ray.get_runtime_context().get_node_id()[:8]
 
 
-def test_across_workers_texts_share_forward_passes(config, expected):
+def test_texts_share_forward_passes_with_batch_across_workers(config, expected):
     shared = changed(
         config, actors=1, batch_across_workers=True, batch_wait_ms=500.0, max_batch_tokens=10_000
     )
@@ -369,7 +371,7 @@ def test_across_workers_texts_share_forward_passes(config, expected):
 
         found = score(pool.directory, shared, batch())
 
-        passes = pool.describe()[0]["passes"]
+        passes = pool.describe()[0].state.passes
     np.testing.assert_allclose(found.rewards, expected.rewards, atol=1e-5)
     np.testing.assert_allclose(found.toxicity, expected.toxicity, atol=1e-5)
     assert passes < -(-TEXTS // CHUNK)

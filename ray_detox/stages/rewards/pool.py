@@ -9,16 +9,14 @@ The actors outlive a restart of the worker group and end with the run.
 
 An actor, as the pool sees it:
 
-      starting ----- first report: the model is loaded -----> up <------------.
-         |                                                  |  |              | report
-         |                                   died, hung, or |  |              |
-         |                                      stalled     |  '--> down: Ray restarts it
-         |                                                  |                 |
-         |     draining <--- no longer wanted --------------'                 |
-         |        |                                                           |
-         |        '--> killed: it holds nothing, or 30 s have passed          |
-         |                                                                    |
-         '---> forgotten: dead for good; a new actor takes its place <--------'
+    starting -- first report --> up -- no longer wanted --> draining --> killed
+        |                       |  ^                            it holds nothing, or
+        |          died, hung,  |  | next report                30 s have passed
+        |          or stalled   v  |
+        |                       down: Ray restarts it
+        v                        |
+    forgotten <------------------'
+        dead for good; a new actor takes its place
 
     One that is starting or down and no longer wanted is killed at once: it holds nothing that
     another actor would not score anyway. An actor that is draining and dies is killed, too.
