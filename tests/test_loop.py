@@ -409,8 +409,8 @@ def test_two_workers_with_equal_or_unequal_shares_equal_one_worker(
     def work(rank, total):
         runtimes[rank].rank = 0  # so that both log; otherwise only the worker of rank 0 does
         runtimes[rank].sum_over_workers = total
-        mine = range(first) if rank == 0 else range(first, SHARDS)
-        shards = PromptShards(config, {shard: rows[shard] for shard in mine}, pad_id=0)
+        own = range(first) if rank == 0 else range(first, SHARDS)
+        shards = PromptShards(config, {shard: rows[shard] for shard in own}, pad_id=0)
         return train(config, runtimes[rank], policies[rank], tokenizer, rewards[rank], shards)
 
     assert two_workers(work) == [Outcome(step=5, stopped=False)] * 2

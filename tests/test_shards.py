@@ -35,8 +35,8 @@ def rows_by_shard(count=50):
 
 def worker_shards(rank, workers, **settings):
     rows = rows_by_shard()
-    mine = {shard: rows[shard] for shard in shards_of_worker(SHARDS, rank, workers)}
-    return PromptShards(config(workers=workers, **settings), mine, pad_id=0)
+    own = {shard: rows[shard] for shard in shards_of_worker(SHARDS, rank, workers)}
+    return PromptShards(config(workers=workers, **settings), own, pad_id=0)
 
 
 def test_a_batch_has_the_prompts_and_the_columns_of_its_rows():
@@ -73,10 +73,10 @@ def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers, step
     assert max(sizes) - min(sizes) <= 16 // SHARDS
     assert [part.first_row for part in parts] == [sum(sizes[:i]) for i in range(workers)]
     for part, batch in zip(parts, batches, strict=True):
-        mine = slice(part.first_row, part.first_row + len(batch))
-        assert batch.texts == alone.texts[mine]
+        own = slice(part.first_row, part.first_row + len(batch))
+        assert batch.texts == alone.texts[own]
         width = batch.query_ids.shape[1]
-        assert torch.equal(batch.query_ids, alone.query_ids[mine, :width])
+        assert torch.equal(batch.query_ids, alone.query_ids[own, :width])
 
 
 def test_every_prompt_is_used_once_before_any_is_used_twice():
