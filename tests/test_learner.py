@@ -134,7 +134,7 @@ def test_targets_are_the_functions_of_ppo_applied_to_the_rollout(make_policy, ma
     assert_close(targets.advantages, ppo.standardise(advantages, mask))
 
 
-# ---- what has no effect --------------------------------------------------------------------------
+# ---- what has no effect ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 100])

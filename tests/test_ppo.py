@@ -39,7 +39,7 @@ def widen(x, extra, fill):
     return torch.nn.functional.pad(x, (0, extra), value=fill)
 
 
-# ---- sums over workers -----------------------------------------------------------------------
+# ---- sums over workers -------------------------------------------------------------------------
 
 
 def test_the_sum_over_one_worker_is_its_own_tensor():

@@ -169,7 +169,7 @@ def test_the_number_of_held_out_rows_is_rounded_up(rows, fraction, held_out):
     assert prompts.held_out_count(rows, fraction) == held_out
 
 
-# ---- random numbers -------------------------------------------------------------------------------
+# ---- random numbers ----------------------------------------------------------------------------
 
 SAMPLING = SamplingConfig(max_new_tokens="3..9")
 
@@ -249,7 +249,7 @@ def test_seed_step_and_epoch_each_change_the_assignment():
     assert len(set(assignments)) == len(assignments)
 
 
-# ---- shards -------------------------------------------------------------------------------------
+# ---- shards ------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 99), st.integers(0, 15), st.integers(1, 13), st.integers(1, 7))
