@@ -1,4 +1,4 @@
-"""What `data.path` may name, and the sentence for each way in which it cannot be used."""
+"""The sources that `data.path` may name, and the message for each unusable one."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ LONG = "#Person1#: Did you see the match?\n#Person2#: I did, and what a match it
 QUOTED = f'He said: "no, never", and left;\r\n{LONG}'
 
 
-def rows_of(*dialogues, **more):
+def make_rows(*dialogues, **more):
     return [
         {"id": str(i), "dialogue": dialogue, "summary": f"summary {i}", **more}
         for i, dialogue in enumerate(dialogues)
@@ -56,30 +56,30 @@ def write(tmp_path, kind):
     return make
 
 
-def look(config):
+def check(config):
     check_rows(locate(config), config)
 
 
-def refusal(config):
-    """The one line with which the data are refused."""
+def error_of(config):
+    """Return the one-line message of the error that `check` raises."""
     with pytest.raises(ConfigError) as caught:
-        look(config)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    return sentence
+        check(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
-# Each of the three kinds of file.
+# ---- every kind of file ------------------------------------------------------------------------
 
 
-def test_a_file_is_located_by_its_ending(write, kind, tmp_path):
-    config = write(rows_of(LONG))
+def test_the_kind_of_a_file_follows_from_its_suffix(write, kind, tmp_path):
+    config = write(make_rows(LONG))
 
     assert locate(config) == Source(kind, (str(tmp_path / f"rows.{kind}"),))
 
 
-def test_rows_come_back_as_they_were_written(write):
-    rows = rows_of(LONG, QUOTED, "short")
+def test_rows_are_read_as_they_were_written(write):
+    rows = make_rows(LONG, QUOTED, "short")
 
     config = write(rows)
 
@@ -87,47 +87,47 @@ def test_rows_come_back_as_they_were_written(write):
 
 
 def test_one_usable_row_is_enough(write):
-    look(write(rows_of("short", "", LONG)))
+    check(write(make_rows("short", "", LONG)))
 
 
-def test_a_missing_dialogue_column_is_named_with_those_there_are(write):
-    sentence = refusal(write(rows_of(LONG), dialogue_column="conversation"))
+def test_a_missing_dialogue_column_is_reported_with_the_existing_columns(write):
+    message = error_of(write(make_rows(LONG), dialogue_column="conversation"))
 
-    assert "has no column 'conversation'; its columns are id, dialogue, summary" in sentence
-    assert "Set data.dialogue_column" in sentence
-
-
-def test_a_missing_summary_column_is_named_with_the_way_to_do_without(write):
-    sentence = refusal(write(rows_of(LONG), summary_column="highlights"))
-
-    assert "has no column 'highlights'; its columns are id, dialogue, summary" in sentence
-    assert "or to null" in sentence
+    assert "has no column 'conversation'; its columns are id, dialogue, summary" in message
+    assert "Set data.dialogue_column" in message
 
 
-def test_summaries_are_not_needed_where_none_are_asked_for(write):
-    look(write([{"dialogue": LONG}], summary_column=None))
+def test_a_missing_summary_column_is_reported_with_a_remedy(write):
+    message = error_of(write(make_rows(LONG), summary_column="highlights"))
+
+    assert "has no column 'highlights'; its columns are id, dialogue, summary" in message
+    assert "or to null" in message
 
 
-def test_a_filter_that_leaves_nothing_says_how_many_rows_went_and_why(write):
-    sentence = refusal(write(rows_of("short", "shorter", " ", LONG * 5)))
-
-    assert "None of the 4 rows" in sentence
-    assert "2 not over 200 characters" in sentence
-    assert "1 empty dialogue" in sentence
-    assert "1 over 1000 characters" in sentence
-    assert "Widen data.min_chars and data.max_chars" in sentence
+def test_summaries_are_optional_if_summary_column_is_null(write):
+    check(write([{"dialogue": LONG}], summary_column=None))
 
 
-def test_rows_beyond_the_limit_are_not_looked_at(write):
-    sentence = refusal(write(rows_of("short", "short", LONG), limit=2))
+def test_a_filter_that_leaves_no_row_reports_the_reasons_and_counts(write):
+    message = error_of(write(make_rows("short", "shorter", " ", LONG * 5)))
 
-    assert "None of the 2 rows" in sentence
+    assert "None of the 4 rows" in message
+    assert "2 not over 200 characters" in message
+    assert "1 empty dialogue" in message
+    assert "1 over 1000 characters" in message
+    assert "Widen data.min_chars and data.max_chars" in message
 
 
-# What only one kind of file can get wrong.
+def test_rows_beyond_the_limit_are_not_read(write):
+    message = error_of(write(make_rows("short", "short", LONG), limit=2))
+
+    assert "None of the 2 rows" in message
 
 
-def test_lines_that_are_no_json_object_are_rows_without_columns(tmp_path):
+# ---- faults of a single kind of file -----------------------------------------------------------
+
+
+def test_lines_that_are_not_json_objects_become_empty_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"dialogue": LONG, "summary": "s"})
     path.write_text(f'{{"dialogue": \n[1, 2]\n"text"\n\n{good}\n', encoding="utf-8")
@@ -136,11 +136,11 @@ def test_lines_that_are_no_json_object_are_rows_without_columns(tmp_path):
     rows = list(peek(locate(config), config))
 
     assert rows == [{}, {}, {}, {"dialogue": LONG, "summary": "s"}]
-    look(config)
+    check(config)
 
 
 @pytest.mark.parametrize("line", ["{", "null", "3", '["a"]', "NaN", ""])
-def test_a_line_that_is_no_json_object_is_an_empty_row(line):
+def test_a_line_that_is_not_a_json_object_is_an_empty_row(line):
     assert parse_json_row(line) == {}
 
 
@@ -151,58 +151,58 @@ def test_a_line_that_is_no_json_object_is_an_empty_row(line):
         ("csv", "id,dialogue\n1,a,b\n2,c,d\n", "as many fields in each row as in the first line"),
     ],
 )
-def test_a_file_without_a_single_good_row_is_refused_with_what_is_expected(
+def test_a_file_without_a_readable_row_is_rejected_with_the_expected_format(
     tmp_path, kind, content, expected
 ):
     path = tmp_path / f"rows.{kind}"
     path.write_text(content)
 
-    sentence = refusal(DataConfig(path=str(path)))
+    message = error_of(DataConfig(path=str(path)))
 
-    assert f"None of the 2 rows of data.path={path} can be read as {kind}" in sentence
-    assert expected in sentence
+    assert f"None of the 2 rows of data.path={path} can be read as {kind}" in message
+    assert expected in message
 
 
-def test_numbers_instead_of_dialogues_are_counted_as_such(tmp_path):
+def test_dialogues_that_are_not_text_are_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
-    write_jsonl(path, rows_of(12, 3.5, ["a", "b"], {"text": LONG}))
+    write_jsonl(path, make_rows(12, 3.5, ["a", "b"], {"text": LONG}))
 
-    assert "4 dialogue is not text" in refusal(DataConfig(path=str(path)))
+    assert "4 dialogue is not text" in error_of(DataConfig(path=str(path)))
 
 
-def test_text_that_no_utf8_can_hold_is_counted_as_such(tmp_path):
+def test_text_with_lone_surrogates_is_counted_as_invalid_unicode(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"dialogue": "\ud800" + LONG}) + "\n")
 
-    assert "1 dialogue is not valid Unicode" in refusal(DataConfig(path=str(path)))
+    assert "1 dialogue is not valid Unicode" in error_of(DataConfig(path=str(path)))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_dialogue_in_another_encoding_is_counted_as_such(tmp_path, kind):
+def test_a_dialogue_in_another_encoding_is_counted_as_invalid_unicode(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
-    WRITERS[kind](path, rows_of("cafe " + LONG))
+    WRITERS[kind](path, make_rows("cafe " + LONG))
     path.write_bytes(path.read_bytes().replace(b"cafe", b"caf\xe9"))
 
-    assert "1 dialogue is not valid Unicode" in refusal(DataConfig(path=str(path)))
+    assert "1 dialogue is not valid Unicode" in error_of(DataConfig(path=str(path)))
 
 
-def test_a_parquet_file_that_is_none_is_refused(tmp_path):
+def test_an_invalid_parquet_file_is_rejected(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_text("dialogue\n")
 
-    assert "cannot be read as parquet" in refusal(DataConfig(path=str(path)))
+    assert "cannot be read as parquet" in error_of(DataConfig(path=str(path)))
 
 
 def test_a_csv_dialogue_of_digits_is_text(tmp_path):
     path = tmp_path / "rows.csv"
-    write_csv(path, rows_of("12", LONG))
+    write_csv(path, make_rows("12", LONG))
     config = DataConfig(path=str(path))
 
     assert next(iter(peek(locate(config), config)))["dialogue"] == "12"
 
 
 @pytest.mark.parametrize("row", ["a,b", "a,b,c,d"])
-def test_a_csv_row_with_another_number_of_fields_is_a_row_without_columns(tmp_path, row):
+def test_a_csv_row_with_another_number_of_fields_becomes_an_empty_row(tmp_path, row):
     path = tmp_path / "rows.csv"
     path.write_text(f'id,dialogue,summary\n1,"two\nlines",short\n{row}\n')
     config = DataConfig(path=str(path))
@@ -212,14 +212,14 @@ def test_a_csv_row_with_another_number_of_fields_is_a_row_without_columns(tmp_pa
     assert rows == [{"id": "1", "dialogue": "two\nlines", "summary": "short"}, {}]
 
 
-def test_a_csv_field_may_be_longer_than_the_reader_s_own_limit(tmp_path):
+def test_a_csv_field_may_be_longer_than_the_default_limit_of_the_csv_module(tmp_path):
     path = tmp_path / "rows.csv"
-    write_csv(path, rows_of(LONG, transcript="x" * 200_000))
+    write_csv(path, make_rows(LONG, transcript="x" * 200_000))
 
-    look(DataConfig(path=str(path)))
+    check(DataConfig(path=str(path)))
 
 
-def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path):
     path = tmp_path / "rows.jsonl"
     odd = LONG + "\u2028 \x85 \u2029"
     path.write_text(json.dumps({"dialogue": odd, "summary": ""}, ensure_ascii=False) + "\r\n")
@@ -229,28 +229,28 @@ def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, kind):
+def test_a_byte_order_mark_is_ignored(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path, [{"dialogue": LONG, "summary": "s"}])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
 
-    look(DataConfig(path=str(path)))
+    check(DataConfig(path=str(path)))
 
 
 @pytest.mark.parametrize(("kind", "content"), [("jsonl", ""), ("csv", ""), ("csv", "dialogue\n")])
-def test_a_file_without_rows_is_refused(tmp_path, kind, content):
+def test_a_file_without_rows_is_rejected(tmp_path, kind, content):
     path = tmp_path / f"rows.{kind}"
     path.write_text(content)
 
-    assert "holds no rows" in refusal(DataConfig(path=str(path)))
+    assert "holds no rows" in error_of(DataConfig(path=str(path)))
 
 
-# Folders and names.
+# ---- folders and names -------------------------------------------------------------------------
 
 
-def test_a_folder_stands_for_its_files_by_name(tmp_path):
+def test_a_folder_gives_its_data_files_sorted_by_name(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.json"):
-        write_jsonl(tmp_path / name, rows_of(f"{name} {LONG}"))
+        write_jsonl(tmp_path / name, make_rows(f"{name} {LONG}"))
     (tmp_path / "README.md").write_text("not data")
     config = DataConfig(path=str(tmp_path))
 
@@ -265,45 +265,45 @@ def test_a_folder_stands_for_its_files_by_name(tmp_path):
     ]
 
 
-def test_a_folder_of_two_kinds_is_refused(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", rows_of(LONG))
-    write_csv(tmp_path / "b.csv", rows_of(LONG))
+def test_a_folder_with_two_kinds_of_files_is_rejected(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_rows(LONG))
+    write_csv(tmp_path / "b.csv", make_rows(LONG))
 
-    sentence = refusal(DataConfig(path=str(tmp_path)))
+    message = error_of(DataConfig(path=str(tmp_path)))
 
-    assert "holds csv and jsonl files" in sentence
-    assert "keep one kind" in sentence
+    assert "holds csv and jsonl files" in message
+    assert "keep one kind of file" in message
 
 
-def test_an_empty_folder_is_refused(tmp_path):
-    assert "expected .jsonl, .csv or .parquet files there" in refusal(
+def test_an_empty_folder_is_rejected(tmp_path):
+    assert "expected .jsonl, .csv or .parquet files there" in error_of(
         DataConfig(path=str(tmp_path))
     )
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+def test_a_file_of_an_unsupported_kind_is_rejected(tmp_path):
     path = tmp_path / "rows.xlsx"
     path.write_text("")
 
-    assert "expected .jsonl, .csv or .parquet" in refusal(DataConfig(path=str(path)))
+    assert "expected .jsonl, .csv or .parquet" in error_of(DataConfig(path=str(path)))
 
 
 @pytest.mark.parametrize("name", ["/nowhere/rows.parquet", "./rows.jsonl", "rows.csv", "~/x/y/z"])
-def test_a_path_where_nothing_is_is_refused_and_not_looked_up_on_a_hub(name, tmp_path, monkeypatch):
+def test_a_missing_path_is_rejected_and_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    sentence = refusal(DataConfig(path=name))
+    message = error_of(DataConfig(path=name))
 
-    assert repr(name) in sentence
-    assert "no such file is here" in sentence
+    assert repr(name) in message
+    assert "no such file is here" in message
 
 
 @pytest.mark.parametrize("name", ["knkarthick/dialogsum", "dialogsum"])
-def test_other_names_are_hub_ids(name, tmp_path, monkeypatch):
+def test_a_name_that_is_not_a_path_is_a_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert locate(DataConfig(path=name)) == Source("hub")
 
 
-def test_the_embedded_corpus_is_not_a_file():
+def test_the_name_lab_is_the_embedded_corpus():
     assert locate(DataConfig(path="lab")) == Source("lab")

@@ -134,7 +134,7 @@ def test_targets_are_the_functions_of_ppo_applied_to_the_rollout(make_policy, ma
     assert_close(targets.advantages, ppo.standardise(advantages, mask))
 
 
-# ---- what has no effect --------------------------------------------------------------------------
+# ---- what has no effect ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 100])
@@ -236,7 +236,7 @@ def gloo_worker(rank, folder, model):
         tokens = TokenBatch(**fields.pop("tokens"))
         rollout = Rollout(tokens=tokens, **fields)
         share = ROWS // 2
-        mine = rollout.select(torch.arange(rank * share, (rank + 1) * share))
+        part = rollout.select(torch.arange(rank * share, (rank + 1) * share))
         policy = load_policy(
             PolicyConfig(model=model, dtype="float32", lora_rank=4, lora_alpha=8),
             SamplingConfig(max_new_tokens=12, min_new_tokens=min_new_tokens),
@@ -248,7 +248,7 @@ def gloo_worker(rank, folder, model):
                 parameter.copy_(start[weight])
         learner = Learner(policy, settings(), seed=0, sum_over_workers=total)
         for step in range(GLOO_STEPS):
-            update = learner.update(mine, learner.targets(mine), step=step, first_row=rank * share)
+            update = learner.update(part, learner.targets(part), step=step, first_row=rank * share)
         save_file(weights(policy), f"{folder}/{name}-{rank}.safetensors")
         torch.save(dataclasses.asdict(update), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
@@ -301,10 +301,10 @@ def test_workers_with_unequal_shares_take_the_same_steps_as_one_with_all_rows(
     policies = [make_long(), make_long()]
 
     def work(rank, total):
-        mine = rollout.select(torch.tensor(shares[rank]))
+        part = rollout.select(torch.tensor(shares[rank]))
         learner = Learner(policies[rank], settings(minibatches=4), 0, total)
         for step in range(3):
-            learner.update(mine, learner.targets(mine), step=step, first_row=shares[rank][0])
+            learner.update(part, learner.targets(part), step=step, first_row=shares[rank][0])
         return weights(policies[rank])
 
     for found in two_workers(work):
@@ -322,9 +322,9 @@ def test_a_minibatch_without_a_row_on_some_worker_still_updates_every_worker(
 
     def work(rank, total):
         policy = policies[rank]
-        mine = rollout.select(torch.arange(4 * rank, 4 * rank + 4))
+        part = rollout.select(torch.arange(4 * rank, 4 * rank + 4))
         learner = Learner(policy, settings(minibatches=8), 0, total)
-        learner.update(mine, learner.targets(mine), step=0, first_row=4 * rank)
+        learner.update(part, learner.targets(part), step=0, first_row=4 * rank)
         return weights(policy)
 
     for found in two_workers(work):

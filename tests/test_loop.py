@@ -1,4 +1,4 @@
-"""The loop of one worker: what is interrupted goes on as if nothing had happened."""
+"""The loop of one worker: a resumed run equals an uninterrupted one, bit for bit."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from ray_detox.config import (
 )
 from ray_detox.data.shards import PromptShards
 from ray_detox.models.loading import load_policy
-from ray_detox.records import UpdateStats
+from ray_detox.records import PreparedRow, UpdateStats
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
 from ray_detox.rl.learner import Learner, NonFiniteError
@@ -30,16 +30,16 @@ from ray_detox.rl.loop import Outcome, check_start, train
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.local import LocalRuntime
 
-LANES = 4
-CLOCK = {"seconds", "seconds_sample", "seconds_score", "seconds_reference", "seconds_update"}
+SHARDS = 4
+TIMINGS = {"seconds", "seconds_sample", "seconds_score", "seconds_reference", "seconds_update"}
 
 
-class Interrupted(Exception):
-    """A worker dies."""
+class WorkerCrash(Exception):
+    """A worker crashes."""
 
 
-class Dies(LocalRuntime):
-    """Dies while a step's figures are published."""
+class CrashingRuntime(LocalRuntime):
+    """Crashes while it logs the metrics of step `at`."""
 
     def __init__(self, *args, at):
         super().__init__(*args)
@@ -48,11 +48,11 @@ class Dies(LocalRuntime):
     def log(self, stats):
         super().log(stats)
         if stats.step == self.at:
-            raise Interrupted
+            raise WorkerCrash
 
 
-class Stops(LocalRuntime):
-    """Is asked to end after some steps."""
+class StoppingRuntime(LocalRuntime):
+    """Asks the run to stop after `after` steps."""
 
     def __init__(self, *args, after):
         super().__init__(*args)
@@ -63,15 +63,15 @@ class Stops(LocalRuntime):
 
 
 def length(completions, **_):
-    """A reward term: how long an answer is, in words."""
+    """A reward term: the length of a response, in words."""
     return [float(len(text.split())) for text in completions]
 
 
 @pytest.fixture(scope="module")
 def config(tiny_t5, tiny_roberta):
-    """Five steps of eight prompts, with dropout in every config that has a place for it."""
+    """Five steps of eight prompts, with dropout in every config that has a setting for it."""
     return RunConfig(
-        data=DataConfig(shards=LANES),
+        data=DataConfig(shards=SHARDS),
         policy=PolicyConfig(
             model=str(tiny_t5), dtype="float32", lora_rank=4, lora_alpha=8, lora_dropout=0.5
         ),
@@ -102,20 +102,20 @@ def rows(make_prompts):
     """The rows of each shard: 22 prompts in 4 shards."""
     batch = make_prompts(22)
     prepared = [
-        {
-            "prompt_id": batch.ids[n],
-            "prompt": batch.texts[n],
-            "query_ids": batch.query_ids[n][batch.query_mask[n]].tolist(),
-            "summary": f"summary {n}",
-        }
+        PreparedRow(
+            prompt_id=batch.ids[n],
+            prompt=batch.texts[n],
+            query_ids=batch.query_ids[n][batch.query_mask[n]].tolist(),
+            columns={"summary": f"summary {n}"},
+        )
         for n in range(22)
     ]
-    return {shard: prepared[shard::LANES] for shard in range(LANES)}
+    return {shard: prepared[shard::SHARDS] for shard in range(SHARDS)}
 
 
 @pytest.fixture
-def go(config, reward, rows, tokenizer):
-    """`go(runtime)`: train a policy that was loaded anew; return how it ended."""
+def train_run(config, reward, rows, tokenizer):
+    """`train_run(runtime)`: train a newly loaded policy and return the outcome."""
 
     def run(runtime, policy=None, **changes):
         settings = config.replace(**changes)
@@ -128,20 +128,20 @@ def go(config, reward, rows, tokenizer):
 
 
 def metrics_of(runtime):
-    """The logged figures by step, without the clock's."""
+    """The logged metrics by step, without timings."""
     return {
-        stats.step: {k: v for k, v in dataclasses.asdict(stats).items() if k not in CLOCK}
+        stats.step: {k: v for k, v in dataclasses.asdict(stats).items() if k not in TIMINGS}
         for stats in runtime.logged
     }
 
 
 def kept(runtime):
-    """Steps of the checkpoints that are kept."""
+    """Steps of the stored checkpoints."""
     return runtime.store.steps()
 
 
-def assert_same_end(runtime, other):
-    """To the last bit: weights, optimiser, price of KL, settings; figures but for the clock's."""
+def assert_same_final_state(runtime, other):
+    """Compare weights, optimiser, KL coefficient, settings and metrics (but timings) bit for bit."""
     one, two = (r.store.newest() for r in (runtime, other))
     assert (one.step, one.objective) == (two.step, two.objective)
     assert one.files.keys() == two.files.keys()
@@ -149,7 +149,7 @@ def assert_same_end(runtime, other):
         assert one.files[name] == two.files[name], name
     rows = [
         [
-            {k: v for k, v in json.loads(line).items() if k not in CLOCK}
+            {k: v for k, v in json.loads(line).items() if k not in TIMINGS}
             for line in found.files["metrics.jsonl"].splitlines()
         ]
         for found in (one, two)
@@ -173,7 +173,7 @@ def uninterrupted(config, reward, rows, tokenizer, tmp_path_factory):
 # ---- a run -------------------------------------------------------------------------------------
 
 
-def test_every_step_is_logged_once_and_every_figure_is_finite(uninterrupted):
+def test_every_step_is_logged_once_and_every_metric_is_finite(uninterrupted):
     assert [stats.step for stats in uninterrupted.logged] == [1, 2, 3, 4, 5]
     for stats in uninterrupted.logged:
         plain = dataclasses.asdict(stats)
@@ -186,12 +186,12 @@ def test_the_first_ratio_of_every_step_is_one_although_dropout_is_configured(uni
         assert stats.ratio == pytest.approx(1, abs=1e-4)
 
 
-def test_the_kl_starts_at_zero_and_then_leaves_it(uninterrupted):
+def test_the_kl_is_zero_in_the_first_step_and_not_in_the_last(uninterrupted):
     assert uninterrupted.logged[0].kl == pytest.approx(0, abs=1e-4)
     assert abs(uninterrupted.logged[-1].kl) > 1e-3
 
 
-def test_the_figures_are_those_of_the_run(uninterrupted, config):
+def test_the_metrics_are_in_the_range_of_the_settings(uninterrupted, config):
     for stats in uninterrupted.logged:
         assert 3 <= stats.length <= 8
         assert 0 <= stats.toxicity <= 1
@@ -200,16 +200,16 @@ def test_the_figures_are_those_of_the_run(uninterrupted, config):
         assert stats.terms["length"] <= stats.length
         assert stats.entropy > 0
         assert stats.seconds >= stats.seconds_sample
-    prices = [stats.kl_coef for stats in uninterrupted.logged]
-    assert prices[0] == config.ppo.kl_coef
-    assert len(set(prices)) == 5, "the adaptive price moved, and each step names the one in force"
+    coefficients = [stats.kl_coef for stats in uninterrupted.logged]
+    assert coefficients[0] == config.ppo.kl_coef
+    assert len(set(coefficients)) == 5, "adaptive: each step logs the coefficient that it used"
 
 
-def test_training_moves_what_it_rewards(go, tmp_path):
+def test_training_increases_the_rewarded_length(train_run, tmp_path):
     runtime = LocalRuntime(tmp_path)
     longer = RewardTerm(function=f"{__name__}.length", weight=1.0)
 
-    go(
+    train_run(
         runtime,
         reward=RewardConfig(terms=(longer,)),
         sampling=SamplingConfig(max_new_tokens=8, batch_size=32),
@@ -225,63 +225,66 @@ def test_training_moves_what_it_rewards(go, tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_run_that_died_goes_on_bit_for_bit_as_if_it_had_not(go, uninterrupted, tmp_path, at):
-    died, resumed = Dies(tmp_path, at=at), LocalRuntime(tmp_path)
-    with pytest.raises(Interrupted):
-        go(died)
+def test_a_run_resumed_after_a_crash_equals_an_uninterrupted_one_bit_for_bit(
+    train_run, uninterrupted, tmp_path, at
+):
+    crashed, resumed = CrashingRuntime(tmp_path, at=at), LocalRuntime(tmp_path)
+    with pytest.raises(WorkerCrash):
+        train_run(crashed)
 
-    outcome = go(resumed)
+    outcome = train_run(resumed)
 
     assert outcome == Outcome(step=5, stopped=False)
-    # The checkpoint of a step comes after its log: the newest is of the last even step before.
+    # A step is logged before its checkpoint, so the newest checkpoint is of the last even step
+    # before the crash.
     assert [stats.step for stats in resumed.logged] == list(range((at - 1) // 2 * 2 + 1, 6))
     expected = metrics_of(uninterrupted)
-    for runtime in (died, resumed):
+    for runtime in (crashed, resumed):
         for step, found in metrics_of(runtime).items():
             assert found == expected[step]
-    assert_same_end(resumed, uninterrupted)
+    assert_same_final_state(resumed, uninterrupted)
 
 
-def test_a_run_that_was_asked_to_stop_keeps_its_step_and_goes_on(go, uninterrupted, tmp_path):
-    stops = Stops(tmp_path, after=3)
+def test_a_stopped_run_saves_its_last_step_and_can_be_resumed(train_run, uninterrupted, tmp_path):
+    stopped = StoppingRuntime(tmp_path, after=3)
 
-    outcome = go(stops)
+    outcome = train_run(stopped)
 
     assert outcome == Outcome(step=3, stopped=True)
-    assert {2, 3} <= set(kept(stops))
+    assert {2, 3} <= set(kept(stopped))
     resumed = LocalRuntime(tmp_path)
-    assert go(resumed) == Outcome(step=5, stopped=False)
+    assert train_run(resumed) == Outcome(step=5, stopped=False)
     assert metrics_of(resumed) == {s: metrics_of(uninterrupted)[s] for s in (4, 5)}
-    assert_same_end(resumed, uninterrupted)
+    assert_same_final_state(resumed, uninterrupted)
 
 
-def test_a_run_asked_to_stop_at_its_last_step_was_not_stopped(go, tmp_path):
-    assert go(Stops(tmp_path, after=5)) == Outcome(step=5, stopped=False)
+def test_a_run_asked_to_stop_in_its_last_step_counts_as_complete(train_run, tmp_path):
+    assert train_run(StoppingRuntime(tmp_path, after=5)) == Outcome(step=5, stopped=False)
 
 
-def test_a_run_that_is_complete_does_nothing_more(go, uninterrupted):
+def test_resuming_a_complete_run_does_nothing(train_run, uninterrupted):
     again = LocalRuntime(Path(uninterrupted.store.storage.address))
 
-    assert go(again) == Outcome(step=5, stopped=False)
+    assert train_run(again) == Outcome(step=5, stopped=False)
     assert again.logged == []
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(go, uninterrupted, tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(train_run, uninterrupted, tmp_path):
     more = LocalRuntime(tmp_path, keep=10)
 
-    go(more)
+    train_run(more)
 
     assert kept(more) == [0, 2, 4, 5]
-    prices = {s.step: s.score - s.kl_coef * s.kl for s in more.logged if s.step in (2, 4, 5)}
-    best = max(prices, key=prices.get)
+    objectives = {s.step: s.score - s.kl_coef * s.kl for s in more.logged if s.step in (2, 4, 5)}
+    best = max(objectives, key=objectives.get)
     assert more.store.best() == best
     assert kept(uninterrupted) == sorted({4, 5, best})
 
 
-def test_a_checkpoint_says_what_it_is_and_holds_no_number_of_workers(uninterrupted, config):
+def test_the_state_of_a_checkpoint_is_independent_of_the_number_of_workers(uninterrupted, config):
     state = unpack_folder(uninterrupted.store.newest().files, checkpoint.read_state)
 
     assert state.keys() == {"format", "version", "step", "seed", "kl_coef", "config"}
@@ -289,9 +292,9 @@ def test_a_checkpoint_says_what_it_is_and_holds_no_number_of_workers(uninterrupt
     assert state["config"] == config.to_dict()
 
 
-def test_a_checkpoint_survives_the_disk(config, make_policy, make_rollout, tmp_path):
+def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, tmp_path):
     policy, other = make_policy(), make_policy(seed=1)
-    learner, taken_up = (Learner(p, config.ppo, seed=0) for p in (policy, other))
+    learner, restored = (Learner(p, config.ppo, seed=0) for p in (policy, other))
     rollout = make_rollout(policy, 8)
     learner.update(rollout, learner.targets(rollout), step=0)
     learner.kl_coef = 0.123
@@ -299,42 +302,42 @@ def test_a_checkpoint_survives_the_disk(config, make_policy, make_rollout, tmp_p
     stats = UpdateStats(**(numbers | {"step": 7, "terms": {"length": 2.0}}))
 
     checkpoint.write(tmp_path, policy, learner, config, 7, history=[stats])
-    step, history = checkpoint.read(tmp_path, other, taken_up)
+    step, history = checkpoint.read(tmp_path, other, restored)
 
-    assert (step, taken_up.kl_coef) == (7, 0.123)
+    assert (step, restored.kl_coef) == (7, 0.123)
     assert history == [stats]
-    for one, two in ((policy.trainable(), other.trainable()), states(learner, taken_up)):
+    states = (learner.optimiser_state(), restored.optimiser_state())
+    for one, two in ((policy.trainable(), other.trainable()), states):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def states(*learners):
-    return [learner.optimiser_state() for learner in learners]
-
-
-def test_a_checkpoint_of_another_format_is_refused_with_the_version_that_wrote_it(tmp_path):
+def test_a_checkpoint_of_another_format_is_rejected_with_the_version_that_wrote_it(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"format": 99, "version": "9.9"}))
 
     with pytest.raises(ValueError, match=r"has format 99; this version reads 1\..*ray-detox 9\.9"):
         checkpoint.read_state(tmp_path)
 
 
-# ---- what must stop a run ----------------------------------------------------------------------
+# ---- what ends a run ---------------------------------------------------------------------------
 
 
-def test_a_policy_that_does_not_start_at_its_reference_is_refused(
-    go, config, make_policy, tmp_path
+def test_a_policy_that_differs_from_its_reference_before_training_is_rejected(
+    train_run, config, make_policy, tmp_path
 ):
     moved = make_policy(sampling=config.sampling.model_dump())
     runtime = LocalRuntime(tmp_path)
 
-    with pytest.raises(RuntimeError, match=r"the policy differs from its reference by [\d.]+ nats"):
-        go(runtime, policy=moved)
+    with pytest.raises(
+        RuntimeError,
+        match=r"the policy differs from its reference by [\d.]+ nats on a token; rounding",
+    ):
+        train_run(runtime, policy=moved)
 
     assert runtime.logged == []
 
 
-def test_a_gap_on_the_first_token_alone_is_seen(make_policy, make_rollout):
-    rollout = make_rollout(make_policy(stirred=False), 8)
+def test_a_difference_on_a_single_first_token_is_detected(make_policy, make_rollout):
+    rollout = make_rollout(make_policy(randomised=False), 8)
     check_start(rollout, torch.float32)
     rollout.ref_logprobs[5, 0] -= 0.01
 
@@ -344,12 +347,12 @@ def test_a_gap_on_the_first_token_alone_is_seen(make_policy, make_rollout):
 
 
 def test_a_run_that_starts_from_an_adapter_starts_at_its_reference(
-    go, config, make_policy, tmp_path
+    train_run, config, make_policy, tmp_path
 ):
     make_policy().save_adapter(tmp_path / "start")
     runtime = LocalRuntime(tmp_path / "run")
 
-    go(
+    train_run(
         runtime,
         policy=load_policy(
             config.policy.replace(adapter=str(tmp_path / "start")),
@@ -363,10 +366,10 @@ def test_a_run_that_starts_from_an_adapter_starts_at_its_reference(
     assert runtime.logged[0].ratio == pytest.approx(1, abs=1e-4)
 
 
-def test_a_score_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
+def test_a_score_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     config, rows, tokenizer, reward, tmp_path
 ):
-    class Breaks:
+    class FailingScorer:
         calls = 0
 
         def submit(self, request):
@@ -380,29 +383,36 @@ def test_a_score_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(
     policy = load_policy(config.policy, config.sampling, config.seed)
 
     with pytest.raises(NonFiniteError, match="in step 4"):
-        train(config, runtime, policy, tokenizer, Breaks(), PromptShards(config, rows, pad_id=0))
+        train(
+            config,
+            runtime,
+            policy,
+            tokenizer,
+            FailingScorer(),
+            PromptShards(config, rows, pad_id=0),
+        )
 
     assert runtime.store.newest().step == 2
     assert [stats.step for stats in runtime.logged] == [1, 2, 3]
 
 
-# ---- many workers ------------------------------------------------------------------------------
+# ---- several workers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [2, 1])
-def test_two_workers_make_the_run_of_one_also_with_unequal_shares(
+def test_two_workers_with_equal_or_unequal_shares_equal_one_worker(
     config, rows, tokenizer, uninterrupted, two_workers, tmp_path, first
 ):
-    # Loaded one after the other: what two threads share must not be loaded by both.
+    # Loaded before the threads start, because loading a model is not thread-safe.
     policies = [load_policy(config.policy, config.sampling, config.seed) for _ in range(2)]
     rewards = [Reward(config.reward) for _ in range(2)]
     runtimes = [LocalRuntime(tmp_path / str(rank)) for rank in range(2)]
 
     def work(rank, total):
-        runtimes[rank].rank = 0  # so that each logs; a worker of many would leave it to the first
+        runtimes[rank].rank = 0  # so that both log; otherwise only the worker of rank 0 does
         runtimes[rank].sum_over_workers = total
-        mine = range(first) if rank == 0 else range(first, LANES)
-        shards = PromptShards(config, {shard: rows[shard] for shard in mine}, pad_id=0)
+        own = range(first) if rank == 0 else range(first, SHARDS)
+        shards = PromptShards(config, {shard: rows[shard] for shard in own}, pad_id=0)
         return train(config, runtimes[rank], policies[rank], tokenizer, rewards[rank], shards)
 
     assert two_workers(work) == [Outcome(step=5, stopped=False)] * 2
@@ -413,9 +423,9 @@ def test_two_workers_make_the_run_of_one_also_with_unequal_shares(
             assert terms == pytest.approx(alone[step]["terms"], rel=1e-3)
             rest = {k: v for k, v in alone[step].items() if k != "terms"}
             assert found == pytest.approx(rest, rel=1e-2, abs=1e-3)
-    ended = [
+    final_weights = [
         load(runtime.store.newest().files["adapter/adapter_model.safetensors"])
         for runtime in (runtimes[0], uninterrupted)
     ]
-    for name in ended[0]:
-        assert_close(ended[0][name], ended[1][name], atol=1e-4, rtol=1e-3)
+    for name in final_weights[0]:
+        assert_close(final_weights[0][name], final_weights[1][name], atol=1e-4, rtol=1e-3)

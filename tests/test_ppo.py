@@ -1,4 +1,4 @@
-"""The PPO mathematics against hand-worked numbers and against its own laws."""
+"""The PPO mathematics against worked examples and against laws that hold for every input."""
 
 import math
 
@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from ray_detox.rl import ppo
 
-JUNK = [0.0, 7.0, -1e30, math.inf, -math.inf, math.nan]
-junk = st.sampled_from(JUNK)
+PADDING_VALUES = [0.0, 7.0, -1e30, math.inf, -math.inf, math.nan]
+padding_values = st.sampled_from(PADDING_VALUES)
 
 
 def numbers(draw, rows, width, low=-5, high=5):
@@ -29,8 +29,8 @@ def responses(draw, count=2):
     return mask, *(numbers(draw, rows, width) for _ in range(count))
 
 
-def spoil(x, mask, value):
-    """`x` with `value` wherever nothing counts."""
+def fill_padding(x, mask, value):
+    """`x` with `value` outside the mask."""
     return torch.where(mask, x, value)
 
 
@@ -39,10 +39,10 @@ def widen(x, extra, fill):
     return torch.nn.functional.pad(x, (0, extra), value=fill)
 
 
-# ---- sums over workers, means ----------------------------------------------------------------
+# ---- sums over workers -------------------------------------------------------------------------
 
 
-def test_one_worker_sums_to_itself():
+def test_the_sum_over_one_worker_is_its_own_tensor():
     x = tensor([1.0, 2.0])
 
     assert ppo.identity(x) is x
@@ -60,7 +60,7 @@ def test_the_kl_estimators_match_the_worked_example():
     assert_close(ppo.kl_k3(logprobs, ref_logprobs), tensor([math.log(2) - 0.5]))
 
 
-def test_the_table_of_estimators_names_each_function():
+def test_the_table_of_kl_estimators_has_every_function_under_its_name():
     assert {"k1": ppo.kl_k1, "k2": ppo.kl_k2, "k3": ppo.kl_k3} == ppo.KL_ESTIMATORS
 
 
@@ -79,7 +79,7 @@ def test_k2_and_k3_are_never_negative(logprob, ref_logprob):
     assert ppo.kl_k3(logprobs, ref_logprobs) >= 0
 
 
-def test_k3_keeps_its_digits_where_the_policies_almost_agree():
+def test_k3_is_accurate_if_the_policies_almost_agree():
     # (r - 1) - log r = d^2 / 2 + ...; formed as exp(d) - 1 - d it would be rounding noise.
     difference = torch.tensor([1e-3])
 
@@ -89,7 +89,7 @@ def test_k3_keeps_its_digits_where_the_policies_almost_agree():
 
 
 @given(st.integers(0, 1000))
-def test_k1_and_k3_are_unbiased_and_k2_is_so_to_second_order(seed):
+def test_k1_and_k3_are_unbiased_and_k2_is_unbiased_to_second_order(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(8, generator=generator, dtype=torch.float64)
     near = logits + 0.01 * torch.randn(8, generator=generator, dtype=torch.float64)
@@ -102,14 +102,14 @@ def test_k1_and_k3_are_unbiased_and_k2_is_so_to_second_order(seed):
     assert_close((p * ppo.kl_k2(log_p, log_near)).sum(), kl(log_near), rtol=0.2, atol=1e-9)
 
 
-def test_the_gradient_of_k2_is_that_of_the_kl_and_the_gradient_of_k1_is_zero():
+def test_the_gradient_of_k2_equals_that_of_the_kl_and_the_gradient_of_k1_is_zero():
     logits = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     log_ref = logits.flip(0).log_softmax(0)
 
     def gradient(estimate):
         x = logits.clone().requires_grad_()
         log_p = x.log_softmax(0)
-        # As PPO does it: the gradient of the estimate at tokens already drawn from p.
+        # As in PPO: the gradient of the estimate at tokens that were sampled from p.
         (log_p.exp().detach() * estimate(log_p, log_ref)).sum().backward()
         return x.grad
 
@@ -125,7 +125,7 @@ def test_the_gradient_of_k2_is_that_of_the_kl_and_the_gradient_of_k1_is_zero():
     [
         (6.0, 0.2),  # on target
         (6.6, 0.2 * (1 + 0.1 * 64 / 1000)),  # a tenth above it
-        (60.0, 0.2 * (1 + 0.2 * 64 / 1000)),  # far above: the error counts as 0.2
+        (60.0, 0.2 * (1 + 0.2 * 64 / 1000)),  # far above: the error is clipped to 0.2
         (0.0, 0.2 * (1 - 0.2 * 64 / 1000)),  # far below
         (-3.0, 0.2 * (1 - 0.2 * 64 / 1000)),  # k1 may be negative
     ],
@@ -158,12 +158,12 @@ def test_token_rewards_match_the_worked_example():
     assert_close(rewards, tensor([[-0.5, 1.0, 3.0], [6.0, 0.0, 0.0]]))
 
 
-@given(responses(1), st.integers(0, 3), junk)
-def test_the_score_lands_on_the_last_real_token_however_wide_the_padding(batch, extra, value):
+@given(responses(1), st.integers(0, 3), padding_values)
+def test_the_score_is_on_the_last_token_at_any_width_of_padding(batch, extra, value):
     mask, kl = batch
     scores = torch.arange(1.0, len(mask) + 1)
     mask, kl = widen(mask, extra, False), widen(kl, extra, value)
-    kl = spoil(kl, mask, value)
+    kl = fill_padding(kl, mask, value)
 
     rewards = ppo.token_rewards(scores, kl, mask, kl_coef=0.0)
 
@@ -172,18 +172,18 @@ def test_the_score_lands_on_the_last_real_token_however_wide_the_padding(batch, 
     assert_close(rewards.sum(dim=1), scores)
 
 
-@given(responses(1), junk)
+@given(responses(1), padding_values)
 def test_padding_never_changes_a_reward(batch, value):
     mask, kl = batch
     scores = torch.linspace(-2, 2, len(mask))
 
     rewards = ppo.token_rewards(scores, kl, mask, kl_coef=0.3)
 
-    assert_close(ppo.token_rewards(scores, spoil(kl, mask, value), mask, 0.3), rewards)
+    assert_close(ppo.token_rewards(scores, fill_padding(kl, mask, value), mask, 0.3), rewards)
     assert not rewards[~mask].any()
 
 
-def test_token_rewards_leave_their_arguments_alone():
+def test_token_rewards_does_not_modify_its_arguments():
     scores, kl, mask = torch.ones(1), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
 
     ppo.token_rewards(scores, kl, mask, kl_coef=0.5)
@@ -200,7 +200,7 @@ def test_gae_matches_the_worked_example():
     #   t=1: delta = 2 + 0 - 1   = 1     A = 1
     #   t=0: delta = 0 + 1 - 0.5 = 0.5   A = 0.5 + 0.5 * 1 = 1
     rewards = tensor([[0.0, 2.0, 0.0]])
-    values = tensor([[0.5, 1.0, 9.0]])  # 9.0 is padding, and must not be seen
+    values = tensor([[0.5, 1.0, 9.0]])  # 9.0 is padding
     mask = tensor([[True, True, False]])
 
     advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, gae_lambda=0.5)
@@ -221,11 +221,11 @@ def test_gae_discounts_the_next_value_as_well_as_the_next_advantage():
     assert_close(returns, tensor([[2.5, 4.0]]))
 
 
-@given(responses(), st.integers(1, 5), junk)
+@given(responses(), st.integers(1, 5), padding_values)
 def test_padding_never_changes_an_advantage(batch, extra, value):
     mask, rewards, values = batch
     width = mask.shape[1]
-    dirty = lambda x: widen(spoil(x, mask, value), extra, value)
+    dirty = lambda x: widen(fill_padding(x, mask, value), extra, value)
 
     advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.8)
     padded, padded_returns = ppo.gae(
@@ -244,12 +244,12 @@ def test_lambda_one_is_monte_carlo(batch, gamma):
 
     advantages, returns = ppo.gae(rewards, values, mask, gamma=gamma, gae_lambda=1.0)
 
-    to_come = torch.zeros_like(rewards)
+    discounted = torch.zeros_like(rewards)
     for t in range(mask.shape[1]):
         discount = gamma ** torch.arange(mask.shape[1] - t).float()
-        to_come[:, t] = ((rewards * mask)[:, t:] * discount).sum(dim=1)
-    assert_close(returns, to_come * mask, atol=1e-4, rtol=1e-4)
-    assert_close(advantages, (to_come - values) * mask, atol=1e-4, rtol=1e-4)
+        discounted[:, t] = ((rewards * mask)[:, t:] * discount).sum(dim=1)
+    assert_close(returns, discounted * mask, atol=1e-4, rtol=1e-4)
+    assert_close(advantages, (discounted - values) * mask, atol=1e-4, rtol=1e-4)
 
 
 @given(responses(), st.floats(0, 1))
@@ -272,7 +272,7 @@ def test_returns_are_advantages_plus_values(batch, gamma, gae_lambda):
 
 
 @given(responses(), st.floats(0, 1))
-def test_a_value_head_that_is_right_leaves_no_advantage(batch, gae_lambda):
+def test_exact_values_give_zero_advantages(batch, gae_lambda):
     mask, rewards, _ = batch
     values = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
 
@@ -281,7 +281,7 @@ def test_a_value_head_that_is_right_leaves_no_advantage(batch, gae_lambda):
     assert_close(advantages, torch.zeros_like(advantages), atol=1e-4, rtol=0.0)
 
 
-def test_gae_leaves_its_arguments_alone():
+def test_gae_does_not_modify_its_arguments():
     rewards, values = tensor([[1.0, 2.0]]), tensor([[3.0, 4.0]])
 
     ppo.gae(rewards, values, tensor([[True, False]]), 0.9, 0.9)
@@ -312,35 +312,35 @@ def test_standardised_entries_have_mean_zero_and_deviation_one(batch):
         assert float(z.std()) == pytest.approx(1, abs=1e-3)
 
 
-@given(responses(1), st.integers(0, 3), junk)
-def test_padding_never_changes_what_is_standardised(batch, extra, value):
+@given(responses(1), st.integers(0, 3), padding_values)
+def test_padding_never_changes_standardised_entries(batch, extra, value):
     mask, x = batch
     wide = widen(mask, extra, False)
 
-    padded = ppo.standardise(widen(spoil(x, mask, value), extra, value), wide)
+    padded = ppo.standardise(widen(fill_padding(x, mask, value), extra, value), wide)
 
     assert_close(padded[:, : mask.shape[1]], ppo.standardise(x, mask))
     assert not padded[~wide].any()
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_equal_entries_standardise_to_zero_and_not_to_infinity(count):
+def test_equal_entries_are_standardised_to_zero(count):
     z = ppo.standardise(torch.full((1, count), 3.3), torch.ones(1, count, dtype=torch.bool))
 
     assert_close(z, torch.zeros(1, count))
 
 
-def test_a_worker_and_its_twin_standardise_like_one_worker_with_both_batches():
+def test_two_identical_workers_standardise_like_one_with_both_batches():
     torch.manual_seed(0)
     x, mask = torch.randn(4, 5), torch.rand(4, 5) < 0.7
 
-    with_twin = ppo.standardise(x, mask, sum_over_workers=lambda total: 2 * total)
+    with_two = ppo.standardise(x, mask, sum_over_workers=lambda total: 2 * total)
 
     alone = ppo.standardise(torch.cat([x, x]), torch.cat([mask, mask]))
-    assert_close(with_twin, alone[:4])
+    assert_close(with_two, alone[:4])
 
 
-def test_unequal_workers_standardise_like_one_with_all_rows(two_workers):
+def test_workers_with_unequal_shares_standardise_like_one_with_all_rows(two_workers):
     torch.manual_seed(0)
     x, mask = torch.randn(8, 5), torch.rand(8, 5) < 0.6
     shares = [slice(0, 2), slice(2, 8)]
@@ -356,27 +356,27 @@ def test_unequal_workers_standardise_like_one_with_all_rows(two_workers):
 
 
 def test_explained_variance_matches_the_worked_example():
-    # returns 0, 4: variance 4. errors 0, 2: variance 1. So 3/4 was foreseen.
+    # returns 0, 4: variance 4. errors 0, 2: variance 1. So 3/4 is explained.
     returns, values = tensor([[0.0, 4.0, 9.0]]), tensor([[0.0, 2.0, 9.0]])
     mask = tensor([[True, True, False]])
 
     assert ppo.explained_variance(values, returns, mask) == pytest.approx(0.75)
 
 
-@given(responses(1), st.floats(-3, 3), junk)
-def test_values_that_are_right_up_to_a_constant_explain_everything(batch, constant, value):
+@given(responses(1), st.floats(-3, 3), padding_values)
+def test_values_with_a_constant_error_explain_all_variance(batch, constant, value):
     mask, returns = batch
     returns = returns + torch.arange(returns.numel()).view_as(returns)
 
     explained = ppo.explained_variance(
-        spoil(returns + constant, mask, value), spoil(returns, mask, value), mask
+        fill_padding(returns + constant, mask, value), fill_padding(returns, mask, value), mask
     )
 
     if mask.sum() > 1 and returns[mask].std() > 0.1:
         assert explained == pytest.approx(1, abs=1e-3)
 
 
-def test_values_that_say_nothing_explain_nothing():
+def test_constant_values_explain_no_variance():
     torch.manual_seed(0)
     returns, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
 
@@ -385,13 +385,13 @@ def test_values_that_say_nothing_explain_nothing():
     )
 
 
-def test_returns_that_do_not_vary_have_nothing_to_explain():
+def test_explained_variance_is_zero_if_the_returns_do_not_vary():
     mask = torch.ones(2, 3, dtype=torch.bool)
 
     assert ppo.explained_variance(torch.randn(2, 3), torch.full((2, 3), 5.0), mask) == 0
 
 
-def test_workers_explain_the_variance_of_one_with_all_rows(two_workers):
+def test_explained_variance_over_workers_equals_that_of_one_with_all_rows(two_workers):
     torch.manual_seed(0)
     returns, values, mask = torch.randn(6, 4), torch.randn(6, 4), torch.rand(6, 4) < 0.8
     shares = [slice(0, 1), slice(1, 6)]
@@ -411,21 +411,21 @@ def test_workers_explain_the_variance_of_one_with_all_rows(two_workers):
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "clipped"),
     [
-        (1.5, +1.0, -1.2, True),  # a good token, already likelier: stops paying at 1 + clip_range
-        (0.5, +1.0, -0.5, False),  # a good token, made rarer: free to come back
-        (0.5, -1.0, +0.8, True),  # a bad token, already rarer: stops paying at 1 - clip_range
-        (1.5, -1.0, +1.5, False),  # a bad token, made likelier: pays in full
+        (1.5, +1.0, -1.2, True),  # a good token, already more likely: no gain beyond 1 + clip_range
+        (0.5, +1.0, -0.5, False),  # a good token, made less likely: not clipped
+        (0.5, -1.0, +0.8, True),  # a bad token, already less likely: no gain below 1 - clip_range
+        (1.5, -1.0, +1.5, False),  # a bad token, made more likely: not clipped
     ],
 )
-def test_the_clip_only_holds_back_moves_that_already_paid(ratio, advantage, loss, clipped):
+def test_only_moves_in_favour_of_the_advantage_are_clipped(ratio, advantage, loss, clipped):
     new = torch.full((1, 1), ratio).log().requires_grad_()
     mask = torch.ones(1, 1, dtype=torch.bool)
 
-    actual, held = ppo.policy_loss(new, torch.zeros(1, 1), tensor([[advantage]]), mask, 0.2)
+    actual, is_clipped = ppo.policy_loss(new, torch.zeros(1, 1), tensor([[advantage]]), mask, 0.2)
     actual.sum().backward()
 
     assert_close(actual.detach(), tensor([[loss]]))
-    assert held.item() == clipped
+    assert is_clipped.item() == clipped
     assert_close(new.grad, tensor([[0.0 if clipped else -ratio * advantage]]))
 
 
@@ -442,35 +442,35 @@ def test_the_first_ratio_is_one_and_clips_nothing(batch, clip_range):
     assert not clipped.any()
 
 
-@given(responses(3), st.integers(0, 3), junk)
-def test_padding_changes_no_policy_loss_and_gets_a_zero_gradient(batch, extra, value):
+@given(responses(3), st.integers(0, 3), padding_values)
+def test_padding_does_not_change_the_policy_loss_and_has_zero_gradient(batch, extra, value):
     mask, new, old, advantages = batch
     width = mask.shape[1]
-    dirty = lambda x: widen(spoil(x, mask, value), extra, value)
+    dirty = lambda x: widen(fill_padding(x, mask, value), extra, value)
     clean, padded = new.clone().requires_grad_(), dirty(new).requires_grad_()
     wide = widen(mask, extra, False)
 
     loss, clipped = ppo.policy_loss(clean, old, advantages, mask, 0.2)
-    dirty_loss, dirty_held = ppo.policy_loss(padded, dirty(old), dirty(advantages), wide, 0.2)
+    dirty_loss, dirty_clipped = ppo.policy_loss(padded, dirty(old), dirty(advantages), wide, 0.2)
     loss.sum().backward()
     dirty_loss.sum().backward()
 
     assert_close(dirty_loss[:, :width], loss)
-    assert torch.equal(dirty_held[:, :width], clipped)
+    assert torch.equal(dirty_clipped[:, :width], clipped)
     assert_close(padded.grad[:, :width], clean.grad)
-    for padding in (dirty_loss, dirty_held, padded.grad):
+    for padding in (dirty_loss, dirty_clipped, padded.grad):
         assert not padding[~wide].any()
 
 
 @given(responses(3), st.floats(0.05, 0.5))
-def test_the_clipped_loss_is_never_below_the_free_one(batch, clip_range):
+def test_the_clipped_loss_is_never_below_the_unclipped_loss(batch, clip_range):
     mask, new, old, advantages = batch
 
     loss, clipped = ppo.policy_loss(new, old, advantages, mask, clip_range)
 
-    free = torch.where(mask, -torch.exp(new - old) * advantages, 0.0)
-    assert (loss >= free).all()
-    assert_close(loss[~clipped], free[~clipped])
+    unclipped = torch.where(mask, -torch.exp(new - old) * advantages, 0.0)
+    assert (loss >= unclipped).all()
+    assert_close(loss[~clipped], unclipped[~clipped])
 
 
 # ---- the value head's loss ---------------------------------------------------------------------
@@ -480,12 +480,12 @@ def test_the_clipped_loss_is_never_below_the_free_one(batch, clip_range):
     ("new_value", "returns", "loss", "gradient"),
     [
         (0.1, 1.0, 0.405, -0.9),  # within the clip: half the squared error
-        (0.5, 1.0, 0.320, 0.0),  # on its way, but beyond 0.2: stops paying, counts as 0.2
-        (0.5, -1.0, 1.125, 1.5),  # moved away: pays in full
-        (3.0, 1.0, 2.000, 2.0),  # overshot by more than the clip leaves: pays in full
+        (0.5, 1.0, 0.320, 0.0),  # towards the return, beyond 0.2: counts as 0.2, no gradient
+        (0.5, -1.0, 1.125, 1.5),  # away from the return: not clipped
+        (3.0, 1.0, 2.000, 2.0),  # beyond the return, with a larger error than the clipped value
     ],
 )
-def test_the_value_clip_only_holds_back_moves_that_already_paid(new_value, returns, loss, gradient):
+def test_only_value_moves_towards_the_return_are_clipped(new_value, returns, loss, gradient):
     new = tensor([[new_value]], requires_grad=True)
     mask = torch.ones(1, 1, dtype=torch.bool)
 
@@ -497,7 +497,7 @@ def test_the_value_clip_only_holds_back_moves_that_already_paid(new_value, retur
 
 
 @given(responses(2))
-def test_an_unmoved_value_pays_half_its_squared_error(batch):
+def test_the_loss_of_an_unchanged_value_is_half_its_squared_error(batch):
     mask, values, returns = batch
 
     loss = ppo.value_loss(values, values, returns, mask, clip_range=0.2)
@@ -505,11 +505,11 @@ def test_an_unmoved_value_pays_half_its_squared_error(batch):
     assert_close(loss, torch.where(mask, 0.5 * (values - returns) ** 2, 0.0))
 
 
-@given(responses(3), st.integers(0, 3), junk)
-def test_padding_changes_no_value_loss_and_gets_a_zero_gradient(batch, extra, value):
+@given(responses(3), st.integers(0, 3), padding_values)
+def test_padding_does_not_change_the_value_loss_and_has_zero_gradient(batch, extra, value):
     mask, new, old, returns = batch
     width = mask.shape[1]
-    dirty = lambda x: widen(spoil(x, mask, value), extra, value)
+    dirty = lambda x: widen(fill_padding(x, mask, value), extra, value)
     clean, padded = new.clone().requires_grad_(), dirty(new).requires_grad_()
     wide = widen(mask, extra, False)
 

@@ -1,4 +1,4 @@
-"""PromptShards: the global batch of a step is the same whatever the number of workers."""
+"""PromptShards: the global batch of a step is the same for any number of workers."""
 
 import pytest
 import torch
@@ -6,40 +6,40 @@ import torch
 from ray_detox.config import DataConfig, PPOConfig, RunConfig, TrainConfig
 from ray_detox.data.prompts import prompt_id
 from ray_detox.data.shards import PromptShards, make_batch, shards_of_worker
+from ray_detox.records import PreparedRow
 
-LANES = 8
+SHARDS = 8
 
 
 def row(number):
     text = f"prompt {number}"
-    return {
-        "prompt_id": prompt_id(text),
-        "prompt": text,
-        "query_ids": [*range(3, 4 + number % 5), 1],
-        "summary": f"summary {number}",
-        "topic": number,
-    }
+    return PreparedRow(
+        prompt_id=prompt_id(text),
+        prompt=text,
+        query_ids=[*range(3, 4 + number % 5), 1],
+        columns={"summary": f"summary {number}", "topic": number},
+    )
 
 
 def config(prompts_per_step=16, workers=1):
     return RunConfig(
-        data=DataConfig(shards=LANES),
+        data=DataConfig(shards=SHARDS),
         ppo=PPOConfig(prompts_per_step=prompts_per_step, minibatches=2),
         train=TrainConfig(workers=workers),
     )
 
 
 def rows_by_shard(count=50):
-    return {shard: [row(n) for n in range(shard, count, LANES)] for shard in range(LANES)}
+    return {shard: [row(n) for n in range(shard, count, SHARDS)] for shard in range(SHARDS)}
 
 
-def shards_of(rank, workers, **settings):
+def worker_shards(rank, workers, **settings):
     rows = rows_by_shard()
-    mine = {shard: rows[shard] for shard in shards_of_worker(LANES, rank, workers)}
-    return PromptShards(config(workers=workers, **settings), mine, pad_id=0)
+    own = {shard: rows[shard] for shard in shards_of_worker(SHARDS, rank, workers)}
+    return PromptShards(config(workers=workers, **settings), own, pad_id=0)
 
 
-def test_a_batch_holds_the_rows_and_keeps_the_datas_other_columns():
+def test_a_batch_has_the_prompts_and_the_columns_of_its_rows():
     batch = make_batch([row(2), row(0)], pad_id=0)
 
     assert batch.texts == ["prompt 2", "prompt 0"]
@@ -54,33 +54,33 @@ def test_a_batch_of_no_rows_is_empty():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 8])
-def test_workers_hold_all_shards_in_order_and_none_twice(workers):
-    held = [shard for rank in range(workers) for shard in shards_of_worker(LANES, rank, workers)]
+def test_workers_together_hold_every_shard_once_and_in_order(workers):
+    held = [shard for rank in range(workers) for shard in shards_of_worker(SHARDS, rank, workers)]
 
-    assert held == list(range(LANES))
+    assert held == list(range(SHARDS))
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("step", [0, 3, 17])
 def test_the_global_batch_does_not_depend_on_the_number_of_workers(workers, step):
-    alone = shards_of(0, 1).batch(step)
-    parts = [shards_of(rank, workers) for rank in range(workers)]
+    alone = worker_shards(0, 1).batch(step)
+    parts = [worker_shards(rank, workers) for rank in range(workers)]
 
     batches = [part.batch(step) for part in parts]
 
     assert [name for batch in batches for name in batch.ids] == alone.ids
     sizes = [len(batch) for batch in batches]
-    assert max(sizes) - min(sizes) <= 16 // LANES
+    assert max(sizes) - min(sizes) <= 16 // SHARDS
     assert [part.first_row for part in parts] == [sum(sizes[:i]) for i in range(workers)]
     for part, batch in zip(parts, batches, strict=True):
-        mine = slice(part.first_row, part.first_row + len(batch))
-        assert batch.texts == alone.texts[mine]
+        own = slice(part.first_row, part.first_row + len(batch))
+        assert batch.texts == alone.texts[own]
         width = batch.query_ids.shape[1]
-        assert torch.equal(batch.query_ids, alone.query_ids[mine, :width])
+        assert torch.equal(batch.query_ids, alone.query_ids[own, :width])
 
 
-def test_every_prompt_is_answered_once_before_any_is_answered_twice():
-    shards = shards_of(0, 1)  # 50 rows: shards of 7, 7, 6, 6, ... and 2 rows of each a step
+def test_every_prompt_is_used_once_before_any_is_used_twice():
+    shards = worker_shards(0, 1)  # 50 rows: shards of 7, 7, 6, 6, ... and 2 rows of each a step
 
     seen = [text for step in range(3) for text in shards.batch(step).texts]
 
@@ -89,8 +89,8 @@ def test_every_prompt_is_answered_once_before_any_is_answered_twice():
     assert {f"prompt {n}" for n in range(50)} <= later | set(seen)
 
 
-def test_a_step_draws_the_same_rows_whenever_it_is_asked():
-    shards, again = shards_of(0, 1), shards_of(0, 1)
+def test_the_rows_of_a_step_do_not_depend_on_earlier_calls():
+    shards, again = worker_shards(0, 1), worker_shards(0, 1)
     for step in range(5):
         shards.batch(step)
 
@@ -98,19 +98,19 @@ def test_a_step_draws_the_same_rows_whenever_it_is_asked():
     assert shards.batch(3).ids != again.batch(2).ids
 
 
-def test_another_seed_draws_other_rows():
+def test_another_seed_gives_other_rows():
     rows = rows_by_shard()
     batches = [
-        PromptShards(RunConfig(seed=seed, data=DataConfig(shards=LANES)), rows, pad_id=0).batch(0)
+        PromptShards(RunConfig(seed=seed, data=DataConfig(shards=SHARDS)), rows, pad_id=0).batch(0)
         for seed in (0, 1)
     ]
 
     assert batches[0].ids != batches[1].ids
 
 
-def test_a_shard_shorter_than_its_share_of_a_step_starts_over():
-    rows = {shard: [row(shard)] for shard in range(LANES)}
+def test_a_shard_shorter_than_its_share_of_a_step_repeats_its_rows():
+    rows = {shard: [row(shard)] for shard in range(SHARDS)}
 
     batch = PromptShards(config(prompts_per_step=32), rows, pad_id=0).batch(0)
 
-    assert batch.texts == [f"prompt {shard}" for shard in range(LANES) for _ in range(4)]
+    assert batch.texts == [f"prompt {shard}" for shard in range(SHARDS) for _ in range(4)]

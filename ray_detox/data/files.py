@@ -19,7 +19,7 @@ from ray_detox.models.sources import looks_like_path, s3_filesystem
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 EXPECTED = {
     "jsonl": "a JSON object in each line",
-    "csv": "as many fields in each row as in the first line, in quotes where they have commas",
+    "csv": "as many fields in each row as in the first line, in quotes if they contain commas",
 }
 LAB_ROWS = 3200
 """Rows of the embedded corpus that `data.path=lab` offers."""

@@ -1,1 +1,1 @@
-"""The models of a run, on transformers and peft: policy, classifier, and where they come from."""
+"""The models of a run, on transformers and peft: policy, classifier and model sources."""

@@ -16,7 +16,8 @@ from ray_detox.data.prompts import prompt_text, unpack_rows
 from ray_detox.data.shards import PromptShards, shards_of_worker
 from ray_detox.lab import corpus
 from ray_detox.recipes.loading import load_config
-from ray_detox.stages.ingest import ingest
+from ray_detox.records import LeftOutRow, PreparedRow
+from ray_detox.stages.ingest import ingest, pack_rows
 
 pytestmark = pytest.mark.ray
 
@@ -156,6 +157,20 @@ def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t
     assert {row.columns["summary"] for row in found.train + found.held_out} == set(
         map(str, range(ROWS))
     )
+
+
+def test_prepared_rows_are_restored_from_their_table():
+    prepared = [
+        PreparedRow("00ff", "Sum up: ü", [3, 1], {"summary": None, "facts": ["one", 2], "id": "a"}),
+        PreparedRow("01ff", "Sum up: b", [4, 5, 1], {"dialogue": "b\ud800"}),
+    ]
+
+    table = pack_rows([*prepared, LeftOutRow("'c'", "empty dialogue")])
+
+    *usable, left_out = table.to_pylist()
+    assert unpack_rows(usable) == prepared
+    assert (left_out["name"], left_out["left_out"]) == ("'c'", "empty dialogue")
+    assert table["left_out"].null_count == 2
 
 
 # ---- what is left out ------------------------------------------------------------------------
