@@ -21,6 +21,7 @@ from typing import Any
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
+from ray_detox.evaluation.summarise import summarise
 from ray_detox.models.sources import fingerprint, folder_fingerprint
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter, write_files
@@ -146,8 +147,6 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     """
     folder.require_adapter()
     source = preflight.check(config)
-    from ray_detox.evaluation.summarise import summarise
-
     with (
         flatten_ray_errors(),
         cluster(config, console) as need,

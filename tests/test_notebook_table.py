@@ -139,7 +139,7 @@ def test_a_sample_that_does_not_fit_is_named_before_the_first_write(table, endpo
 
 def test_a_table_that_stays_busy_is_given_up(table, endpoint, monkeypatch):
     pauses = []
-    monkeypatch.setattr(notebook, "_pause", pauses.append)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
 
     def nothing_is_taken(**arguments):
         arguments["parsed"]["UnprocessedItems"] = {
@@ -160,13 +160,15 @@ def test_a_table_that_stays_busy_is_given_up(table, endpoint, monkeypatch):
             REPORT, make_samples(), table[0], endpoint_url=endpoint, overwrite=True
         )
 
-    assert pauses == list(range(1, 8))
+    longest = [min(5.0, 0.05 * 2**attempt) for attempt in range(1, 8)]
+    assert len(pauses) == 7
+    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, longest, strict=True))
 
 
 @pytest.fixture
 def proxy(endpoint, monkeypatch):
     """A wire that can fail, and nobody who waits for long."""
-    monkeypatch.setattr(notebook, "_pause", lambda attempt: None)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
     monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", patience)

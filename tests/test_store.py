@@ -676,7 +676,7 @@ class Client:
 
 def test_a_busy_table_gets_the_rest_later(dynamo, monkeypatch):
     pauses = []
-    monkeypatch.setattr(dynamodb_module, "_pause", pauses.append)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
     dynamo.client = Client(dynamo.client, lambda r: (r[: len(r) // 2 + 1], r[len(r) // 2 + 1 :]))
 
     dynamo.put_run(make_report(), make_samples(30))
@@ -689,7 +689,7 @@ def test_a_busy_table_gets_the_rest_later(dynamo, monkeypatch):
 
 def test_a_table_that_stays_busy_is_given_up(dynamo, monkeypatch):
     pauses = []
-    monkeypatch.setattr(dynamodb_module, "_pause", pauses.append)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
     dynamo.client = Client(dynamo.client, lambda requests: ([], requests))
 
     with pytest.raises(StoreError, match="too busy"):
@@ -797,7 +797,7 @@ def test_an_unknown_profile_is_named(endpoint, monkeypatch):
 
 
 def test_an_endpoint_that_is_no_address_is_named():
-    with pytest.raises(StoreError, match=r"results\.endpoint_url is no address"):
+    with pytest.raises(StoreError, match=r"results\.endpoint_url is not a valid address"):
         DynamoDBStore("t", region=REGION, endpoint_url="localhost:8000").check()
 
 
@@ -814,14 +814,14 @@ FAST = Config(connect_timeout=1, retries={"total_max_attempts": 1})
 
 
 def test_a_bad_table_name_is_named(endpoint):
-    with pytest.raises(StoreError, match="'' is no name that a DynamoDB table can have"):
+    with pytest.raises(StoreError, match="'' is not a valid name of a DynamoDB table"):
         DynamoDBStore("", region=REGION, endpoint_url=endpoint).check()
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("AccessDeniedException", "AWS allows no describe_table on table"),
+        ("AccessDeniedException", "AWS does not allow describe_table on table"),
         ("ExpiredTokenException", r"refused the credentials \(ExpiredTokenException\)"),
         ("InvalidSignatureException", "Sign in again"),
         ("ProvisionedThroughputExceededException", "too busy"),

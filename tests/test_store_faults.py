@@ -61,7 +61,7 @@ def table(request, endpoint):
 @pytest.fixture
 def store(proxy, table, monkeypatch):
     """A store behind the proxy, whose pauses take no time."""
-    monkeypatch.setattr(dynamodb_module, "_pause", lambda seconds: None)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
     monkeypatch.setattr(dynamodb_module, "PATIENT", patience)
@@ -118,7 +118,7 @@ def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
         ("broken", r"refused batch_write_item on table .* \(InternalServerError\)"),
         ("reset", "could not be reached at 127"),
         ("hang", "could not be reached at 127"),
-        ("denied", "allows no batch_write_item on table"),
+        ("denied", "does not allow batch_write_item on table"),
         ("expired", r"refused the credentials \(ExpiredTokenException\)"),
     ],
 )
@@ -166,7 +166,7 @@ def test_an_overwriting_that_fails_can_be_repeated(store, proxy):
     store.put_run(make_report(kl=9.0), make_samples(90))
     proxy.fail("BatchWriteItem", "denied", after=1)
 
-    with pytest.raises(StoreError, match="allows no batch_write_item"):
+    with pytest.raises(StoreError, match="does not allow batch_write_item"):
         store.put_run(*MANIFEST, overwrite=True)
 
     # Neither the old run nor the new one is whole, and neither is shown.
