@@ -167,7 +167,7 @@ def test_a_process_left_in_the_background_is_waited_for(ssh):
     assert [record["argv"] for record in ssh.records("node")] == [["cat", "late"]]
 
 
-def test_only_what_runs_in_the_container_is_said_to(ssh):
+def test_the_record_says_which_commands_ran_in_the_container(ssh):
     text = (
         "sudo usermod -aG docker $USER; docker run x; docker exec -it box /bin/bash -c 'ray stop'"
     )

@@ -157,7 +157,7 @@ RAY_JOB = obj(
 )  # fmt: skip
 
 
-def test_every_field_is_one_of_kuberays_with_its_type(job):
+def test_every_field_matches_kuberays_schema(job):
     jsonschema.validate(job, RAY_JOB)
 
 
@@ -175,7 +175,7 @@ def test_every_field_is_one_of_kuberays_with_its_type(job):
          "12 GB", "'12 GB' does not match"),
     ],
 )  # fmt: skip
-def test_a_field_that_kuberay_would_refuse_or_drop_is_seen(job, path, value, sentence):
+def test_the_schema_rejects_a_field_that_kuberay_would_refuse_or_drop(job, path, value, sentence):
     *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
     # The file uses anchors: what they name must be changed in one place only.
     node = job = json.loads(json.dumps(job))
@@ -187,7 +187,7 @@ def test_a_field_that_kuberay_would_refuse_or_drop_is_seen(job, path, value, sen
         jsonschema.validate(job, RAY_JOB)
 
 
-def test_what_kuberay_refuses_beyond_its_fields_is_not_here(job, spec):
+def test_the_job_passes_kuberays_validation_beyond_the_schema(job, spec):
     assert job["spec"]["shutdownAfterJobFinishes"]  # or a time to live would be refused
     assert spec["rayVersion"]  # or tokens would be
     for group in spec["workerGroupSpecs"]:
@@ -214,7 +214,7 @@ def launches(spec):
     return functools.partial(nodes_asked_for, settings)
 
 
-def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):
+def test_the_autoscaler_starts_exactly_the_pods_that_a_run_needs(launches, job):
     config = config_of(job)
     need = resources.needs(config, cluster_gpus=8)
     worker, actor = (
@@ -230,7 +230,7 @@ def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):
 # ---- what it agrees with ---------------------------------------------------------------------
 
 
-def test_groups_are_the_node_types_of_the_cluster_on_aws(spec, aws):
+def test_worker_groups_match_the_node_types_on_aws(spec, aws):
     types = aws["available_node_types"]
 
     for group in spec["workerGroupSpecs"]:
@@ -251,7 +251,7 @@ def test_groups_are_the_node_types_of_the_cluster_on_aws(spec, aws):
     assert label == types["head"]["node_config"]["InstanceType"]
 
 
-def test_one_pod_fills_a_node_and_leaves_kubernetes_its_part(job, spec):
+def test_one_pod_fills_a_node_and_leaves_kubernetes_its_share(job, spec):
     prices = yaml.safe_load((ROOT / "cluster/prices.yaml").read_text(encoding="utf-8"))
     autoscaler = spec["autoscalerOptions"]["resources"]["requests"]
     assert autoscaler == {"cpu": "500m", "memory": "512Mi"}
@@ -287,7 +287,7 @@ def version(package):
     return re.findall(rf"^{package}==(\S+)$", PINNED, re.M)[0]
 
 
-def test_images_have_the_ray_and_the_python_that_were_tested(job, spec):
+def test_images_have_the_tested_ray_and_python(job, spec):
     python = re.findall(r"on Python (\d)\.(\d+), Linux", PINNED)[0]
     tag = f"{version('ray')}-py{''.join(python)}"
     kinds = {"submitter": "cpu", "head": "cpu", "train-gpu": "cu128", "reward-gpu-spot": "cu128"}
@@ -304,7 +304,7 @@ def test_images_have_the_ray_and_the_python_that_were_tested(job, spec):
 
 
 @pytest.mark.parametrize("variant, kind", [("cpu", "head"), ("cu128", "worker")])
-def test_an_image_is_made_by_the_script_of_the_nodes_on_aws(tmp_path, variant, kind):
+def test_an_image_is_built_with_the_setup_script_of_the_nodes_on_aws(tmp_path, variant, kind):
     recipe = (ROOT / "cluster/Dockerfile").read_text(encoding="utf-8")
     (command,) = re.findall(r"^RUN (.*?)(?<!\\)$", recipe, re.M | re.S)
     told = tmp_path / "told"
@@ -345,7 +345,7 @@ def config_of(job):
     return cli._load(arguments_of(job).words)
 
 
-def test_the_entrypoint_is_a_run_that_can_be_tried_again(job, aws):
+def test_the_entrypoint_is_a_run_that_can_be_retried(job, aws):
     args, config = arguments_of(job), config_of(job)
 
     assert args.verb is cli._run
@@ -362,7 +362,7 @@ def test_the_entrypoint_is_a_run_that_can_be_tried_again(job, aws):
     assert config.cluster.capacity_timeout_s >= 900
 
 
-def test_the_job_and_every_pod_have_the_environment_that_a_run_needs(job):
+def test_the_job_and_every_pod_set_the_environment_of_a_run(job):
     runtime = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
     region = re.findall(r"ecr\.(\S+?)\.amazonaws", pods(job)["head"]["containers"][0]["image"])[0]
 
@@ -376,7 +376,7 @@ def test_the_job_and_every_pod_have_the_environment_that_a_run_needs(job):
         assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & environment(pods(job)[name]).keys()
 
 
-def test_what_is_open_asks_for_a_token_and_nothing_is_open_outside(documents, job, spec):
+def test_every_port_requires_a_token_and_none_is_public(documents, job, spec):
     head = spec["headGroupSpec"]
 
     assert spec["authOptions"] == {"mode": "token"}
@@ -392,7 +392,7 @@ def test_what_is_open_asks_for_a_token_and_nothing_is_open_outside(documents, jo
         assert not [port for port in container.get("ports", []) if "hostPort" in port], name
 
 
-def test_pods_have_a_role_each_and_only_the_head_may_ask_kubernetes(documents, job):
+def test_each_pod_has_a_role_and_only_the_head_may_call_kubernetes(documents, job):
     accounts = {d["metadata"]["name"]: d for d in documents if d["kind"] == "ServiceAccount"}
     iam = (ROOT / "cluster/iam.yaml").read_text(encoding="utf-8")
     text = FILE.read_text(encoding="utf-8")
@@ -438,7 +438,7 @@ def test_every_number_is_explained(job):
 # ---- nodes that go ---------------------------------------------------------------------------
 
 
-def test_a_pod_is_given_longer_than_ray_takes_to_drain(job):
+def test_the_grace_period_is_longer_than_the_drain(job):
     for name in GROUPS:
         pod = pods(job)[name]
         drain_s = int(environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
@@ -474,7 +474,7 @@ print("draining", node in state.state.get_draining_nodes(), flush=True)
 
 
 @pytest.mark.ray
-def test_a_node_that_gets_sigterm_is_drained_before_it_ends(job):
+def test_a_node_drains_after_sigterm_before_it_ends(job):
     # Why the pods have no preStop hook. Where this fails, they need one that says `ray drain-node`.
     folder = tempfile.mkdtemp(prefix="ray-")  # short, for the paths of Ray's sockets
     address = f"127.0.0.1:{free_port()}"

@@ -105,7 +105,7 @@ def test_samples_become_flat_items_with_exact_numbers(table, endpoint):
     assert not {"toxicity_after", "toxicity_diff", "kl"} & set(second)
 
 
-def test_items_of_another_run_are_replaced_on_purpose_only(table, endpoint):
+def test_items_of_another_run_are_replaced_only_with_overwrite(table, endpoint):
     name, client = table
     other = REPORT | {"run_id": "other"}
     notebook.export_samples(REPORT, make_samples(60), name, endpoint_url=endpoint)
@@ -127,7 +127,7 @@ def test_the_same_run_can_be_written_again(table, endpoint):
     assert len(items(table)) == 30
 
 
-def test_a_sample_that_does_not_fit_is_named_before_the_first_write(table, endpoint):
+def test_a_sample_that_is_too_large_is_named_before_the_first_write(table, endpoint):
     samples = make_samples(40)
     samples[37]["query"] = "\u6c49" * 140_000
 
@@ -137,7 +137,7 @@ def test_a_sample_that_does_not_fit_is_named_before_the_first_write(table, endpo
     assert items(table) == []
 
 
-def test_a_table_that_stays_busy_is_given_up(table, endpoint, monkeypatch):
+def test_a_table_that_stays_busy_is_an_error_after_the_last_attempt(table, endpoint, monkeypatch):
     pauses = []
     monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
 
@@ -179,7 +179,7 @@ def proxy(endpoint, monkeypatch):
 
 @pytest.mark.parametrize("table", ["N"], indirect=True)
 @pytest.mark.parametrize("kinds", [("half", "throttle", "broken"), ("reset", "lost", "hang")])
-def test_what_passes_on_the_wire_is_overcome(table, proxy, kinds):
+def test_a_temporary_network_fault_is_retried(table, proxy, kinds):
     for kind in kinds:
         proxy.fail("BatchWriteItem", kind)
 
@@ -198,7 +198,7 @@ def test_what_passes_on_the_wire_is_overcome(table, proxy, kinds):
         ("expired", r"refused the credentials \(ExpiredTokenException\)"),
     ],
 )
-def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(table, proxy, kind, words):
+def test_a_lasting_fault_is_one_sentence_and_a_repeat_succeeds(table, proxy, kind, words):
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
     export = lambda: notebook.export_samples(
         REPORT, make_samples(60), table[0], endpoint_url=proxy.address
@@ -213,7 +213,7 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(table, proxy
     assert export() == len(items(table)) == 60
 
 
-def test_other_tables_are_no_notebooks(endpoint):
+def test_a_table_with_another_key_is_not_a_notebook_table(endpoint):
     store = DynamoDBStore("whole-runs", endpoint_url=endpoint)
     store.create_table()
 
@@ -228,7 +228,7 @@ def test_an_endpoint_that_does_not_answer_is_named():
         notebook.is_notebook_table("any", endpoint_url="http://127.0.0.1:9")
 
 
-def test_awswrangler_starts_no_ray_even_if_it_is_told_to(table, endpoint):
+def test_awswrangler_does_not_start_ray_even_if_the_environment_says_so(table, endpoint):
     script = f"""
 import sys
 import ray
@@ -252,7 +252,7 @@ assert notebook.wrangler().engine.get().value == "python"
     assert len(items(table)) == 2
 
 
-def test_decimals_are_what_repr_says():
+def test_decimals_equal_the_repr_of_the_float():
     (item,) = notebook.items_of(REPORT, make_samples(1), "N")
 
     assert item["toxicity_before"] == Decimal("0.30000000000000004")

@@ -93,7 +93,7 @@ MANIFEST = make_report(), make_samples(60), CURVES
         ("GetItem", "throttle", 2),
     ],
 )
-def test_what_passes_is_overcome(store, proxy, operation, kind, times):
+def test_a_temporary_fault_is_retried(store, proxy, operation, kind, times):
     proxy.fail(operation, kind, times)
 
     assert store.put_run(*MANIFEST)
@@ -101,7 +101,7 @@ def test_what_passes_is_overcome(store, proxy, operation, kind, times):
     assert stored(store) == MANIFEST
 
 
-def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
+def test_a_lost_answer_to_the_last_write_is_retried(store, proxy):
     proxy.fail("PutItem", "lost", after=1)
 
     assert store.put_run(*MANIFEST)
@@ -122,7 +122,7 @@ def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
         ("expired", r"refused the credentials \(ExpiredTokenException\)"),
     ],
 )
-def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy, kind, words):
+def test_a_lasting_fault_is_one_sentence_and_a_repeat_succeeds(store, proxy, kind, words):
     # The second batch of three; of 25 items that are halved, one is never taken.
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
 
@@ -137,7 +137,7 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy
     assert stored(store) == MANIFEST
 
 
-def test_a_hurried_reader_gives_up_soon(proxy, table):
+def test_a_hurried_reader_fails_within_two_seconds(proxy, table):
     store = DynamoDBStore(table, region=REGION, endpoint_url=proxy.address, hurried=True)
     proxy.fail("GetItem", "hang", FOR_EVER)
 
@@ -150,7 +150,7 @@ def test_a_hurried_reader_gives_up_soon(proxy, table):
     assert patience.connect_timeout + patience.read_timeout < 2
 
 
-def test_a_write_that_was_confirmed_and_not_made_is_found(store, proxy):
+def test_a_confirmed_write_that_was_not_made_is_detected(store, proxy):
     proxy.fail("BatchWriteItem", "swallow", after=1)
 
     with pytest.raises(StoreError, match=r"Of 61 items of run 'first', 36 are in table"):
@@ -162,7 +162,7 @@ def test_a_write_that_was_confirmed_and_not_made_is_found(store, proxy):
     assert stored(store) == MANIFEST
 
 
-def test_an_overwriting_that_fails_can_be_repeated(store, proxy):
+def test_a_failed_overwrite_can_be_repeated(store, proxy):
     store.put_run(make_report(kl=9.0), make_samples(90))
     proxy.fail("BatchWriteItem", "denied", after=1)
 
@@ -247,7 +247,7 @@ def test_a_task_that_is_killed_between_batches_can_be_repeated(store, proxy, tab
     assert found["Count"] == 60 + 2  # the samples, META and the curves: no orphan
 
 
-def test_a_killed_writer_of_the_file_leaves_it_whole(tmp_path):
+def test_a_killed_writer_leaves_the_file_consistent(tmp_path):
     path = tmp_path / "results.sqlite"
     for delay in (0.0, 0.002, 0.005, 0.02):
         process = publishing("sqlite", path)
@@ -292,7 +292,7 @@ def scored():
     return [sample | {"index": i, "prompt_id": f"{i:016x}"} for i in range(60)]
 
 
-def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy, table, tmp_path):
+def test_a_final_task_killed_while_storing_loses_nothing(store, proxy, table, tmp_path):
     folder = RunFolder(tmp_path, "first")
     folder.path.mkdir()
     (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
@@ -333,7 +333,7 @@ EVERY_STORE = pytest.mark.parametrize(
 
 
 @EVERY_STORE
-def test_a_reader_meanwhile_sees_a_whole_run_or_none(open_one):
+def test_a_concurrent_reader_sees_a_complete_run_or_none(open_one):
     versions = [make_samples(30 + i, query=f"version {i}") for i in range(5)]
     problems = []
 
@@ -364,7 +364,7 @@ def test_a_reader_meanwhile_sees_a_whole_run_or_none(open_one):
 
 
 @EVERY_STORE
-def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
+def test_of_two_concurrent_publishers_one_wins_and_the_run_is_complete(open_one):
     runs = [(make_report(kl=float(i)), make_samples(40 + i), CURVES) for i in range(2)]
     start = threading.Barrier(2)
     outcomes = [None, None]
@@ -395,7 +395,7 @@ def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
     assert json.dumps(store.get_run("first")) == json.dumps(runs[outcomes.index(True)][0])
 
 
-def test_many_who_make_the_results_file_at_once_all_can_use_it(tmp_path):
+def test_many_processes_can_create_the_results_file_at_once(tmp_path):
     problems = []
 
     def use(store, start):

@@ -157,7 +157,7 @@ def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t
 # ---- what is left out ------------------------------------------------------------------------
 
 
-def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_path, rows, tiny_t5):
+def test_rows_left_out_are_counted_and_named_by_reason(tmp_path, rows, tiny_t5):
     path = tmp_path / "rows.jsonl"
     text = rows[0]["dialogue"]
     bad = {
@@ -193,7 +193,7 @@ def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_pa
     assert {row["id"] for row in found.train + found.held_out} == {row["id"] for row in rows}
 
 
-def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_t5):
+def test_too_few_rows_are_refused_with_their_counts(tmp_path, rows, tiny_t5):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [*rows[:4], {"dialogue": "short", "summary": ""}])
 
@@ -209,9 +209,7 @@ def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_
 # ---- the split -------------------------------------------------------------------------------
 
 
-def test_no_file_order_and_no_number_of_files_changes_the_hashed_split(
-    tmp_path, rows, tiny_t5, hashed
-):
+def test_order_and_number_of_files_do_not_change_the_hashed_split(tmp_path, rows, tiny_t5, hashed):
     shuffled = rows[60:] + rows[:60][::-1]
     for part in range(5):
         write_jsonl(tmp_path / f"{part}.jsonl", shuffled[part::5])
@@ -240,7 +238,7 @@ def test_a_fifth_rounded_up_is_held_out(hashed):
     assert hashed.counts.train == ROWS - HELD_OUT
 
 
-def test_at_most_the_wanted_number_of_held_out_rows_is_kept(tmp_path, rows, tiny_t5, hashed):
+def test_at_most_the_requested_number_of_held_out_rows_is_kept(tmp_path, rows, tiny_t5, hashed):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, rows)
 
@@ -267,9 +265,7 @@ def test_the_last_fifth_of_the_files_is_held_out_on_request(
     assert ids(found.held_out) == sorted(ids(found.held_out))
 
 
-def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
-    tmp_path, rows, tiny_t5
-):
+def test_copies_of_a_dialogue_are_held_out_together(tmp_path, rows, tiny_t5):
     copies = [row | {"summary": text} for row in rows[:50] for text in ("a", "b", "c")]
     write_jsonl(tmp_path / "one.jsonl", copies)
     write_jsonl(tmp_path / "two.jsonl", copies[::-1])
@@ -291,7 +287,7 @@ def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
+def test_several_workers_get_the_same_prompts_as_one(hashed, workers):
     alone = PromptShards(hashed.config, dict(enumerate(hashed.shards)), pad_id=0)
     group = [
         PromptShards(
@@ -311,7 +307,7 @@ def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
         assert [worker.first_row for worker in group] == list(range(0, 8, 8 // workers))
 
 
-def test_an_epoch_answers_every_prompt_of_a_shard_once(hashed):
+def test_an_epoch_covers_every_prompt_of_a_shard_once(hashed):
     alone = PromptShards(hashed.config, dict(enumerate(hashed.shards)), pad_id=0)
     shortest = min(len(shard) for shard in hashed.shards)
 
