@@ -1,6 +1,6 @@
-"""What `scripts/aws_account.py` finds in an account, against moto; nothing of AWS is asked.
+"""`scripts/aws_account.py` against moto, without AWS.
 
-What moto does not know (EC2's quotas, AWS's images) or cannot refuse is answered here.
+These tests answer what moto does not implement: EC2's quotas, AWS's images, and refusals.
 """
 
 import copy
@@ -28,7 +28,7 @@ ON_DYNAMODB = ["results.store=dynamodb", "results.table=ray-detox"]
 
 
 class Answers:
-    """A session whose requests are answered by moto, and some of them here."""
+    """A session whose requests moto answers, except those in `answers`."""
 
     def __init__(self):
         self.session = boto3.Session()
@@ -38,7 +38,7 @@ class Answers:
             "service-quotas:GetServiceQuota": self._quota,
             "ssm:GetParameters": lambda _: {"Parameters": [], "InvalidParameters": []},
         }
-        """By request: a reply, the code of a refusal or an error, made from the request's body."""
+        """By request: a function from its body to a reply, the code of a refusal, or an error."""
         self.session.events.register("before-call", self._before)
 
     def _quota(self, request):
@@ -65,14 +65,14 @@ class Answers:
 
 @pytest.fixture(scope="module")
 def aws():
-    """An AWS of this process with profiles, bucket and table; nothing in it costs, for it is none."""
+    """An emulated AWS of this process with profiles, bucket and table."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
             patch.delenv(name, raising=False)
         with mock_aws():
-            # What cluster/iam.yaml makes; by hand, for moto takes long over CloudFormation.
+            # The resources of cluster/iam.yaml, created directly because moto's CloudFormation is slow.
             for kind in ("head", "worker"):
                 iam = boto3.client("iam", REGION)
                 iam.create_instance_profile(InstanceProfileName=f"ray-detox-{kind}")
@@ -84,7 +84,7 @@ def aws():
 
 @pytest.fixture
 def account(aws):
-    """An account with all that is needed."""
+    """An account that lacks nothing."""
     return Answers()
 
 
@@ -159,7 +159,7 @@ def test_missing_credentials_stop_all_further_requests(account, cluster, monkeyp
 
     (fault,) = faults(nobody, cluster)
 
-    assert fault.startswith("No AWS credentials were found, or half of them. Sign in:")
+    assert fault.startswith("No AWS credentials were found, or they are incomplete. Sign in:")
     assert not [asked for asked in nobody.asked if not asked.startswith("sts:")]
 
 
@@ -230,7 +230,7 @@ def test_an_image_missing_in_the_region_is_named(account, cluster):
     [
         (
             "UnauthorizedOperation",
-            "You may not RunInstances (UnauthorizedOperation). Have it added",
+            "You may not RunInstances (UnauthorizedOperation). Add the permission",
         ),
         ("OptInRequired", "(OptInRequired): this account is not signed up for it"),
         ("PendingVerification", "(PendingVerification): AWS is still verifying this account"),
@@ -255,8 +255,8 @@ def test_missing_permissions_are_named_and_the_other_checks_run(account, cluster
     found = faults(account, cluster, "results.store=dynamodb", "results.table=nowhere")
 
     assert found[:2] == [
-        "You may not GetServiceQuota (AccessDeniedException). Have it added to your user or role.",
-        "You may not GetInstanceProfile (AccessDenied). Have it added to your user or role.",
+        "You may not GetServiceQuota (AccessDeniedException). Add the permission to your user or role.",
+        "You may not GetInstanceProfile (AccessDenied). Add the permission to your user or role.",
     ]
     assert "There is no table 'nowhere'" in found[2]
 
@@ -289,7 +289,7 @@ def test_the_runs_bucket_must_be_in_the_clusters_region(account, cluster):
 
 @pytest.mark.parametrize(
     "code, sentence",
-    [("403", "The bucket 'far' is not for you."), ("301", "The bucket 'far' is in eu-central-1,")],
+    [("403", "You may not use the bucket 'far'."), ("301", "The bucket 'far' is in eu-central-1,")],
 )
 def test_a_refusal_of_s3_is_one_sentence(account, cluster, code, sentence):
     account.answers["s3:HeadBucket"] = lambda _: code
@@ -305,7 +305,7 @@ def test_a_table_in_another_region_is_found_there(account, cluster):
     (fault,) = faults(account, cluster, "results.store=dynamodb", "results.table=far")
 
     assert fault.startswith(
-        "The table 'far' is in eu-central-1 and not in us-east-1. Say results.region=eu-central-1"
+        "The table 'far' is in eu-central-1 and not in us-east-1. Pass results.region=eu-central-1"
     )
     words = ("results.store=dynamodb", "results.table=far", "results.region=eu-central-1")
     assert faults(account, cluster, *words) == []

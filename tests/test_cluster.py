@@ -1,7 +1,7 @@
-"""The cluster on AWS, as far as it can be proved without an account.
+"""The cluster on AWS, tested without an account.
 
-What the files say, what Ray's launcher and autoscaler make of them (against moto, without a Ray
-cluster), and what the scripts on a node do (against a metadata service of our own).
+The files themselves, Ray's launcher and autoscaler on them (against moto, without a Ray cluster), and
+the scripts of a node (against an emulated metadata service).
 """
 
 import copy
@@ -90,21 +90,21 @@ def test_the_launcher_names_a_mistake_that_its_schema_covers(cluster, change, se
         ({"train_gpu": {"min_workers": 5}}, "min_workers (5) is more than max_workers (4)."),
         ({"train_gpu": {"max_workers": 9}}, "max_workers (9) is more than the cluster's (8)."),
         ({"max_workers": 4, "train_gpu": {"min_workers": 4}, "reward_gpu_spot": {"min_workers": 1}},
-         "All min_workers come to 5, and max_workers is less."),
+         "The sum of all min_workers is 5, which is more than max_workers."),
         ({"train_gpu": {"node_config": {"InstanceType": "g5.2xlarg"}}},
          "'g5.2xlarg' is not in cluster/prices.yaml; did you mean 'g5.2xlarge'?"),
         ({"reward_gpu_spot": {"resources": {"CPU": 8, "GPU": 1}}},
          "resources.CPU is 8, and a g4dn.xlarge has 4."),
         ({"train_gpu": {"resources": {"CPU": 8}}}, "resources.GPU is 0, and a g5.2xlarge has 1."),
-        ({"head": {"resources": {"CPU": 4, "GPU": 0}}}, "resources.CPU is 4, and the head carries no"),
+        ({"head": {"resources": {"CPU": 4, "GPU": 0}}}, "resources.CPU is 4, and the head runs no"),
         ({"train_gpu": {"node_config": {"IamInstanceProfile": {"Name": "ray-detox-head"}}}},
-         "cluster/iam.yaml makes 'ray-detox-worker'."),
+         "cluster/iam.yaml creates 'ray-detox-worker'."),
         ({"docker": {"worker_image": "rayproject/ray:2.59.0-py311-cu128"}}, "the Ray of constraints"),
         ({"docker": {"worker_image": "rayproject/ray:2.60.0-py311-cpu"}}, "-py311-cu128, the Ray of"),
         ({"docker": {"image": "rayproject/ray:2.60.0-py311-cpu"}}, "docker.image is 'rayproject/ray:2"),
         ({"docker": {"head_image": "rayproject/ray:2.60.0"}}, "docker.head_image is 'rayproject/ray"),
         ({"provider": {"region": "eu-central-1"}}, "another AWS_DEFAULT_REGION than provider.region"),
-        ({"docker": {"run_options": ["-e AWS_DEFAULT_REGION=us-east-1"]}}, "anybody may use it."),
+        ({"docker": {"run_options": ["-e AWS_DEFAULT_REGION=us-east-1"]}}, "anybody could use the cluster."),
     ],
 )  # fmt: skip
 def test_the_dry_run_names_a_mistake_that_the_launcher_accepts(cluster, prices, change, sentence):
@@ -122,7 +122,7 @@ def test_the_dry_run_names_a_missing_image(cluster, prices):
 
 
 def changed(cluster, change):
-    """The cluster with `change` merged in; names of node types stand for themselves."""
+    """Merge `change` into the cluster; names of node types may stand at its top level."""
 
     def merge(into, new):
         for key, value in new.items():
@@ -184,11 +184,11 @@ def test_every_number_is_explained():
             assert lines[i - 1].lstrip().startswith("#"), line
 
 
-# ---- what the autoscaler would start ---------------------------------------------------------
+# ---- decisions of the autoscaler --------------------------------------------------------------
 
 
 def launches(cluster, demands):
-    """Nodes by type that Ray's autoscaler asks for, for `(count, resources)` that nothing has room for."""
+    """Nodes by type that Ray's autoscaler adds for pending `(count, resources)`."""
     types = cluster["available_node_types"]
     golden = json.loads(tool["GOLDEN"].read_text(encoding="utf-8"))
     for name, node in types.items():
@@ -224,8 +224,8 @@ def test_spot_nodes_for_training_are_filled_first_and_spread_over_two_types(clus
 
 
 def test_ray_requests_a_type_again_that_ec2_refused():
-    # Why aws.yaml spreads spot nodes over two types. Where this fails, Ray has learnt it, and one
-    # type can stand in for another.
+    # This is why aws.yaml spreads spot nodes over two types. If this test fails, Ray no longer needs that:
+    # it then tries another type.
     from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
         CloudResourceMonitor,
     )
@@ -241,12 +241,12 @@ def test_ray_requests_a_type_again_that_ec2_refused():
     assert monitor.get_recoverable_resource_availabilities() == {}
 
 
-# ---- what the launcher does ------------------------------------------------------------------
+# ---- the launcher -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dry_run():
-    """What `scripts/aws_dry_run.py` prints."""
+    """The output of `scripts/aws_dry_run.py`."""
     return aws_dry_run()
 
 
@@ -290,7 +290,7 @@ def test_instances_start_with_the_settings_of_the_file(dry_run, cluster):
 
 
 def plain(node):
-    """The template without the positions that its reader keeps."""
+    """The template as plain values; cfn-lint's reader adds positions to them."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     return [plain(item) for item in node] if isinstance(node, list) else node
@@ -302,7 +302,7 @@ def template():
 
 
 def statements(template, role):
-    """Every statement of a role: action, resource and condition by Sid."""
+    """The statements of a role (action, resource and condition) by Sid."""
     found = {}
     for policy in template["Resources"][role]["Properties"]["Policies"]:
         for statement in policy["PolicyDocument"]["Statement"]:
@@ -529,11 +529,11 @@ def test_the_security_group_opens_only_ssh_and_only_to_one_address(template):
     assert itself["Properties"]["SourceSecurityGroupId"] == itself["Properties"]["GroupId"] == own
 
 
-# ---- what runs on a node ---------------------------------------------------------------------
+# ---- scripts on a node -----------------------------------------------------------------------
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """An instance's metadata, version 2: nothing without a token."""
+    """An emulated metadata service, version 2, which requires a token."""
 
     kind = "spot"
     notice: str | None = None
@@ -584,7 +584,7 @@ def stub(folder, name, script):
 
 @pytest.fixture
 def watch(tmp_path, metadata):
-    """Starts the watcher with a Ray that writes down what it is told, and refuses the first time."""
+    """Start the watcher with a fake `ray` that records its arguments, and fails the first time."""
     if shutil.which("wget") is None or shutil.which("flock") is None:
         pytest.skip("wget and flock, which Ray's image has, are not here")
     told = tmp_path / "told"
@@ -697,7 +697,7 @@ def test_warm_cache_reports_each_setting_and_names_a_fault(capsys, monkeypatch):
     warm = runpy.run_path(str(ROOT / "scripts/warm_cache.py"))["main"]
 
     assert warm(["lab"]) == 0
-    assert "reward.model is here" in capsys.readouterr().out
+    assert "reward.model is cached" in capsys.readouterr().out
     assert warm(["lab", "policy.model=/nowhere"]) == 1
     assert "policy.model is '/nowhere', and no such folder is here" in capsys.readouterr().err
     assert warm(["lba"]) == 2

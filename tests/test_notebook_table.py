@@ -1,4 +1,4 @@
-"""The published notebook's table: written whole, through awswrangler, and nobody's items lost."""
+"""Export to the published notebook's table with awswrangler; no item of another run is lost."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ def aws(monkeypatch):
 
 @pytest.fixture(params=["N", "S"])
 def table(request, endpoint):
-    """A table as the notebook has it: its name, and a client."""
+    """A table with the notebook's key: its name, and a client."""
     client = DynamoDBStore("any", endpoint_url=endpoint).client
     name = f"llm_with_rlhf_{request.param}"
     client.create_table(
@@ -101,7 +101,7 @@ def test_samples_become_flat_items_with_exact_numbers(table, endpoint):
         "toxicity_diff": {"N": "-0.30000000000000004"},
         "length_before": {"N": "7"},
     }
-    # Not a number, and beyond DynamoDB's range: left out, as nothing else could be true.
+    # NaN, and a number beyond DynamoDB's range, are left out: no other value would be correct.
     assert not {"toxicity_after", "toxicity_diff", "kl"} & set(second)
 
 
@@ -167,7 +167,7 @@ def test_a_table_that_stays_busy_is_an_error_after_the_last_attempt(table, endpo
 
 @pytest.fixture
 def proxy(endpoint, monkeypatch):
-    """A wire that can fail, and nobody who waits for long."""
+    """A proxy that can fail, with short timeouts and pauses of no length."""
     monkeypatch.setattr("ray_detox.store.backoff._sleep", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})

@@ -1,4 +1,4 @@
-"""The page on AWS: what the template allows, and what its package holds."""
+"""The results page on AWS: the template's permissions and settings, and the Lambda package."""
 
 import json
 import os
@@ -24,7 +24,7 @@ DEPLOY = ["bash", str(ROOT / "scripts/deploy_results.sh")]
 
 
 def plain(node):
-    """The template without the positions that its reader keeps."""
+    """The template as plain values; cfn-lint's reader adds positions to them."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     return [plain(item) for item in node] if isinstance(node, list) else node
@@ -210,7 +210,7 @@ print(json.dumps(getattr(module, {name!r})(event, None)))
         os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "x")
         store.create_table()
         done = subprocess.run(
-            # Isolated: nothing but the package and what is installed.
+            # Isolated mode: only the package and installed libraries are importable.
             [sys.executable, "-I", "-c", script],
             env=environment,
             capture_output=True,
@@ -230,7 +230,7 @@ print(json.dumps(getattr(module, {name!r})(event, None)))
     [
         (["--access", "everybody"], "--access is 'everybody'; expected cognito, jwt or public."),
         (["--access", "jwt"], "--access jwt needs --jwt-issuer and --jwt-audience."),
-        ([], "no region; give --region, or set AWS_REGION."),
+        ([], "no region; pass --region, or set AWS_REGION."),
         (["--region"], "--region needs a value; see --help."),
         (["--regoin", "x"], "unknown option --regoin; see --help."),
         (["--region", "eu-central-1"], "the aws CLI is not installed"),

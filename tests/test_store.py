@@ -66,7 +66,7 @@ def dynamo(endpoint):
 
 
 def strict(name):
-    """Fixtures for an emulator that is not always there: its address, and a store on it."""
+    """Return fixtures for an emulator that may not be installed: its address, and a store on it."""
 
     @pytest.fixture(scope="module", name=f"{name}_endpoint")
     def address():
@@ -236,7 +236,7 @@ def test_extreme_numbers_survive_the_store_and_can_be_sorted_by(store):
     store.put_run(make_report(), samples)
 
     assert list(store.get_samples("first")) == samples
-    # DynamoDB's numbers end before 1e126: that one has no place in an index there.
+    # DynamoDB's numbers end below 1e126, so its indexes cannot contain this one.
     found = [row["index"] for row in all_pages(store, SampleQuery("reward"), 1)]
     assert found in ([4, 3, 2, 1, 5], [4, 3, 2, 1, 5, 0])
 
@@ -409,7 +409,7 @@ def test_several_threads_may_write_at_once(store):
     assert len(store.list_runs()) == 6
 
 
-# SQLite alone.
+# Only SQLite.
 
 
 def test_reading_a_missing_file_does_not_create_it(sqlite_store):
@@ -488,7 +488,7 @@ def test_a_damaged_file_is_named(sqlite_store):
 
 
 def test_a_read_only_file_is_named_and_left_unchanged():
-    # Not in tmp_path, which is root's alone: root may write everywhere and has to step aside.
+    # Not in tmp_path, which only root may read: root may write everywhere, so the test uses another user.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         os.chmod(folder, 0o755)
         store = SQLiteStore(f"{folder}/results.sqlite")
@@ -543,7 +543,7 @@ def test_unusual_file_names_work(tmp_path):
     assert store.get_run("first") == make_report()
 
 
-# DynamoDB alone.
+# Only DynamoDB.
 
 
 def items(store):
@@ -559,7 +559,7 @@ def test_the_items_of_a_run_have_the_documented_keys(dynamo):
     assert (meta["state"]["S"], meta["n"]["N"]) == ("COMPLETE", "3")
     assert meta["list_pk"]["S"] == "RUNS"
     assert meta["created_at"]["S"] == "2026-01-31T12:00:00.000000+00:00#first"
-    assert "run_id" not in meta  # or it could be taken for a sample by an index
+    assert "run_id" not in meta  # an index by run_id would list META as a sample
     assert (sample["pk"]["S"], sample["sk"]["S"]) == ("RUN#first", "SAMPLE#00000042")
     assert sample["kl"] == {"N": "0.1"}
     assert sample["tiny"] == {"N": "0"}  # below the range of numbers; exact in the JSON
@@ -600,7 +600,7 @@ def test_an_unfinished_run_can_be_claimed(table_store, monkeypatch):
     table_store.put_run(make_report(), make_samples(2))
 
     assert list(table_store.get_samples("first")) == make_samples(2)
-    # The 38 orphans are gone, with the long text and the curves.
+    # The 38 orphaned items are deleted, with the long text and the history.
     keys = sorted(item["sk"]["S"] for item in items(table_store))
     assert keys == ["META", "SAMPLE#00000000", "SAMPLE#00000001"]
 
@@ -643,7 +643,7 @@ def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
     def be_overtaken_and_write(requests):
         monkeypatch.setattr(dynamo, "_write_batch", write)
         rival.put_run(make_report(kl=2.0), make_samples(30, query="rival"))
-        write(requests)  # on its way when the rival took over
+        write(requests)  # sent before the rival claimed the run
 
     monkeypatch.setattr(dynamo, "_write_batch", be_overtaken_and_write)
     with pytest.raises(StoreError, match="written by another process at the same time"):
@@ -659,7 +659,7 @@ def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
 
 
 class Client:
-    """A client whose answers can be spoilt."""
+    """A client that writes only a part of each batch."""
 
     def __init__(self, client, spoil):
         self._client, self._spoil, self.calls = client, spoil, 0
@@ -860,8 +860,8 @@ def test_settings_select_the_store(tmp_path):
 
 def test_the_sqlite_store_imports_no_heavy_library():
     program = (
-        "import sys; from ray_detox.store import open_store; open_store('sqlite', 'r.db', '');"
-        "import ray_detox.report;"
+        "import sys; from ray_detox.store.opening import open_store; open_store('sqlite', 'r.db', '');"
+        "import ray_detox.runs.report_text;"
         "assert not {'boto3', 'torch', 'ray', 'numpy'} & set(sys.modules)"
     )
 
@@ -872,7 +872,7 @@ def test_the_sqlite_store_imports_no_heavy_library():
 
 
 def scored_samples(n):
-    """Samples of which no two have the same difference but those without one."""
+    """Samples with distinct differences, and some without a difference."""
     generator = np.random.default_rng(0)
     samples = []
     for i, (before, after) in enumerate(generator.random((n, 2)).tolist()):

@@ -1,4 +1,4 @@
-"""What a store does when the way to it, the table or its own process fails: on real wires."""
+"""Failures of the network, the table and the store's own process, over real connections."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def table(request, endpoint):
 
 @pytest.fixture
 def store(proxy, table, monkeypatch):
-    """A store behind the proxy, whose pauses take no time."""
+    """A store behind the proxy, with pauses of no length."""
     monkeypatch.setattr("ray_detox.store.backoff._sleep", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
@@ -123,7 +123,7 @@ def test_a_lost_answer_to_the_last_write_is_retried(store, proxy):
     ],
 )
 def test_a_lasting_fault_is_one_sentence_and_a_repeat_succeeds(store, proxy, kind, words):
-    # The second batch of three; of 25 items that are halved, one is never taken.
+    # The fault hits the second batch of three. Of 25 items that are halved, one is never taken.
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
 
     with pytest.raises(StoreError, match=words) as caught:
@@ -144,7 +144,7 @@ def test_a_hurried_reader_fails_within_two_seconds(proxy, table):
     with pytest.raises(StoreError, match="could not be reached"):
         store.get_run("first")
 
-    # Asked once, and waited for less than two seconds.
+    # One request, and a wait of less than two seconds.
     assert proxy.calls["GetItem"] == 1
     patience = store.client.meta.config
     assert patience.connect_timeout + patience.read_timeout < 2
@@ -169,7 +169,7 @@ def test_a_failed_overwrite_can_be_repeated(store, proxy):
     with pytest.raises(StoreError, match="does not allow batch_write_item"):
         store.put_run(*MANIFEST, overwrite=True)
 
-    # Neither the old run nor the new one is whole, and neither is shown.
+    # Neither the old run nor the new one is complete, so neither is shown.
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
     assert store.put_run(*MANIFEST)
@@ -244,7 +244,7 @@ def test_a_task_that_is_killed_between_batches_can_be_repeated(store, proxy, tab
 
     assert stored(store) == again
     found = store.client.scan(TableName=table, Select="COUNT")
-    assert found["Count"] == 60 + 2  # the samples, META and the curves: no orphan
+    assert found["Count"] == 60 + 2  # the samples, META and the history: no orphaned item
 
 
 def test_a_killed_writer_leaves_the_file_consistent(tmp_path):
@@ -307,7 +307,7 @@ def test_a_final_task_killed_while_storing_loses_nothing(store, proxy, table, tm
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
-    # The database has nothing to show, and the files have everything.
+    # The store has no result, and the files of the run are complete.
     assert stored(store) == (None, [], [])
     assert folder.read_result()[0]["n"] == 60
 
@@ -319,7 +319,7 @@ def test_a_final_task_killed_while_storing_loses_nothing(store, proxy, table, tm
 
 @pytest.fixture
 def open_one(request, tmp_path, endpoint, table):
-    """Opens the same store again and again."""
+    """A function that opens the same store each time."""
     if request.param == "sqlite":
         return lambda: SQLiteStore(tmp_path / "results.sqlite")
     return lambda: DynamoDBStore(table, region=REGION, endpoint_url=endpoint)
@@ -385,7 +385,7 @@ def test_of_two_concurrent_publishers_one_wins_and_the_run_is_complete(open_one)
 
     store = open_one()
     if True not in outcomes:
-        # Each took the other's place; nothing half is shown, and a repeat settles it.
+        # Each claimed the run from the other. No incomplete run is shown, and a repeat succeeds.
         assert store.get_run("first") is None
         assert store.put_run(*runs[0])
         outcomes[0] = True

@@ -1,4 +1,4 @@
-"""A run and Ray's autoscaler: which nodes of `cluster/aws.yaml` come, and which go."""
+"""Ray's autoscaler during a run: which nodes of `cluster/aws.yaml` it adds and removes."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 PROGRAM = "tests.on_ray.fake_autoscaler"
 LIMIT_S = 1200
-"""A minute and a half where nothing else runs."""
+"""On an idle machine it takes a minute and a half."""
 
 
 @pytest.fixture(scope="module")
 def story():
-    """What `fake_autoscaler.py` tells, in a process of its own and without this folder's Ray."""
+    """The events of `fake_autoscaler.py`, in a process of its own without the Ray of this folder."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     program = subprocess.Popen(
         [sys.executable, "-m", PROGRAM, "--json", str(folder)],
@@ -41,7 +41,7 @@ def story():
 
 
 def decided(story, what, *stages):
-    """Nodes by type that the autoscaler decided to `add` or to `remove`, in these stages or in all."""
+    """Nodes by type that the autoscaler decided to `add` or `remove`, in some or all stages."""
     counts = Counter()
     for event in story:
         if event["what"] == what and (not stages or event["stage"] in stages):

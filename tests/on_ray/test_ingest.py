@@ -1,4 +1,4 @@
-"""Files to prompts with Ray Data: what is read, left out, held out and dealt to the workers."""
+"""Ingest with Ray Data: rows read, left out, held out and split into shards."""
 
 import csv
 import dataclasses
@@ -27,7 +27,7 @@ LANES = 4
 
 @pytest.fixture(scope="module")
 def rows():
-    """Rows of which none is left out."""
+    """Rows that ingest keeps."""
     return [row for row in corpus.rows("ppo", 2 * ROWS) if len(row["dialogue"]) > 200][:ROWS]
 
 
@@ -50,7 +50,7 @@ WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
 
 
 class Prepared:
-    """What `ingest` made of some settings, its shards read as a training worker reads them."""
+    """The result of `ingest` for some settings, with its shards read as a training worker reads them."""
 
     def __init__(self, *settings):
         self.config = load_config(
@@ -72,7 +72,7 @@ def ids(rows):
 
 
 def counted(prepared):
-    """Counts without the examples, which are the first that are found."""
+    """The counts without the examples, which depend on the order of reading."""
     return dataclasses.replace(prepared.counts, examples={})
 
 
@@ -154,7 +154,7 @@ def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t
     assert {row["summary"] for row in found.train + found.held_out} == set(map(str, range(ROWS)))
 
 
-# ---- what is left out ------------------------------------------------------------------------
+# ---- rows left out --------------------------------------------------------------------------
 
 
 def test_rows_left_out_are_counted_and_named_by_reason(tmp_path, rows, tiny_t5):
@@ -182,7 +182,9 @@ def test_rows_left_out_are_counted_and_named_by_reason(tmp_path, rows, tiny_t5):
 
     counts = found.counts
     expected = {reason: len(some) for reason, some in bad.items()}
-    expected["no dialogue"] += 3  # three lines that are no JSON object, and no empty line
+    expected["no dialogue"] += (
+        3  # three lines that are not JSON objects; the empty line does not count
+    )
     expected["dialogue is not valid Unicode"] += 1  # a line in Latin 1
     assert counts.left_out == expected
     assert counts.read == ROWS + sum(expected.values())
@@ -283,7 +285,7 @@ def test_copies_of_a_dialogue_are_held_out_together(tmp_path, rows, tiny_t5):
     assert one.held_out == two.held_out
 
 
-# ---- shares of the workers -------------------------------------------------------------------
+# ---- prompts of the workers ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [2, 4])
