@@ -172,7 +172,7 @@ def _reason_not_reachable(address: str) -> str | None:
     except (OSError, ValueError, ImportError) as error:
         return _first_line(error)
     if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
-        return f"there is no bucket {bucket} for you"
+        return f"the bucket {bucket} does not exist, or you may not use it"
     return None
 
 

@@ -45,7 +45,7 @@ from ray_detox.records import ScoreRequest
 from ray_detox.resources import Needs
 from ray_detox.runs.storage import write_atomic
 from ray_detox.stages.cluster import admission
-from ray_detox.stages.cluster import nodes as live
+from ray_detox.stages.cluster.nodes import place_actors
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.pool import RewardPool
 from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait_for_raylets
@@ -254,7 +254,7 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
     worker = {"CPU": need.worker.cpus, "GPU": need.worker.gpus}
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(
-            contextlib.closing(RewardPool(config, need.gpus_per_actor, live.place_actors(need)))
+            contextlib.closing(RewardPool(config, need.gpus_per_actor, place_actors(need)))
         )
         story.pool = pool
         group = placement_group([worker] * config.train.min_workers)

@@ -1,13 +1,15 @@
 """The number of training workers, which follows the nodes of the cluster.
 
-    waiting --train.min_workers fit--> group of N running --a worker or a node lost--> waiting
-       |                                 |           ^
-       |                                 |           '--a bundle no longer fits--.
-       |                                 '--one more worker fits--> resources free
-       |                                                              |
-       |        resized: the group stops after its step, and   <------'--for cluster.upscale_delay_s
-       |        a new one starts from its checkpoint (waiting)
-       '--not within cluster.capacity_timeout_s--> ConfigError
+    waiting --train.min_workers fit--> group of N --a worker or a node is lost or drains--> waiting
+                                         |     ^
+                   one more worker fits  |     |  it no longer fits
+                                         v     |
+                                     resources free
+                                            |
+                                            '--for cluster.upscale_delay_s--> resized: the group stops
+                                                   after its step, and a larger one starts (waiting)
+
+    waiting --too few fit for cluster.capacity_timeout_s--> ConfigError
 
 `train.workers` is a number or a range; each group starts with as many workers as fit. The result of
 a step does not depend on the number of workers, except for rounding.
