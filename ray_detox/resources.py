@@ -1,12 +1,14 @@
-"""How much of a cluster a run takes, and whether there is room for it; arithmetic, without Ray.
+"""The resources that a run needs, and whether they fit on the nodes; arithmetic, without Ray.
 
     phase         holds at least                        CPU
     training      W workers and M reward actors         W * cpus_per_worker + M * cpus_per_actor
     preparation   1 task of Ray Data and M actors       1 + M * cpus_per_actor
-    evaluation    1 of its tasks and M actors           cpus_per_worker + M * cpus_per_actor
+    evaluation    1 evaluation task and M actors        cpus_per_worker + M * cpus_per_actor
 
-GPUs are counted alike, and the run needs the largest sum. Where a count may move (`2..4`), the
-least must be there and the most is used where there is room; evaluation tasks take turns.
+GPUs are counted in the same way, and the run needs the largest sum. If a count is a range (`2..4`),
+the run needs the minimum and uses up to the maximum; evaluation tasks take turns.
+
+    needs(config) -> phases of bundle groups -> shortfall(phases, nodes) -> None, or one sentence
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,18 +18,18 @@ from ray_detox.config import ConfigError, RunConfig
 
 KINDS = ("CPU", "GPU")
 PER_UNIT = 10_000
-"""Ray counts in ten-thousandths, and so sums are exact here."""
+"""Ray counts in ten-thousandths. Sums of these integers are exact, while 0.1 + 0.2 > 0.3."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """CPUs and GPUs that one actor, worker or task holds, all on one node."""
+    """CPUs and GPUs that one actor, worker or task holds, all of them on one node."""
 
     cpus: float
     gpus: float = 0.0
 
-    def of(self, kind: str) -> float:
-        """The amount of `CPU` or `GPU`."""
+    def amount(self, kind: str) -> float:
+        """Return the amount of `CPU` or `GPU`."""
         return self.cpus if kind == "CPU" else self.gpus
 
     def __str__(self) -> str:
@@ -38,69 +40,73 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a node has, and how much of it is free."""
+    """The resources of a node, in total and free."""
 
     address: str
     total: Bundle
     free: Bundle
     node_id: str = ""
-    """Ray's name for it."""
+    """Ray's id of the node."""
 
     def when_idle(self) -> "Node":
-        """The same node with nothing on it."""
+        """Return the node as if nothing ran on it."""
         return replace(self, free=self.total)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Several equal bundles of a run."""
+class BundleGroup:
+    """Equal bundles of a run, such as all training workers."""
 
-    what: str
-    """In the singular, such as `reward actor`."""
-    why: str
-    """The setting that asks for them, such as `reward.actors=1..4`; empty where none does."""
-    least: int
-    most: int
-    each: Bundle
+    name: str
+    """Singular, such as `reward actor`."""
+    setting: str
+    """Setting that asks for them, such as `reward.actors=1..4`; empty if none does."""
+    min_count: int
+    max_count: int
+    bundle: Bundle
 
     @property
     def count(self) -> str:
-        """The number, or the range that it moves in."""
-        return f"{self.least}" if self.least == self.most else f"{self.least}..{self.most}"
+        """The count, or its range."""
+        if self.min_count == self.max_count:
+            return f"{self.min_count}"
+        return f"{self.min_count}..{self.max_count}"
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Two parts that a run holds at the same time."""
+    """A part of a run, with the two bundle groups that it holds at the same time."""
 
     name: str
-    main: Part
-    actors: Part
+    main: BundleGroup
+    """Training workers, tasks of Ray Data or evaluation tasks."""
+    actors: BundleGroup
+    """Reward actors."""
 
-    def least(self, kind: str) -> float:
-        """The amount of `CPU` or `GPU` that must be there."""
-        return _sum(part.least * part.each.of(kind) for part in (self.main, self.actors))
+    def needed(self, kind: str) -> float:
+        """Return the amount of `CPU` or `GPU` that the phase must have."""
+        return _sum(g.min_count * g.bundle.amount(kind) for g in (self.main, self.actors))
 
-    def most(self, kind: str) -> float:
-        """The amount of `CPU` or `GPU` that is used where there is free_node."""
-        return _sum(part.most * part.each.of(kind) for part in (self.main, self.actors))
+    def usable(self, kind: str) -> float:
+        """Return the amount of `CPU` or `GPU` that the phase uses if it is free."""
+        return _sum(g.max_count * g.bundle.amount(kind) for g in (self.main, self.actors))
 
 
 class _FreeNode:
-    """What is left of a node while bundles are put on it, in ten-thousandths."""
+    """The free resources of a node while bundles are placed on it, in ten-thousandths."""
 
     def __init__(self, free: Bundle) -> None:
         self.cpus = _units(free.cpus)
-        # Ray tells a node's free GPUs as one number. A part of a GPU is counted as being on one
-        # device, which is right where all shares are equal and hopeful otherwise.
+        # Ray reports a node's free GPUs as one number, without devices. The fraction is taken as the
+        # rest of one device. That is right if all shares are equal, and optimistic otherwise.
         whole, rest = divmod(_units(free.gpus), PER_UNIT)
         self.gpus = [PER_UNIT] * whole + ([rest] if rest else [])
 
     def take(self, bundle: Bundle) -> bool:
-        """Put a bundle here, if it fits: a share of a GPU on one device, more as whole devices."""
+        """Place a bundle if it fits: a share of a GPU on one device, more as whole devices."""
         cpus, gpus = _units(bundle.cpus), _units(bundle.gpus)
         count, share = (gpus // PER_UNIT, PER_UNIT) if gpus > PER_UNIT else (1, gpus)
-        # The fullest device that will do, so that whole ones stay whole.
+        # The device with the least free that suffices, so that free devices stay whole.
         devices = sorted((free, i) for i, free in enumerate(self.gpus) if free >= share)[:count]
         if cpus > self.cpus or (gpus and len(devices) < count):
             return False
@@ -110,57 +116,62 @@ class _FreeNode:
         return True
 
     def take_many(self, bundle: Bundle, most: int) -> int:
-        """Put up to `most` bundles here, and return how many fitted."""
+        """Place up to `most` bundles, and return how many fitted."""
         return next((i for i in range(most) if not self.take(bundle)), most)
 
 
 def workers_that_fit(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> int:
-    """How many of a phase's main bundles find room on what is free, at most the most of them.
+    """Return how many of a phase's main bundles fit on what is free, up to their maximum.
 
     Args:
-        phase: training, say.
-        nodes: with what is free on them.
-        actors: that still have to find room as well; where they do not, nothing fits.
+        phase: of a run, usually training.
+        nodes: with their free resources.
+        actors: reward actors that also wait for a node. If they do not fit, the result is 0.
     """
-    beside = replace(phase.actors, least=actors, most=actors)
-    for count in range(phase.main.most, 0, -1):
-        if shortfall([replace(phase, main=replace(phase.main, least=count), actors=beside)], nodes):
-            continue
-        return count
+    waiting = replace(phase.actors, min_count=actors, max_count=actors)
+    for count in range(phase.main.max_count, 0, -1):
+        wanted = replace(phase, main=replace(phase.main, min_count=count), actors=waiting)
+        if not shortfall([wanted], nodes):
+            return count
     return 0
 
 
 def placement(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
-    """How many of a phase's main bundles and actors each node would take of the least it holds.
+    """Distribute the minimum of a phase's bundles over the nodes.
 
-    All are placed wherever that is possible at all. Filling nodes one by one would not do: with
-    3 CPUs for a worker and 2 for each of four actors, nodes of 7 and 4 CPUs have room for all,
-    but not if the worker is on the second. So the nodes are gone through with every number of
-    workers so far, each with the most actors that can stand beside them.
+    Finds a placement of all bundles whenever there is one. Filling the nodes one by one would not:
+    with 3 CPUs for a worker and 2 for each of four actors, nodes of 7 and 4 CPUs can hold them all,
+    but not with the worker on the second. So this is a dynamic program: after each node, for every
+    number of workers placed so far, the largest number of actors that fits beside them.
+
+    Returns:
+        Main bundles and actors for each node.
     """
-    wanted, actors = phase.main.least, phase.actors.least
-    reached: dict[int, int] = {0: 0}
-    """Actors at most, by workers, on the nodes so far."""
+    wanted, actors = phase.main.min_count, phase.actors.min_count
+    best: dict[int, int] = {0: 0}
+    """Largest number of actors, by workers, on the nodes so far."""
     choices: list[dict[int, tuple[int, int]]] = []
+    """For each node, by workers so far: the workers and actors to put on it."""
     for node in nodes:
         beside = []
-        """Actors at most on this node, beside 0, 1, 2... workers."""
+        """Largest number of actors on this node, beside 0, 1, 2... workers."""
         for here in range(wanted + 1):
             free_node = _FreeNode(node.free)
-            if free_node.take_many(phase.main.each, here) < here:
+            if free_node.take_many(phase.main.bundle, here) < here:
                 break
-            beside.append(free_node.take_many(phase.actors.each, actors))
+            beside.append(free_node.take_many(phase.actors.bundle, actors))
         now: dict[int, int] = {}
         chosen: dict[int, tuple[int, int]] = {}
-        for before, placed in reached.items():
+        for before, placed in best.items():
             for here, extra in enumerate(beside[: wanted - before + 1]):
                 total = min(actors, placed + extra)
                 if total > now.get(before + here, -1):
                     now[before + here] = total
                     chosen[before + here] = (here, total - placed)
-        reached = now
+        best = now
         choices.append(chosen)
-    count = max(reached)
+    # Backwards from the largest number of workers, which comes before actors.
+    count = max(best)
     placement = []
     for chosen in reversed(choices):
         placement.append(chosen[count])
@@ -169,87 +180,93 @@ def placement(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
 
 
 def shortfall(phases: Iterable[Phase], nodes: Sequence[Node]) -> str | None:
-    """The sentence for nodes without room for a run, or None where there is free_node.
+    """Say in one sentence what the nodes lack for a run; None if they lack nothing.
 
-    The same sentence is used before a run starts, by `ray-detox check`, and while it runs.
+    `ray-detox check`, the start of a run and a run that lost nodes all use this sentence.
     """
     for phase in phases:
         short = [
-            kind for kind in KINDS if phase.least(kind) > _sum(node.free.of(kind) for node in nodes)
+            kind
+            for kind in KINDS
+            if phase.needed(kind) > _sum(node.free.amount(kind) for node in nodes)
         ]
         if short:
             need = " and ".join(
-                f"{_amount(phase.least(k), k)} ({_reasons(phase, k)})" for k in short
+                f"{_amount(phase.needed(k), k)} ({_reasons(phase, k)})" for k in short
             )
             have = " and ".join(_have(nodes, kind) for kind in short)
             return (
-                f"The run needs {need}, and the cluster has {have}. Ask for fewer, or add nodes "
-                "(those that are busy or being added are given time by cluster.capacity_timeout_s)."
+                f"The run needs {need}, and the cluster has {have}. Ask for fewer, or add nodes (the "
+                "run waits for nodes that are busy or being added for up to "
+                "cluster.capacity_timeout_s)."
             )
+        # Enough in total is not enough: each bundle must fit on a single node.
         placed_on = placement(phase, nodes)
-        for part, placed in (
+        for group, placed in (
             (phase.main, sum(main for main, _ in placed_on)),
             (phase.actors, sum(actors for _, actors in placed_on)),
         ):
-            if placed < part.least:
-                return _no_single_node(part, part.least - placed, nodes)
+            if placed < group.min_count:
+                return _no_single_node(group, group.min_count - placed, nodes)
     return None
 
 
 def shortfall_beside(phase: Phase, nodes: Sequence[Node], actors: int = 0) -> str | None:
-    """The same where all but `actors` of a phase's actors are on their nodes already."""
-    return shortfall([replace(phase, actors=replace(phase.actors, least=actors))], nodes)
+    """Like `shortfall`, if all but `actors` of a phase's reward actors are on their nodes already."""
+    return shortfall([replace(phase, actors=replace(phase.actors, min_count=actors))], nodes)
 
 
-def _no_single_node(part: Part, unplaced: int, nodes: Sequence[Node]) -> str:
-    # The dearest kind decides which node is the largest.
-    kind = "GPU" if part.each.gpus else "CPU"
-    largest = max(nodes, key=lambda node: (node.free.of(kind), node.free.cpus))
-    device = " (a share of a GPU is on one device)" if 0 < part.each.gpus < 1 else ""
+def _no_single_node(group: BundleGroup, unplaced: int, nodes: Sequence[Node]) -> str:
+    # A bundle with GPUs needs a node with GPUs, so the largest node is the one with most GPUs.
+    kind = "GPU" if group.bundle.gpus else "CPU"
+    largest = max(nodes, key=lambda node: (node.free.amount(kind), node.free.cpus))
+    device = " (a share of a GPU is on one device)" if 0 < group.bundle.gpus < 1 else ""
     return (
-        f"The cluster has enough CPUs and GPUs in all, but {unplaced} of {part.least} "
-        f"{part.what}(s) ({part.why or 'to prepare the data'}) with {part.each} each would find no "
-        f"single node with room{device}; the largest, {largest.address}, has {largest.free} free. "
-        f"Lower what each holds, ask for fewer, or add a node with {part.each}."
+        f"The cluster has enough CPUs and GPUs in total, but {unplaced} of {group.min_count} "
+        f"{group.name}(s) ({group.setting or 'to prepare the data'}) with {group.bundle} each fit on "
+        f"no single node{device}; the largest, {largest.address}, has {largest.free} free. "
+        f"Lower what each of them takes, ask for fewer, or add a node with {group.bundle}."
     )
 
 
 def _reasons(phase: Phase, kind: str) -> str:
     reasons = []
-    for part in (phase.main, phase.actors):
-        if not part.least:
+    for group in (phase.main, phase.actors):
+        if not group.min_count:
             continue
-        per = f"{kind.lower()}s_per_{'actor' if part is phase.actors else 'worker'}"
-        each = part.each.of(kind)
-        reasons.append(f"{part.why} with {per}={each:g}" if part.why else f"1 for a {part.what}")
+        per = f"{kind.lower()}s_per_{'actor' if group is phase.actors else 'worker'}"
+        each = group.bundle.amount(kind)
+        reasons.append(
+            f"{group.setting} with {per}={each:g}" if group.setting else f"1 for a {group.name}"
+        )
     return ", ".join(reasons)
 
 
 def _have(nodes: Iterable[Node], kind: str) -> str:
     nodes = list(nodes)
-    total = _sum(node.total.of(kind) for node in nodes)
-    free = _sum(node.free.of(kind) for node in nodes)
+    total = _sum(node.total.amount(kind) for node in nodes)
+    free = _sum(node.free.amount(kind) for node in nodes)
     return _amount(total, kind) + (f", of which {free:g} free" if free < total else "")
 
 
 def table(phases: Iterable[Phase], nodes: Sequence[Node] | None = None) -> str:
-    """The accounting for people: what is held when, and where nodes are given, what they have."""
+    """Format what each phase holds, what the run needs and, if given, what the nodes have."""
     phases = list(phases)
     rows: list[tuple[str, ...]] = [("", "count", "CPUs each", "GPUs each", "CPUs", "GPUs")]
     for phase in phases:
-        for part in (phase.main, phase.actors):
-            sums = [f"{part.least * part.each.of(kind):g}" for kind in KINDS]
-            each = [f"{part.each.of(kind):g}" for kind in KINDS]
-            name = f"{phase.name + ':' if part is phase.main else '':<13}{part.what}"
-            rows.append((name, part.count, *each, *sums))
-    need = [max(phase.least(kind) for phase in phases) for kind in KINDS]
-    most = [max(phase.most(kind) for phase in phases) for kind in KINDS]
+        for group in (phase.main, phase.actors):
+            sums = [f"{group.min_count * group.bundle.amount(kind):g}" for kind in KINDS]
+            each = [f"{group.bundle.amount(kind):g}" for kind in KINDS]
+            name = f"{phase.name + ':' if group is phase.main else '':<13}{group.name}"
+            rows.append((name, group.count, *each, *sums))
+    need = [max(phase.needed(kind) for phase in phases) for kind in KINDS]
+    most = [max(phase.usable(kind) for phase in phases) for kind in KINDS]
     rows.append(("need", "", "", "", *(f"{amount:g}" for amount in need)))
     if most != need:
         rows.append(("used if free", "", "", "", *(f"{amount:g}" for amount in most)))
     if nodes is not None:
         for name, which in (("have", "total"), ("free", "free")):
-            sums = [f"{_sum(getattr(n, which).of(kind) for n in nodes):g}" for kind in KINDS]
+            sums = [f"{_sum(getattr(n, which).amount(kind) for n in nodes):g}" for kind in KINDS]
             rows.append((name, "", "", "", *sums))
     return "\n".join(
         f"{name:<32}{count:>7}{cpus:>11}{gpus:>11}{all_cpus:>8}{all_gpus:>8}"
@@ -269,23 +286,28 @@ def _amount(amount: float, kind: str) -> str:
     return f"{amount:g} {kind}{'' if amount == 1 else 's'}"
 
 
+# ---- the needs of a run ------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a run asks of the cluster."""
+    """The resources that a run needs of the cluster."""
 
     cpus: float
+    """Minimum over the whole run."""
     gpus: float
+    """Minimum over the whole run."""
     gpus_per_worker: float
     gpus_per_actor: float
     worker: Bundle
     """One training worker, or one evaluation task."""
     actor: Bundle
     phases: tuple[Phase, ...]
-    """What is held at the same time: training, preparation, evaluation."""
+    """Training, preparation and evaluation, in this order."""
 
     @property
     def training(self) -> Phase:
-        """Workers and reward actors."""
+        """Training workers and reward actors."""
         return self.phases[0]
 
     @property
@@ -300,16 +322,21 @@ class Needs:
 
 
 def needs(config: RunConfig, cluster_gpus: float) -> Needs:
-    """The cluster resources a run holds, by `free_node.py`'s formula and from the least of its counts.
+    """Return what a run needs, by the table at the top of this module.
 
-        CPU = min_workers * cpus_per_worker + min_actors * cpus_per_actor
-        GPU = min_workers * gpus_per_worker + min_actors * gpus_per_actor
+        training   CPU = min_workers * cpus_per_worker + min_actors * cpus_per_actor
+                   GPU = min_workers * gpus_per_worker + min_actors * gpus_per_actor
 
-    GPUs left open in the config are settled by what the cluster has: a whole one for every worker
-    and a quarter for every reward actor; else workers and actors share GPUs; else none.
+    If the settings leave the GPUs open, the cluster's GPUs decide: one for every worker and a
+    quarter for every reward actor if there are enough; otherwise workers and actors share GPUs; on a
+    cluster with too few for that, none are used.
+
+    Args:
+        config: of the run.
+        cluster_gpus: GPUs of all nodes together.
 
     Raises:
-        ConfigError: GPUs per worker or actor are more than one and not whole.
+        ConfigError: GPUs per worker or actor are more than one and not a whole number.
     """
     train, reward = config.train, config.reward
     serving, cluster = config.serving, config.cluster
@@ -321,7 +348,7 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
     ):
         if gpus is not None and gpus > 1 and gpus != int(gpus):
             raise ConfigError(
-                f"{setting} is {gpus:g}; expected a share of one GPU, or a whole number of them."
+                f"{setting} is {gpus:g}; expected a share of one GPU, or a whole number of GPUs."
             )
     if per_worker is None:
         if cluster_gpus >= workers + actors * (0.25 if per_actor is None else per_actor):
@@ -331,19 +358,19 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
     if per_actor is None:
         per_actor = 0.0
         if per_worker:
-            # Sharing: the quarters that workers leave free, among all actors.
-            shared = 0.25 if per_worker == 1 else int(25 * min(1, workers / actors)) / 100
-            per_actor = shared
+            # If they share, each worker leaves a quarter of its GPU free for the actors, which
+            # divide these quarters among them.
+            per_actor = 0.25 if per_worker == 1 else int(25 * min(1, workers / actors)) / 100
     worker = Bundle(cluster.cpus_per_worker, per_worker)
     actor = Bundle(serving.cpus_per_actor, per_actor)
-    actor_part = Part(
+    actor_group = BundleGroup(
         "reward actor", f"reward.actors={reward.actors}", actors, reward.max_actors, actor
     )
-    training = Part(
+    training = BundleGroup(
         "training worker", f"train.workers={train.workers}", workers, train.max_workers, worker
     )
-    preparing = Part("data task", "", 1, 1, Bundle(1))
-    measuring = Part(
+    preparing = BundleGroup("data task", "", 1, 1, Bundle(1))
+    measuring = BundleGroup(
         "evaluation task",
         f"evaluate.shards={config.evaluate.shards}",
         1,
@@ -351,13 +378,13 @@ def needs(config: RunConfig, cluster_gpus: float) -> Needs:
         worker,
     )
     phases = (
-        Phase("training", training, actor_part),
-        Phase("preparation", preparing, actor_part),
-        Phase("evaluation", measuring, actor_part),
+        Phase("training", training, actor_group),
+        Phase("preparation", preparing, actor_group),
+        Phase("evaluation", measuring, actor_group),
     )
     return Needs(
-        cpus=max(phase.least("CPU") for phase in phases),
-        gpus=max(phase.least("GPU") for phase in phases),
+        cpus=max(phase.needed("CPU") for phase in phases),
+        gpus=max(phase.needed("GPU") for phase in phases),
         gpus_per_worker=per_worker,
         gpus_per_actor=per_actor,
         worker=worker,

@@ -1,19 +1,19 @@
-"""What your AWS account lacks for `ray up cluster/aws.yaml` and a run there; changes and costs nothing.
+"""Check what your AWS account lacks for `ray up cluster/aws.yaml` and a run; changes and costs nothing.
 
 python scripts/aws_account.py [RECIPE] [SETTING=VALUE ...]
 
-The words are those of the run: train.storage and results.* say which bucket and table are looked at.
-Each fault is one sentence, all of them are printed, and the exit code is then 2.
+Pass the arguments of the run: train.storage and results.* name the bucket and the table to check.
+The script prints all faults, one sentence each, and then exits with code 2.
 
-    this environment   its Ray against the images'
-    sts, ec2           who asks, the region, and then at once:
-        ec2              instance types there; the head, started as a dry run
-        service-quotas   CPUs, against all that max_workers allows
-        ssm              the image's name leads to one
-        iam              the instance profiles of cluster/iam.yaml
-        s3, dynamodb     bucket and table, there and in this region
+    this environment   its Ray is the Ray of the images
+    sts, ec2           the credentials and the region; if they are valid, then all of these:
+        ec2              the region has the instance types; you may start the head (a dry run)
+        service-quotas   quotas cover the CPUs of all nodes that max_workers allows
+        ssm              the names of the AMIs exist
+        iam              the instance profiles of cluster/iam.yaml exist
+        s3, dynamodb     bucket and table exist, in this region
 
-`aws_dry_run.py` looks at the file alone and needs no account; run it first.
+`aws_dry_run.py` checks the file alone and needs no account; run it first.
 """
 
 import difflib
@@ -39,8 +39,8 @@ QUOTAS = {
     ("Standard", False): ("L-1216C47A", "Running On-Demand Standard instances"),
     ("Standard", True): ("L-34B43A08", "All Standard Spot Instance Requests"),
 }
-"""By family and whether it is spot. All of them count CPUs."""
-STRANGERS = (
+"""Code and name by family and whether it is spot. All of them count CPUs."""
+BAD_CREDENTIALS = (
     "AuthFailure",
     "ExpiredToken",
     "InvalidClientTokenId",
@@ -53,26 +53,26 @@ ANSWERS = {
     "registration, or enable the region under Account in the console.",
     "PendingVerification": "AWS is still verifying this account for the region, which takes some hours.",
     "Blocked": "AWS has blocked this account; ask its support.",
-    "Unsupported": "the instance type is not to be had like this. Choose another type or region.",
-    "VcpuLimitExceeded": "the quota for on-demand CPUs is used up. Ask for more in Service Quotas, or end "
-    "what else runs.",
+    "Unsupported": "the instance type is not available in this form. Choose another type or region.",
+    "VcpuLimitExceeded": "the quota for on-demand CPUs is used up. Ask for more in Service Quotas, or "
+    "stop other instances.",
     "MaxSpotInstanceCountExceeded": "the quota for spot CPUs is used up. Ask for more in Service Quotas, or "
-    "end what else runs.",
+    "stop other instances.",
     "InsufficientInstanceCapacity": "AWS has none of these instances left for now. Try again later, or "
     "choose another type or region.",
     "RequestLimitExceeded": "too many requests of this account at once. Try again.",
     "ThrottlingException": "too many requests of this account at once. Try again.",
     "TooManyRequestsException": "too many requests of this account at once. Try again.",
 }
-"""What refusals mean, by code; also those of `ray up` and of the autoscaler's log."""
+"""Meaning of AWS's refusals by code; `ray up` and the autoscaler's log show the same codes."""
 
 
-class Stranger(Exception):
-    """Nothing else can be asked; the message is the fault."""
+class SignInError(Exception):
+    """The region or the credentials are not valid, so nothing else can be checked."""
 
 
 def find_faults(cluster: dict[str, Any], config: RunConfig, session: Any) -> list[str]:
-    """What is missing, each in a sentence.
+    """Find what the account lacks; each fault is one sentence.
 
     Args:
         cluster: as in `cluster/aws.yaml`.
@@ -82,9 +82,9 @@ def find_faults(cluster: dict[str, Any], config: RunConfig, session: Any) -> lis
     faults = _versions(cluster)
     try:
         account = Account(cluster, session)
-    except Stranger as stranger:
-        return [*faults, str(stranger)]
-    for look in (
+    except SignInError as error:
+        return [*faults, str(error)]
+    for check in (
         account.instance_types,
         account.quotas,
         account.image,
@@ -92,15 +92,15 @@ def find_faults(cluster: dict[str, Any], config: RunConfig, session: Any) -> lis
         lambda: account.bucket(config.train.storage),
         lambda: account.table(config) if config.results.store == "dynamodb" else [],
     ):
-        faults += _asked(look)
-    # As a dry run EC2 names the first thing that it misses: no news while something is missing.
-    return faults or _asked(account.start_head)
+        faults += _faults_of(check)
+    # Last, and only without other faults: a dry run of EC2 names only the first thing it lacks.
+    return faults or _faults_of(account.start_head)
 
 
 def _versions(cluster: dict[str, Any]) -> list[str]:
-    """The launcher here and the autoscaler in the image are of one Ray.
+    """Check that the launcher here and the autoscaler in the image have the same version of Ray.
 
-    Python may be another one here: jobs are submitted, and their drivers start on the head.
+    Python may differ: jobs are submitted, and their drivers run on the head.
     """
     here = version("ray")
     image = cluster["docker"]["head_image"]
@@ -108,20 +108,20 @@ def _versions(cluster: dict[str, Any]) -> list[str]:
     if found and found[1] == here:
         return []
     return [
-        f"Ray {here} is installed here, and docker.head_image is {image!r}. Install what was tested "
-        "(pip install -c constraints.txt -e .), or name the image of this Ray."
+        f"Ray {here} is installed here, and docker.head_image is {image!r}. Install the tested version "
+        "(pip install -c constraints.txt -e .), or set the image of this Ray."
     ]
 
 
 class Account:
-    """An account as it is seen from one region.
+    """Checks of an account in one region.
 
     Args:
         cluster: as in `cluster/aws.yaml`.
         session: of boto3.
 
     Raises:
-        Stranger: the region is none, or AWS does not know who asks.
+        SignInError: the region does not exist or is not enabled, or AWS refuses the credentials.
     """
 
     def __init__(self, cluster: dict[str, Any], session: Any) -> None:
@@ -130,22 +130,22 @@ class Account:
         known = session.get_available_regions("ec2")
         if region not in known:
             near = difflib.get_close_matches(region, known, 1)
-            raise Stranger(
+            raise SignInError(
                 f"provider.region is {region!r}, which AWS does not have"
                 + (f"; did you mean {near[0]!r}?" if near else ".")
             )
-        refused = _asked(self._sign_in)
+        refused = _faults_of(self._sign_in)
         if refused:
-            raise Stranger(refused[0])
+            raise SignInError(refused[0])
         self._name = cluster["cluster_name"]
         self._head = cluster["head_node_type"]
         types = cluster["available_node_types"]
         self._types = {n: t for n, t in types.items() if n == self._head or t["max_workers"]}
         self._cpus: dict[str, int] = {}
-        """Of the instance types that there are."""
+        """CPUs by instance type, of those that the region offers."""
 
     def _sign_in(self) -> list[str]:
-        # A region that is not enabled would answer that it knows nobody.
+        # us-east-1, because a region that is not enabled refuses even valid credentials.
         ordinary = self._session.get_partition_for_region(self.region) == "aws"
         asked = "us-east-1" if ordinary else self.region
         self.number = self._client("sts", asked).get_caller_identity()["Account"]
@@ -159,12 +159,12 @@ class Account:
         return []
 
     def _client(self, service: str, region: str | None = None) -> Any:
-        # Some seconds for each answer, or a network without a way out would take minutes.
-        patience = Config(connect_timeout=5, read_timeout=15, retries={"total_max_attempts": 2})
-        return self._session.client(service, region_name=region or self.region, config=patience)
+        # Short timeouts, because boto3's defaults take minutes on a network that blocks AWS.
+        timeouts = Config(connect_timeout=5, read_timeout=15, retries={"total_max_attempts": 2})
+        return self._session.client(service, region_name=region or self.region, config=timeouts)
 
     def instance_types(self) -> list[str]:
-        """Every type is offered in the region."""
+        """Check that the region offers every instance type."""
         ec2 = self._client("ec2")
         wanted = {t["node_config"]["InstanceType"] for t in self._types.values()}
         pages = ec2.get_paginator("describe_instance_type_offerings").paginate(
@@ -182,7 +182,7 @@ class Account:
         ]
 
     def quotas(self) -> list[str]:
-        """Quotas cover all that may be started; what else runs in the account is not counted."""
+        """Check that quotas cover all nodes of max_workers; other instances are not counted."""
         needs: dict[tuple[str, bool], int] = {}
         for name, node in self._types.items():
             kind = node["node_config"]["InstanceType"]
@@ -205,14 +205,14 @@ class Account:
     def _quota(self, code: str) -> float:
         quotas = self._client("service-quotas")
         which = {"ServiceCode": "ec2", "QuotaCode": code}
-        # The second for one that was never changed in this account.
+        # A quota that was never changed in this account has only a default value.
         answer = _found(
             quotas.get_service_quota, "NoSuchResourceException", **which
         ) or quotas.get_aws_default_service_quota(**which)
         return float(answer["Quota"]["Value"])
 
     def image(self) -> list[str]:
-        """Every image's name leads to one."""
+        """Check that the name of every AMI exists."""
         images = {t["node_config"]["ImageId"] for t in self._types.values()}
         names = sorted(
             i.removeprefix("resolve:ssm:") for i in images if i.startswith("resolve:ssm:")
@@ -227,7 +227,7 @@ class Account:
         ]
 
     def profiles(self) -> list[str]:
-        """Every instance profile is there."""
+        """Check that every instance profile exists."""
         get = self._client("iam").get_instance_profile
         names = {t["node_config"]["IamInstanceProfile"]["Name"] for t in self._types.values()}
         return [
@@ -238,7 +238,7 @@ class Account:
         ]
 
     def bucket(self, storage: str | None) -> list[str]:
-        """The bucket of `train.storage`, or that of cluster/iam.yaml, is there and in the region."""
+        """Check that the bucket of `train.storage`, or of cluster/iam.yaml, is in the region."""
         address = storage or f"s3://{self._name}-{self.number}-{self.region}"
         if not address.startswith("s3://"):
             return []
@@ -246,13 +246,15 @@ class Account:
         try:
             there = self._client("s3").head_bucket(Bucket=name).get("BucketRegion")
         except exceptions.ClientError as error:
-            # An answer without a body: the code is the status.
+            # The answer to HEAD has no body, so boto3 uses the status as its code.
             if _code(error) == "404":
                 return [
                     f"There is no bucket {name!r}. Deploy cluster/iam.yaml, or change train.storage."
                 ]
             if _code(error) == "403":
-                return [f"The bucket {name!r} is not for you. Change train.storage, or its policy."]
+                return [
+                    f"You may not use the bucket {name!r}. Change train.storage, or its policy."
+                ]
             if _code(error) != "301":
                 raise
             there = error.response["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
@@ -260,11 +262,11 @@ class Account:
             return []
         return [
             f"The bucket {name!r} is in {there}, and the cluster in {self.region}: every checkpoint would "
-            "cross regions and be paid for. Use a bucket of the same region."
+            "cross regions, which costs money. Use a bucket of the same region."
         ]
 
     def table(self, config: RunConfig) -> list[str]:
-        """The table of `results.*` is there; if not, where one of its name is."""
+        """Check that the table of `results.*` exists; if not, look for it in other regions."""
         name, region = config.results.table, config.results.region or self.region
 
         def is_in(region: str) -> bool:
@@ -273,19 +275,19 @@ class Account:
 
         if is_in(region):
             return []
-        make = f"ray-detox table create results.table={name} results.region={region}"
+        create = f"ray-detox table create results.table={name} results.region={region}"
         elsewhere = next(
             (other for other in self._regions if other != region and is_in(other)), None
         )
         if elsewhere:
             return [
-                f"The table {name!r} is in {elsewhere} and not in {region}. Say "
-                f"results.region={elsewhere}, or make one: {make}."
+                f"The table {name!r} is in {elsewhere} and not in {region}. Pass "
+                f"results.region={elsewhere}, or create one: {create}."
             ]
-        return [f"There is no table {name!r} in {region}. Make it: {make}."]
+        return [f"There is no table {name!r} in {region}. Create it: {create}."]
 
     def start_head(self) -> list[str]:
-        """You may start the head: EC2 checks everything and starts nothing."""
+        """Check that you may start the head; a dry run, so EC2 starts nothing."""
         node = self._types[self._head]["node_config"]
         run = self._client("ec2").run_instances
         _found(run, "DryRunOperation", DryRun=True, MinCount=1, MaxCount=1, **node)
@@ -293,7 +295,7 @@ class Account:
 
 
 def _found(call: Callable[..., Any], absent: str, **request: Any) -> Any:
-    """The answer to a request; None where it is refused with the code `absent`."""
+    """Return the answer to a request; None if AWS refuses it with the code `absent`."""
     try:
         return call(**request)
     except exceptions.ClientError as error:
@@ -307,44 +309,45 @@ def _code(error: exceptions.ClientError) -> str:
 
 
 def _family(instance_type: str) -> str:
-    """The part of the quotas that counts a type; others are not looked at."""
+    """Return the family of quotas that counts an instance type; `other` is not checked."""
     if re.match(r"(g|vt)\d", instance_type):
         return "G and VT"
     return "Standard" if re.match(r"[acdhimrtz]\d", instance_type) else "other"
 
 
-def _asked(look: Callable[[], list[str]]) -> list[str]:
-    """The faults that a look finds; one that AWS refused is a fault itself."""
+def _faults_of(check: Callable[[], list[str]]) -> list[str]:
+    """Return the faults that a check finds; a refused request is a fault itself."""
     try:
-        return look()
+        return check()
     except exceptions.ClientError as error:
         return [refusal(error.operation_name, _code(error))]
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
         return [
-            "No AWS credentials were found, or half of them. Sign in: aws configure, or aws sso login."
+            "No AWS credentials were found, or they are incomplete. Sign in: aws configure, or aws sso "
+            "login."
         ]
     except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
         return [
             f"AWS could not be reached ({type(error).__name__}). Check the network and its proxy."
         ]
     except exceptions.BotoCoreError as error:
-        # An expired sign-in of `aws sso login`, and whatever else it says in a sentence.
+        # For example an expired sign-in of `aws sso login`; boto3's message is one sentence.
         return [f"{str(error).rstrip('.')}. Sign in again, or check the AWS configuration."]
 
 
 def refusal(operation: str, code: str) -> str:
-    """What a refusal of AWS means and what to do, in a sentence.
+    """Return the meaning of AWS's refusal and the fix, in one sentence.
 
-    AWS's own message stays out: it may hold the request with its signature.
+    AWS's own message is left out, because it may contain the request with its signature.
     """
-    if code in STRANGERS:
+    if code in BAD_CREDENTIALS:
         return (
             f"AWS refused the credentials ({code}). Sign in again: aws configure, or aws sso login."
         )
     if code in ANSWERS:
         return f"AWS refused {operation} ({code}): {ANSWERS[code]}"
     if code.startswith(("AccessDenied", "UnauthorizedOperation")):
-        return f"You may not {operation} ({code}). Have it added to your user or role."
+        return f"You may not {operation} ({code}). Add the permission to your user or role."
     return f"AWS refused {operation} ({code})."
 
 

@@ -1,26 +1,26 @@
-"""What `ray up cluster/aws.yaml` would do, on an emulated AWS: no account, no cost, 20 seconds.
+"""Run `ray up cluster/aws.yaml` on an emulated AWS: no account, no cost, 20 seconds.
 
-python scripts/aws_dry_run.py            prints it as JSON
-python scripts/aws_dry_run.py --write    into tests/data/aws_launch.json, which the tests compare
+python scripts/aws_dry_run.py            print what it would do, as JSON
+python scripts/aws_dry_run.py --write    write that to tests/data/aws_launch.json for the tests
 
-Before that, it looks for mistakes that the launcher would not name, and prints a sentence for each.
+First, the script checks for mistakes that the launcher accepts, and prints a sentence for each.
 
     cluster/iam.yaml --> CloudFormation      roles, instance profiles, bucket
     ray up           --> EC2, SSH            key, subnets, security group, the head and its setup
     Ray's autoscaler --> EC2, SSH            one worker of each type, its setup, and its end
 
 Ray runs unchanged: the launcher from `create_or_update_cluster` on, and the parts of autoscaler v2 that
-touch a node (`FileConfigReader`, `NodeProviderAdapter`, `RayInstaller`), with login shells, as `ray up`
-has them. These parts are stand-ins:
+touch a node (`FileConfigReader`, `NodeProviderAdapter`, `RayInstaller`), with login shells as in `ray up`.
+These parts are replaced:
 
     AWS                    moto
     ssh, rsync, programs   tests/fake_ssh.py: processes that a real shell of the node starts and that
-    of a node              write themselves down; nothing is installed and no Ray starts
+    of a node              record themselves; nothing is installed and Ray does not start
     the head               this process. It reads the configuration that the launcher copied to the
                            head, but a temporary folder is its /home/ray, and its address is "HEAD"
-    autoscaler's decision  one node of each type, instead of what the scheduler asks for
+    autoscaler's decision  one node of each type, instead of the scheduler's choice
 
-Needs the extra `dev`. `aws_account.py` looks at your own account.
+Needs the extra `dev`. `aws_account.py` checks your own account.
 """
 
 import difflib
@@ -45,16 +45,16 @@ GOLDEN = ROOT / "tests/data/aws_launch.json"
 CLUSTER = ROOT / "cluster/aws.yaml"
 IAM = ROOT / "cluster/iam.yaml"
 PRICES = ROOT / "cluster/prices.yaml"
-PATIENCE_S = 120
+MOTO_TIMEOUT_S = 120
 """Longest wait for instances to be launched or terminated on moto."""
 fake_ssh = runpy.run_path(str(ROOT / "tests/fake_ssh.py"))
 
 
-# ---- what can be said without AWS ------------------------------------------------------------
+# ---- checks without AWS ----------------------------------------------------------------------
 
 
 def find_faults(cluster: dict[str, Any], prices: dict[str, Any]) -> list[str]:
-    """Mistakes that the launcher's schema lets pass, each in a sentence.
+    """Find mistakes that the launcher's schema accepts; each is one sentence.
 
     Args:
         cluster: as in `cluster/aws.yaml`.
@@ -68,8 +68,8 @@ def find_faults(cluster: dict[str, Any], prices: dict[str, Any]) -> list[str]:
     region = cluster["provider"]["region"]
     if "image" not in images:
         faults.append(
-            "docker.image is missing: Ray's autoscaler reads it even where worker_image is set, and no "
-            "worker comes up without it. Set it to the workers' image."
+            "docker.image is missing: Ray's autoscaler reads it even if worker_image is set, and no "
+            "worker starts without it. Set it to the workers' image."
         )
     for key, kind in (
         ("head_image", r"(cpu|cu\d+)"),
@@ -88,7 +88,9 @@ def find_faults(cluster: dict[str, Any], prices: dict[str, Any]) -> list[str]:
             f"docker.run_options sets another AWS_DEFAULT_REGION than provider.region ({region})."
         )
     if "-e RAY_AUTH_MODE=token" not in images["run_options"]:
-        faults.append("docker.run_options does not set RAY_AUTH_MODE=token: anybody may use it.")
+        faults.append(
+            "docker.run_options does not set RAY_AUTH_MODE=token: anybody could use the cluster."
+        )
     for name, node in cluster["available_node_types"].items():
         where = f"available_node_types.{name}"
         least, most = node.get("min_workers", 0), node.get("max_workers", 0)
@@ -112,26 +114,30 @@ def find_faults(cluster: dict[str, Any], prices: dict[str, Any]) -> list[str]:
             if says != (0 if is_head else has):
                 faults.append(
                     f"{where}: resources.{unit} is {says}, and "
-                    + ("the head carries no load." if is_head else f"a {kind} has {has}.")
+                    + (
+                        "the head runs no training or scoring."
+                        if is_head
+                        else f"a {kind} has {has}."
+                    )
                 )
         profile = node["node_config"].get("IamInstanceProfile", {}).get("Name", "")
         expected = f"{cluster['cluster_name']}-{'head' if is_head else 'worker'}"
         if profile != expected:
             faults.append(
-                f"{where}: IamInstanceProfile is {profile!r}; cluster/iam.yaml makes {expected!r}."
+                f"{where}: IamInstanceProfile is {profile!r}; cluster/iam.yaml creates {expected!r}."
             )
     least = sum(node.get("min_workers", 0) for node in cluster["available_node_types"].values())
     if least > cluster["max_workers"]:
-        faults.append(f"All min_workers come to {least}, and max_workers is less.")
+        faults.append(f"The sum of all min_workers is {least}, which is more than max_workers.")
     return faults
 
 
 def cost_per_hour(
     cluster: dict[str, Any], prices: dict[str, Any], workers: dict[str, int]
 ) -> float:
-    """Dollars that an hour costs, of instances, disks and addresses: the head and `workers` of a type.
+    """Return dollars per hour of instances, disks and addresses, for the head and `workers` by type.
 
-    An upper bound: spot is counted as on demand.
+    This is an upper bound: spot instances count at the on-demand price.
     """
     dollars = 0.0
     for name, count in ({cluster["head_node_type"]: 1} | workers).items():
@@ -146,16 +152,16 @@ def cost_per_hour(
 
 
 def max_workers(cluster: dict[str, Any]) -> dict[str, int]:
-    """As many workers of each type as may run at a time."""
+    """Return the largest number of workers of each type."""
     types = cluster["available_node_types"].items()
     return {name: n["max_workers"] for name, n in types if name != cluster["head_node_type"]}
 
 
-# ---- what it would do on AWS -----------------------------------------------------------------
+# ---- the launch on moto ----------------------------------------------------------------------
 
 
 class Calls:
-    """Every request to AWS, by name, and the parameters of those that start instances."""
+    """Records every request to AWS by name, and the parameters of those that start instances."""
 
     def __init__(self, session: Any) -> None:
         self.names: set[str] = set()
@@ -190,10 +196,10 @@ def emulated_aws() -> Any:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     (Path(home) / ".ray").mkdir()
-    (Path(home) / ".ray/auth_token").write_text("a token of nobody's")
+    (Path(home) / ".ray/auth_token").write_text("not a real token")
     (Path(home) / "ray-detox").mkdir()
     kept_folder = Path.cwd()
-    os.chdir(ROOT)  # as cluster/README.md says, for file_mounts
+    os.chdir(ROOT)  # file_mounts are relative to the checkout
     try:
         with mock_aws():
             yield Path(home)
@@ -205,7 +211,7 @@ def emulated_aws() -> Any:
 
 
 def dry_run(cluster: dict[str, Any]) -> dict[str, Any]:
-    """Bring a cluster up on moto, and return everything that AWS and the nodes were told.
+    """Bring a cluster up on moto, and return all requests to AWS and commands on the nodes.
 
     Args:
         cluster: as in `cluster/aws.yaml`.
@@ -246,7 +252,7 @@ def dry_run(cluster: dict[str, Any]) -> dict[str, Any]:
                 for name, records in workers.items()
             },
         }
-        # The launcher runs rsync itself.
+        # rsync runs on the launcher's machine, so it has no login shell.
         on_nodes = [r for records in [ran, *workers.values()] for r in records]
         found["login_shells"] = all(r["login"] for r in on_nodes if r["argv"][0] != "rsync")
         started = {_node_type(call): call for call in calls.started}
@@ -255,7 +261,7 @@ def dry_run(cluster: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deploy(cloudformation: Any) -> dict[str, str]:
-    """The stack of `cluster/iam.yaml` with its defaults; its outputs."""
+    """Deploy `cluster/iam.yaml` with its defaults, and return the outputs of the stack."""
     cloudformation.create_stack(
         StackName="cluster",
         TemplateBody=IAM.read_text("utf-8"),
@@ -269,11 +275,11 @@ def _bring_up_workers(home: Path, head: str) -> dict[str, list[dict[str, Any]]]:
     """Launch, set up and terminate a worker of each type, as the autoscaler on the head does.
 
     Args:
-        home: stands for the home folder of the head's container.
-        head: the address under which the launcher reached the head.
+        home: takes the place of the home folder in the head's container.
+        head: address that the launcher used for the head.
 
     Returns:
-        By type, everything that ran on the worker.
+        By type, all commands that ran on the worker.
     """
     from ray.autoscaler._private.providers import _get_node_provider
     from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND
@@ -326,10 +332,10 @@ def _bring_up_workers(home: Path, head: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + MOTO_TIMEOUT_S
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("The emulated EC2 did not do what it was asked for.")
+            raise TimeoutError("The emulated EC2 did not start or end the instances in time.")
         time.sleep(0.1)
 
 
@@ -348,7 +354,7 @@ def _node_type(call: dict[str, Any]) -> str:
 
 
 def _without_chance(found: dict[str, Any]) -> dict[str, Any]:
-    """The same without ids, addresses and folders that are others each time."""
+    """Replace ids, addresses and folders that differ between runs."""
     text = json.dumps(found)
     for pattern, word in (
         (r"(subnet|sg|ami|i)-[0-9a-f]{8,}", r"\1-..."),
@@ -376,7 +382,7 @@ def main(words: list[str]) -> int:
         "idle": round(cost_per_hour(cluster, prices, {}), 2),
         "at most": round(cost_per_hour(cluster, prices, max_workers(cluster)), 2),
     }
-    with redirect_stdout(sys.stderr):  # the launcher tells what it does
+    with redirect_stdout(sys.stderr):  # the launcher prints its progress
         found = {"dollars_per_hour": cost} | dry_run(cluster)
     text = json.dumps(found, indent=1) + "\n"
     if words:

@@ -1,9 +1,9 @@
-"""How fast results are stored and read: rows per second, a repeat, the first page of a big run.
+"""Measure how fast results are stored and read: rows per second, a repeat, the first page.
 
     python scripts/bench_results.py --samples 10000 --page-of 100000
 
-SQLite and moto are always measured, dynalite where scripts/test_tools.sh has fetched it. The
-emulators show what our side of a publish costs; how fast AWS takes it they cannot say.
+Measures SQLite and moto, and dynalite if scripts/test_tools.sh has installed it. The emulators show the
+cost of our side of a publish; they say nothing about the speed of AWS.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from ray_detox.viewer.handler import respond
 from tests.emulators import emulator
 
 PAGES = {
-    "as they came": "sort=index",
+    "original order": "sort=index",
     "worst change first": "sort=toxicity&order=desc",
     "best change first": "sort=toxicity&order=asc",
     "best reward first, toxic after": "sort=reward&order=desc&show=toxic_after",
     "worst reward first, worse only": "sort=reward&order=asc&show=worse",
-    "as they came, unchanged (none)": "sort=index&show=same",
+    "original order, unchanged (none)": "sort=index&show=same",
     "not scored (1 in 1,000)": "show=unscored",
     "search, in 1 of 100 (reads texts)": "q=parcel",
 }
@@ -44,7 +44,7 @@ Writes = Callable[[], int]
 
 
 def samples_of(count: int) -> list[dict[str, Any]]:
-    """Samples of the size that a run on DialogSum stores, about 2 kB."""
+    """Return samples of the size that a run on DialogSum stores, about 2 kB."""
     draw = random.Random(0)
     words = [f"word{i}" for i in range(2000)]
     samples = []
@@ -70,7 +70,7 @@ def samples_of(count: int) -> list[dict[str, Any]]:
 
 
 def report_of(count: int) -> dict[str, Any]:
-    """The least that a report may have."""
+    """Return a report with only the required names."""
     return {
         "run_id": f"run-of-{count}",
         "recipe": "bench",
@@ -84,7 +84,7 @@ def report_of(count: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sqlite_store(folder: Path) -> Iterator[tuple[ResultStore, Writes]]:
-    """A store in a file, and how many commits have changed the file."""
+    """Yield a store in a file, and a count of the commits that changed the file."""
     store = SQLiteStore(folder / "results.sqlite")
     store.put_run(report_of(0), [])
     with contextlib.closing(sqlite3.connect(store.path)) as watch:
@@ -93,7 +93,7 @@ def sqlite_store(folder: Path) -> Iterator[tuple[ResultStore, Writes]]:
 
 @contextlib.contextmanager
 def dynamodb_store(name: str) -> Iterator[tuple[ResultStore, Writes]]:
-    """A store on an emulator, and how many requests to write were sent there."""
+    """Yield a store on an emulator, and a count of the write requests sent to it."""
     sent: list[str] = []
     with emulator(name) as address:
         store = DynamoDBStore("bench", region="us-east-1", endpoint_url=address)
@@ -106,7 +106,7 @@ def dynamodb_store(name: str) -> Iterator[tuple[ResultStore, Writes]]:
 
 
 def publish(name: str, store: ResultStore, writes: Writes, count: int) -> None:
-    """Store a run twice, and print a row about it."""
+    """Store a run twice, and print a row of the table."""
     report, samples = report_of(count), samples_of(count)
     start = time.perf_counter()
     assert store.put_run(report, samples)
@@ -122,7 +122,7 @@ def publish(name: str, store: ResultStore, writes: Writes, count: int) -> None:
 
 
 def first_page(store: ResultStore, run_id: str, query: str) -> list[float]:
-    """Milliseconds of each of some calls for a first page of 25, as the API answers them."""
+    """Call the API repeatedly for a first page of 25 samples; return the milliseconds of each call."""
     event = {
         "rawPath": f"/api/runs/{run_id}/samples",
         "rawQueryString": f"{query}&limit=25",
@@ -138,12 +138,12 @@ def first_page(store: ResultStore, run_id: str, query: str) -> list[float]:
 
 
 def main() -> None:
-    """Measure, and print two tables."""
+    """Measure everything, and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=10_000, help="of a run that is published")
     parser.add_argument("--page-of", type=int, default=100_000, help="samples of a run to page in")
     args = parser.parse_args()
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # moto's line per request
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # moto logs every request
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
     print("publish      samples         s    rows/s    repeat, s    writes")

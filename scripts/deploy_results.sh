@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Put the page with results on AWS, or bring it up to date.
+# Deploy the results page to AWS, or update it.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 Usage: bash scripts/deploy_results.sh [--region REGION] [OPTIONS]
 
-Deploys cluster/results.yaml: the table, the read-only API and the page, then prints its address.
-Run it again to update; nothing is lost. Needs the aws CLI, signed in, and python3.
+Deploys cluster/results.yaml (table, read-only API and page), then prints the address of the page.
+Run it again to update; stored results stay. Needs python3 and the aws CLI, signed in.
 
-  --region REGION        where; default AWS_REGION or AWS_DEFAULT_REGION
+  --region REGION        AWS region; default AWS_REGION or AWS_DEFAULT_REGION
   --stack NAME           default ray-detox-results
   --table NAME           default ray-detox, as results.table
-  --existing-table       the table is there already (ray-detox table create)
+  --existing-table       the table exists (ray-detox table create)
   --access HOW           cognito (default): users that you add
                          jwt: users of another issuer, with --jwt-issuer URL --jwt-audience ID
-                         public: everybody who knows the address
-  --package-only FILE    only make the Lambda's zip
+                         public: anybody who knows the address
+  --package-only FILE    only write the zip file of the Lambda function
 
-Deleting the stack (aws cloudformation delete-stack) leaves the table and the page's bucket.
+Deleting the stack (aws cloudformation delete-stack) keeps the table and the bucket of the page.
 USAGE
 }
 
@@ -55,7 +55,7 @@ while (($#)); do
   shift
 done
 
-# make_zip FILE: what the Lambda needs and no more; the same files give the same bytes.
+# make_zip FILE: write the files that the Lambda function needs; equal files give equal bytes.
 make_zip() {
   python3 - "$root" "$1" <<'PYTHON'
 import sys
@@ -68,7 +68,7 @@ files += sorted((root / "ray_detox/store").glob("*.py"))
 files += sorted((root / "ray_detox/viewer").glob("*.py"))
 with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
     for file in files:
-        entry = zipfile.ZipInfo(file.relative_to(root).as_posix())  # dated 1980
+        entry = zipfile.ZipInfo(file.relative_to(root).as_posix())  # without a date, which would change the bytes
         entry.external_attr = 0o644 << 16
         archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
 PYTHON
@@ -84,11 +84,11 @@ case $access in
   jwt) [[ -n $issuer && -n $audience ]] || die "--access jwt needs --jwt-issuer and --jwt-audience." ;;
   *) die "--access is '$access'; expected cognito, jwt or public." ;;
 esac
-[[ -n $region ]] || die "no region; give --region, or set AWS_REGION."
+[[ -n $region ]] || die "no region; pass --region, or set AWS_REGION."
 command -v aws >/dev/null || die "the aws CLI is not installed; see https://aws.amazon.com/cli/."
 export AWS_DEFAULT_REGION=$region AWS_REGION=$region AWS_PAGER=""
 account=$(aws sts get-caller-identity --query Account --output text 2>/dev/null) ||
-  die "AWS knows nobody by these credentials; sign in (aws configure, or aws sso login)."
+  die "AWS refused the credentials; sign in (aws configure, or aws sso login)."
 
 work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
@@ -107,7 +107,7 @@ output() {
     --query "Stacks[0].Outputs[?OutputKey=='$1'].OutputValue | [0]"
 }
 
-# discover ISSUER CLIENT FILE: how the page signs in there, into FILE; prints where it gets its token.
+# discover ISSUER CLIENT FILE: write the sign-in settings of the page; print the origin of its token.
 discover() {
   python3 - "$@" <<'PYTHON'
 import json
@@ -140,7 +140,7 @@ fi
 echo "deploying $stack to $region (some minutes the first time, for CloudFront)"
 parameters=(TableName="$table" CreateTable="$create" Access="$access" CodeBucket="$code" CodeKey="$key"
   JwtIssuer="$issuer" JwtAudience="$audience" SignInOrigin="$sign_in")
-# A stack that is there keeps its secret: a parameter that is not given stays as it is.
+# An existing stack keeps its secret: CloudFormation reuses the value of a parameter that is not passed.
 if ! aws cloudformation describe-stacks --stack-name "$stack" >/dev/null 2>&1; then
   parameters+=(OriginSecret="$(python3 -c 'import secrets; print(secrets.token_hex(32))')")
 fi
@@ -155,7 +155,7 @@ elif [[ $access == public ]]; then
   echo '{"auth": null}' >"$work/config.json"
 fi
 site=$root/ray_detox/viewer/static
-# Asked for anew each time and answered by "not changed": the page never runs with old modules.
+# no-cache makes browsers ask each time whether a file changed, so the page never mixes old and new modules.
 fresh=(--only-show-errors --cache-control no-cache)
 for kind in js:text/javascript css:text/css html:text/html svg:image/svg+xml json:application/json; do
   aws s3 cp "${fresh[@]}" --recursive --exclude '*' --include "*.${kind%%:*}" \
@@ -165,7 +165,7 @@ aws s3 cp "${fresh[@]}" --content-type application/json "$work/config.json" "s3:
 aws cloudfront create-invalidation --distribution-id "$(output DistributionId)" --paths '/*' >/dev/null
 
 echo "The page is at $url"
-echo "Runs get there with: results.store=dynamodb results.table=$table results.region=$region"
+echo "Store runs there with: results.store=dynamodb results.table=$table results.region=$region"
 if [[ $access == cognito ]]; then
   echo "Add a reader with: aws cognito-idp admin-create-user --region $region" \
     "--user-pool-id $(output UserPoolId) --username SOMEBODY@EXAMPLE.COM"

@@ -1,9 +1,9 @@
-"""PPO in one process, without Ray: a few steps on the embedded models, with times and memory.
+"""Run PPO in one process without Ray: a few steps on the embedded models, with times and memory.
 
     python scripts/single_process.py --steps 3 --device cuda --dtype bfloat16
 
-Needs torch, transformers and peft only. Shows that the core stands by itself, and is the quickest
-way to see what a new machine or a new version of a library does to it.
+Needs only torch, transformers and peft. It shows that the core works without Ray, and is the quickest
+way to try a new machine or a new version of a library.
 """
 
 import argparse
@@ -32,12 +32,14 @@ from ray_detox.runs.local import LocalRuntime
 
 
 def main() -> None:
-    """Train for a few steps and print a row of figures for each, as JSON."""
+    """Train for a few steps and print the metrics of each as a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("settings", nargs="*", help="section.name=value, over the recipe lab")
+    parser.add_argument(
+        "settings", nargs="*", help="section.name=value, overrides of the recipe lab"
+    )
     args = parser.parse_args()
 
     config = load_config(

@@ -1,10 +1,10 @@
-"""Deploy cluster/results.yaml on an emulator of AWS, and read results through it.
+"""Deploy cluster/results.yaml to an emulator of AWS, and read results through it.
 
     python scripts/smoke_results.py path/to/ministack
 
-The emulator is ministack (scripts/test_tools.sh fetches it); it runs the Lambda's code for real,
-behind its HTTP API and its sign-in, against its own DynamoDB. With the aws CLI installed the
-script that people use, deploy_results.sh, does the deploying.
+The emulator is ministack (scripts/test_tools.sh installs it). It runs the code of the Lambda function
+behind an HTTP API with sign-in, against its own DynamoDB. If the aws CLI is installed,
+deploy_results.sh deploys as well.
 """
 
 import json
@@ -43,7 +43,7 @@ REPORT = {
 
 @contextmanager
 def emulator(program: str) -> Iterator[str]:
-    """Run ministack on a port of its own, with a folder of its own; gives its address."""
+    """Run ministack on a free port with a temporary folder, and yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,7 +69,7 @@ def emulator(program: str) -> Iterator[str]:
 
 
 def client(name: str, address: str) -> Any:
-    """A boto3 client of the emulator."""
+    """Return a boto3 client for the emulator."""
     return boto3.client(name, endpoint_url=address, region_name=REGION)
 
 
@@ -102,10 +102,10 @@ def deploy(address: str, access: str) -> dict[str, str]:
 
 
 def ask(address: str, api: str, path: str, **headers: str) -> tuple[int, Any, float]:
-    """Ask the stack's API; status, body and seconds."""
+    """Send a request to the stack's API; return status, body and seconds."""
     port = address.rpartition(":")[2]
     request = urllib.request.Request(address + path, headers=headers)
-    # The emulator tells its APIs apart by name.
+    # The emulator distinguishes its APIs by host name.
     request.add_header("Host", f"{api}.execute-api.localhost:{port}")
     start = time.monotonic()
     try:
@@ -116,7 +116,7 @@ def ask(address: str, api: str, path: str, **headers: str) -> tuple[int, Any, fl
 
 
 def sign_in(address: str, stack: dict[str, str]) -> str:
-    """The access token of a reader."""
+    """Create a reader, sign in, and return the access token."""
     users = client("cognito-idp", address)
     name, password = "reader@example.com", "Correct-horse-1-battery"
     pool = {"UserPoolId": stack["UserPoolId"]}
@@ -132,7 +132,7 @@ def sign_in(address: str, stack: dict[str, str]) -> str:
 
 
 def deploy_by_script(address: str) -> str:
-    """Run deploy_results.sh against the emulator; its last lines."""
+    """Run deploy_results.sh against the emulator, and return its output."""
     settings = {"AWS_ENDPOINT_URL": address, "AWS_REGION": REGION}
     done = subprocess.run(
         ["bash", str(ROOT / "scripts/deploy_results.sh"), "--stack", "by-script"],
@@ -147,7 +147,7 @@ def deploy_by_script(address: str) -> str:
 
 
 def main(program: str) -> None:
-    """Deploy with sign-in and without, and show what each answers."""
+    """Deploy with and without sign-in, and check the answers of both."""
     failed: list[str] = []
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
@@ -189,16 +189,18 @@ def main(program: str) -> None:
             f"public, samples by difference ({seconds:.2f} s)", (status, found), (200, [0.1 - 0.9])
         )
         status, _, _ = ask(address, opened["ApiId"], "/api/runs/none", **own)
-        check("public, a run that is not there", status, 404)
+        check("public, a missing run", status, 404)
         status, _, _ = ask(address, opened["ApiId"], "/other", **own)
         check("public, another route", status, 404)
         status, _, _ = ask(address, opened["ApiId"], "/api/runs")
-        check("public, around CloudFront", status, 403)
+        check("public, not through CloudFront", status, 403)
 
         if shutil.which("aws"):
             said = deploy_by_script(address)
             check(
-                "deploy_results.sh says where the page is", "The page is at https://" in said, True
+                "deploy_results.sh prints the address of the page",
+                "The page is at https://" in said,
+                True,
             )
             s3 = client("s3", address)
             buckets = [b["Name"] for b in s3.list_buckets()["Buckets"]]

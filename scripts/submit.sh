@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit the main job to a cluster and follow it; `ray-detox submit` with its environment made first.
+# Submit a run to a cluster and follow it: prepares .venv, then calls `ray-detox submit`.
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
@@ -11,14 +11,14 @@ Usage: bash scripts/submit.sh [RECIPE] [section.name=value ...] [--run-id ID] [-
        bash scripts/submit.sh --resume RUN [section.name=value ...] [...]
        bash scripts/submit.sh --follow RUN | --stop RUN
 
-Sends this checkout's package and the settings to a cluster's job server, prints the run's id and
-then its log, and ends with the run's exit code (143: stopped). Ctrl-C ends the
-reading only. The cluster is the one whose dashboard is at http://127.0.0.1:8265: one started with
-scripts/head.sh, or reached through `ray dashboard cluster/aws.yaml`.
+Sends the package of this checkout and the settings to a cluster's job server, prints the run id and
+then the log, and exits with the exit code of the run (143: stopped). Ctrl-C stops reading the log;
+the run continues. The default cluster has its dashboard at http://127.0.0.1:8265: start it with
+scripts/head.sh, or reach one through `ray dashboard cluster/aws.yaml`.
 
   bash scripts/submit.sh lab                                     the embedded models
   bash scripts/submit.sh my-run.yaml --with my_rewards.py        your own recipe and reward function
-  bash scripts/submit.sh --resume lab-20260102-030405-abcd       go on with a run that was stopped
+  bash scripts/submit.sh --resume lab-20260102-030405-abcd       continue a run that was stopped
 USAGE
   exit
 fi

@@ -1,8 +1,8 @@
-"""Fetch what a recipe names, from the hub or S3, into this machine's cache.
+"""Download the models and data of a recipe from the hub or S3 into this machine's cache.
 
 python scripts/warm_cache.py RECIPE [SETTING=VALUE ...]
 
-A run would fetch the same when it first needs it, on every node at once and with GPUs waiting.
+A run would download them itself, but on every node at once and while its GPUs wait.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
     wanted = [
         ("policy.model", lambda: local_folder(policy.model, policy.revision, "policy.model")),
         ("reward.model", lambda: local_folder(reward.model, reward.revision, "reward.model")),
-        # Of files and S3, Ray Data reads what each node needs.
+        # Files and S3 need no cache: Ray Data reads from them what each node needs.
         ("data.path", lambda: load_hub(data) if locate(data).kind == "hub" else None),
     ]
     for setting, fetch in wanted:
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
             faults += 1
             print(f"warm_cache.py: {error}", file=sys.stderr)
         else:
-            print(f"{setting} is here ({time.monotonic() - began:.0f} s)")
+            print(f"{setting} is cached ({time.monotonic() - began:.0f} s)")
     return 1 if faults else 0
 
 

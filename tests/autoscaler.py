@@ -1,4 +1,4 @@
-"""What Ray's autoscaler would start, asked without a cluster."""
+"""Decisions of Ray's autoscaler, computed without a cluster."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 def nodes_asked_for(
     settings: Mapping[str, Any], demands: Sequence[tuple[int, Mapping[str, float]]]
 ) -> dict[str, int]:
-    """Nodes by type for `(count, resources)` that nothing has room for.
+    """Return the nodes by type that the autoscaler adds for pending `(count, resources)`.
 
     Args:
         settings: of the autoscaler, as the launcher or KubeRay gives them.

@@ -1,6 +1,6 @@
-"""Emulators of DynamoDB: one that is always there, and two stricter ones where they are installed.
+"""Emulators of DynamoDB: moto, and two stricter ones if they are installed.
 
-`scripts/test_tools.sh` fetches the two and says in which variables the tests look for them.
+`scripts/test_tools.sh` installs the two, and prints the variables that point the tests to them.
 """
 
 import os
@@ -18,7 +18,7 @@ NAMES = ("moto", "dynalite", "ministack")
 
 @contextmanager
 def emulator(name: str) -> Iterator[str]:
-    """Run an emulator on a free port of this machine; gives its address."""
+    """Run an emulator on a free local port, and yield its address."""
     if name == "moto":
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
@@ -37,7 +37,7 @@ def emulator(name: str) -> Iterator[str]:
         "dynalite": ["node", program, "--host", "127.0.0.1", "--port", str(port)],
         "ministack": [program],
     }
-    # dynalite takes half a second over a new table unless told.
+    # By default dynalite takes half a second to create a table.
     commands["dynalite"] += ["--createTableMs", "0", "--deleteTableMs", "0"]
     settings = {"GATEWAY_PORT": str(port), "BIND_HOST": "127.0.0.1", "IOT_MTLS_ENABLED": "0"}
     process = subprocess.Popen(

@@ -1,24 +1,24 @@
-"""A stand-in for `ssh`, `rsync` and the programs of a node, which writes down what runs where.
+"""Replacements of `ssh`, `rsync` and the programs of a node, which record what runs where.
 
 `install` puts this file into two folders under many names, and the name decides what a process does:
 
     launcher (PATH has ssh and rsync)
       ssh USER@HOST COMMAND       --> real bash with the node's PATH, runs COMMAND
       rsync FILE USER@HOST:PATH   --> copies FILE (folders are not copied)
-    node (PATH has nothing but stand-ins)
+    node (PATH has only replacements)
       docker exec NAME bash -c .. --> real bash again, as the container
       docker, sudo, nvidia-smi .. --> answer as on a fresh node
-      ray, ulimit, bash FILE ..   --> are written down and do nothing
+      ray, ulimit, bash FILE ..   --> only record themselves
 
 A shell of the node therefore parses all quoting, variables and `||` as on a real one, and a program
 that is not listed is not found. As on a fresh node, the user may not use Docker before the first
 `usermod`. As with a real `ssh -tt`, standard error goes to standard output and lines end in CR LF.
 
-What it does not emulate: a terminal, start-up files of login shells, connections that are kept open.
-`sleep` returns at once, and `ssh` waits for what its shell left in the background, so that the order
-of the records does not depend on chance.
+Not emulated: a terminal, start-up files of login shells, connections that are kept open. `sleep` returns
+at once, and `ssh` waits for background processes of its shell, so that the order of the records is
+always the same.
 
-A cluster takes some 400 of these processes, so the module imports nothing that takes long to load.
+A cluster starts some 400 of these processes, so the module imports only what loads fast.
 """
 
 import os
@@ -41,11 +41,11 @@ HOME = "/home/ray"
 """That of Ray's image."""
 
 
-# ---- for the caller --------------------------------------------------------------------------
+# ---- for the tests ---------------------------------------------------------------------------
 
 
 def install(folder: str) -> dict[str, str]:
-    """Put the stand-ins into a folder.
+    """Write the replacements into a folder.
 
     Returns:
         The environment variables with which a process finds them. Set FAKE_GPU to "1" or "" for nodes
@@ -61,7 +61,7 @@ def install(folder: str) -> dict[str, str]:
             with open(f"{folder}/{kind}/{name}", "w", encoding="utf-8") as file:
                 file.write(f"#!{sys.executable} -ES\nimport fake_ssh\nfake_ssh.main()\n")
             os.chmod(f"{folder}/{kind}/{name}", 0o755)
-    # ulimit is built into bash, and a test may not raise its own limits.
+    # ulimit is a builtin of bash, and a test may not raise its own limits.
     with open(f"{folder}/builtins.sh", "w", encoding="utf-8") as file:
         file.write('ulimit() { "$FAKE_FOLDER/node/ulimit" "$@"; }\n')
     return {
@@ -72,7 +72,7 @@ def install(folder: str) -> dict[str, str]:
 
 
 def records(folder: str, host: str) -> "list[dict[str, Any]]":
-    """Everything that ran on a node or copied files to it, in order.
+    """Return all processes that ran on a node or copied files to it, in order.
 
     Each has `argv`, `container` (its name, or "" outside), `login` (whether a login shell ran it) and
     `env` (the variables RAY_* of the process).
@@ -86,7 +86,7 @@ def records(folder: str, host: str) -> "list[dict[str, Any]]":
 
 
 def line(record: "dict[str, Any]") -> str:
-    """One record as one would type it."""
+    """Format a record as a command line."""
     import shlex
 
     words = [f"{name}={shlex.quote(value)}" for name, value in sorted(record["env"].items())]
@@ -98,7 +98,7 @@ def line(record: "dict[str, Any]") -> str:
 
 
 def note(argv: list[str], host: str | None = None) -> None:
-    """Write this process down."""
+    """Record this process."""
     record = {
         "argv": argv,
         "container": os.environ.get("FAKE_CONTAINER", ""),
@@ -120,7 +120,7 @@ def node_folder(host: str | None = None) -> str:
 
 
 def has(mark: str) -> bool:
-    """Tell whether something has happened to the node."""
+    """Whether `remember(mark)` was called for the node."""
     return os.path.exists(f"{node_folder()}/{mark}")
 
 
@@ -134,7 +134,7 @@ def real_bash(text: str) -> list[str]:
 
 
 def new_shell(**variables: str) -> dict[str, str]:
-    """Make the environment of a shell that inherits nothing but the stand-ins' own variables."""
+    """Return the environment of a shell that inherits only the variables of this module."""
     kept = {n: os.environ[n] for n in ("FAKE_FOLDER", "FAKE_GPU", "FAKE_HOST")}
     folder = os.environ["FAKE_FOLDER"]
     node = {

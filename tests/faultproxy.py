@@ -1,4 +1,4 @@
-"""A proxy in front of a DynamoDB emulator that fails on the wire, as told: no emulator does."""
+"""A proxy for a DynamoDB emulator that injects network faults, which no emulator offers."""
 
 import http.client
 import json
@@ -18,7 +18,7 @@ FOR_EVER = 10**9
 
 
 class FaultProxy:
-    """Forwards to `upstream`; `fail` makes the next calls of an operation go wrong."""
+    """Forwards requests to `upstream`; `fail` injects faults into the next calls of an operation."""
 
     def __init__(self, upstream):
         self.upstream = urlsplit(upstream).netloc
@@ -32,11 +32,12 @@ class FaultProxy:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def fail(self, operation, kind, times=1, after=0):
-        """Let calls of an operation go wrong, `after` some that do not.
+        """Make `times` calls of an operation fail, after `after` calls that succeed.
 
-        Kinds: those of `ERRORS`; `reset` (before it is applied), `lost` (applied, but the answer
-        is lost), `hang` (until the proxy is closed), and for BatchWriteItem `half` and `none` (of
-        the items are taken) and `swallow` (none are, and the answer says that all were).
+        Kinds: those of `ERRORS`; `reset` (before the request is applied), `lost` (applied, but the
+        answer is lost), `hang` (until the proxy is closed); for BatchWriteItem also `half` and
+        `none` (half or none of the items are written) and `swallow` (none are written, but the
+        answer reports success).
         """
         self._faults.append({"of": operation, "kind": kind, "times": times, "after": after})
 
@@ -53,7 +54,7 @@ class FaultProxy:
         return None
 
     def heal(self):
-        """Nothing goes wrong from here on."""
+        """Remove all faults."""
         self._faults.clear()
 
     def close(self):

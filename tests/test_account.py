@@ -1,6 +1,6 @@
-"""What `scripts/aws_account.py` finds in an account, against moto; nothing of AWS is asked.
+"""`scripts/aws_account.py` against moto, without AWS.
 
-What moto does not know (EC2's quotas, AWS's images) or cannot refuse is answered here.
+These tests answer what moto does not implement: EC2's quotas, AWS's images, and refusals.
 """
 
 import copy
@@ -28,7 +28,7 @@ ON_DYNAMODB = ["results.store=dynamodb", "results.table=ray-detox"]
 
 
 class Answers:
-    """A session whose requests are answered by moto, and some of them here."""
+    """A session whose requests moto answers, except those in `answers`."""
 
     def __init__(self):
         self.session = boto3.Session()
@@ -38,7 +38,7 @@ class Answers:
             "service-quotas:GetServiceQuota": self._quota,
             "ssm:GetParameters": lambda _: {"Parameters": [], "InvalidParameters": []},
         }
-        """By request: a reply, the code of a refusal or an error, made from the request's body."""
+        """By request: a function from its body to a reply, the code of a refusal, or an error."""
         self.session.events.register("before-call", self._before)
 
     def _quota(self, request):
@@ -65,14 +65,14 @@ class Answers:
 
 @pytest.fixture(scope="module")
 def aws():
-    """An AWS of this process with profiles, bucket and table; nothing in it costs, for it is none."""
+    """An emulated AWS of this process with profiles, bucket and table."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
             patch.delenv(name, raising=False)
         with mock_aws():
-            # What cluster/iam.yaml makes; by hand, for moto takes long over CloudFormation.
+            # The resources of cluster/iam.yaml, created directly because moto's CloudFormation is slow.
             for kind in ("head", "worker"):
                 iam = boto3.client("iam", REGION)
                 iam.create_instance_profile(InstanceProfileName=f"ray-detox-{kind}")
@@ -84,7 +84,7 @@ def aws():
 
 @pytest.fixture
 def account(aws):
-    """An account with all that is needed."""
+    """An account that lacks nothing."""
     return Answers()
 
 
@@ -97,7 +97,7 @@ def faults(account, cluster, *words):
     return tool["find_faults"](cluster, load_config("flan-t5-base", words), account.session)
 
 
-def test_an_account_that_has_everything_has_no_fault_and_nothing_is_changed(account, cluster):
+def test_a_complete_account_has_no_fault_and_is_not_changed(account, cluster):
     assert faults(account, cluster, *ON_DYNAMODB) == []
 
     assert set(account.asked) == {
@@ -108,7 +108,7 @@ def test_an_account_that_has_everything_has_no_fault_and_nothing_is_changed(acco
     assert boto3.client("ec2", REGION).describe_instances()["Reservations"] == []  # a dry run
 
 
-def test_all_faults_are_told_at_once(account, cluster):
+def test_all_faults_are_reported_together(account, cluster):
     account.quotas["L-3819A6DF"] = 0.0
     cluster["cluster_name"] = "other"
     types = cluster["available_node_types"]
@@ -130,7 +130,7 @@ def test_all_faults_are_told_at_once(account, cluster):
 # ---- who and where ---------------------------------------------------------------------------
 
 
-def test_a_region_that_is_none_is_named_before_anybody_is_asked(account, cluster):
+def test_an_unknown_region_is_named_before_any_request(account, cluster):
     cluster["provider"]["region"] = "eu-centrall-1"
 
     assert faults(account, cluster) == [
@@ -139,7 +139,7 @@ def test_a_region_that_is_none_is_named_before_anybody_is_asked(account, cluster
     assert account.asked == []
 
 
-def test_a_region_that_is_not_enabled_is_not_mistaken_for_a_stranger(account, cluster):
+def test_a_region_that_is_not_enabled_is_not_taken_for_wrong_credentials(account, cluster):
     cluster["provider"]["region"] = "af-south-1"
     regions = [{"RegionName": "af-south-1", "OptInStatus": "not-opted-in"}]
     account.answers["ec2:DescribeRegions"] = lambda _: {"Regions": regions}
@@ -149,7 +149,7 @@ def test_a_region_that_is_not_enabled_is_not_mistaken_for_a_stranger(account, cl
     assert fault.startswith(f"af-south-1 is not enabled in account {ACCOUNT}. Enable it")
 
 
-def test_without_credentials_nothing_else_is_asked(account, cluster, monkeypatch, tmp_path):
+def test_missing_credentials_stop_all_further_requests(account, cluster, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -159,12 +159,12 @@ def test_without_credentials_nothing_else_is_asked(account, cluster, monkeypatch
 
     (fault,) = faults(nobody, cluster)
 
-    assert fault.startswith("No AWS credentials were found, or half of them. Sign in:")
+    assert fault.startswith("No AWS credentials were found, or they are incomplete. Sign in:")
     assert not [asked for asked in nobody.asked if not asked.startswith("sts:")]
 
 
 @pytest.mark.parametrize("code", ["InvalidClientTokenId", "ExpiredToken", "SignatureDoesNotMatch"])
-def test_credentials_that_aws_refuses_end_it(account, cluster, code):
+def test_refused_credentials_are_the_only_fault(account, cluster, code):
     account.answers["sts:GetCallerIdentity"] = lambda _: code
 
     assert faults(account, cluster) == [
@@ -172,7 +172,7 @@ def test_credentials_that_aws_refuses_end_it(account, cluster, code):
     ]
 
 
-def test_no_way_to_aws_is_a_sentence(account, cluster):
+def test_an_unreachable_aws_is_one_sentence(account, cluster):
     silence = exceptions.ConnectTimeoutError(endpoint_url="https://aws")
     account.answers["sts:GetCallerIdentity"] = lambda _: silence
 
@@ -184,7 +184,7 @@ def test_no_way_to_aws_is_a_sentence(account, cluster):
 # ---- what may be started ---------------------------------------------------------------------
 
 
-def test_quotas_are_compared_with_all_that_may_run(account, cluster):
+def test_quotas_are_compared_with_all_nodes_of_max_workers(account, cluster):
     account.quotas |= {"L-DB2E81BA": 24.0, "L-3819A6DF": 0.0}
 
     on_demand, spot = faults(account, cluster)
@@ -196,7 +196,7 @@ def test_quotas_are_compared_with_all_that_may_run(account, cluster):
     assert "(L-3819A6DF) is 0 CPUs in us-east-1, and aws.yaml may start 16." in spot
 
 
-def test_training_on_spot_counts_for_the_quota_of_spot(account, cluster):
+def test_spot_training_nodes_count_towards_the_spot_quota(account, cluster):
     for name in ("train_gpu_spot_g6", "train_gpu_spot_g5"):
         cluster["available_node_types"][name]["max_workers"] = 2
 
@@ -205,7 +205,7 @@ def test_training_on_spot_counts_for_the_quota_of_spot(account, cluster):
     assert "(L-3819A6DF) is 16 CPUs in us-east-1, and aws.yaml may start 48." in fault
 
 
-def test_a_quota_that_was_never_changed_is_the_default(account, cluster):
+def test_a_quota_that_was_never_changed_has_the_default_value(account, cluster):
     del account.quotas["L-DB2E81BA"]
     account.answers["service-quotas:GetAWSDefaultServiceQuota"] = lambda _: {
         "Quota": {"Value": 0.0}
@@ -216,7 +216,7 @@ def test_a_quota_that_was_never_changed_is_the_default(account, cluster):
     assert "(L-DB2E81BA) is 0 CPUs" in fault
 
 
-def test_an_image_that_the_region_does_not_have_is_named(account, cluster):
+def test_an_image_missing_in_the_region_is_named(account, cluster):
     account.answers["ssm:GetParameters"] = lambda said: {"InvalidParameters": said["Names"]}
 
     (fault,) = faults(account, cluster)
@@ -230,7 +230,7 @@ def test_an_image_that_the_region_does_not_have_is_named(account, cluster):
     [
         (
             "UnauthorizedOperation",
-            "You may not RunInstances (UnauthorizedOperation). Have it added",
+            "You may not RunInstances (UnauthorizedOperation). Add the permission",
         ),
         ("OptInRequired", "(OptInRequired): this account is not signed up for it"),
         ("PendingVerification", "(PendingVerification): AWS is still verifying this account"),
@@ -240,7 +240,7 @@ def test_an_image_that_the_region_does_not_have_is_named(account, cluster):
         ("SomethingNew", "AWS refused RunInstances (SomethingNew)."),
     ],
 )
-def test_what_ec2_answers_is_turned_into_a_sentence(account, cluster, code, sentence):
+def test_a_refusal_of_ec2_is_one_sentence(account, cluster, code, sentence):
     account.answers["ec2:RunInstances"] = lambda _: code
 
     (fault,) = faults(account, cluster)
@@ -248,20 +248,20 @@ def test_what_ec2_answers_is_turned_into_a_sentence(account, cluster, code, sent
     assert sentence in fault
 
 
-def test_what_you_may_not_look_at_is_named_and_the_rest_is_looked_at(account, cluster):
+def test_missing_permissions_are_named_and_the_other_checks_run(account, cluster):
     account.answers["service-quotas:GetServiceQuota"] = lambda _: "AccessDeniedException"
     account.answers["iam:GetInstanceProfile"] = lambda _: "AccessDenied"
 
     found = faults(account, cluster, "results.store=dynamodb", "results.table=nowhere")
 
     assert found[:2] == [
-        "You may not GetServiceQuota (AccessDeniedException). Have it added to your user or role.",
-        "You may not GetInstanceProfile (AccessDenied). Have it added to your user or role.",
+        "You may not GetServiceQuota (AccessDeniedException). Add the permission to your user or role.",
+        "You may not GetInstanceProfile (AccessDenied). Add the permission to your user or role.",
     ]
     assert "There is no table 'nowhere'" in found[2]
 
 
-def test_another_ray_than_that_of_the_image_is_named(account, cluster):
+def test_a_ray_version_other_than_the_images_is_named(account, cluster):
     changed = copy.deepcopy(cluster)
     changed["docker"]["head_image"] = "rayproject/ray:2.59.0-py311-cpu"
 
@@ -273,7 +273,7 @@ def test_another_ray_than_that_of_the_image_is_named(account, cluster):
 # ---- bucket and table ------------------------------------------------------------------------
 
 
-def test_the_bucket_is_that_of_the_run_and_in_the_clusters_region(account, cluster):
+def test_the_runs_bucket_must_be_in_the_clusters_region(account, cluster):
     elsewhere = boto3.client("s3", "eu-central-1")
     elsewhere.create_bucket(
         Bucket="far", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
@@ -289,9 +289,9 @@ def test_the_bucket_is_that_of_the_run_and_in_the_clusters_region(account, clust
 
 @pytest.mark.parametrize(
     "code, sentence",
-    [("403", "The bucket 'far' is not for you."), ("301", "The bucket 'far' is in eu-central-1,")],
+    [("403", "You may not use the bucket 'far'."), ("301", "The bucket 'far' is in eu-central-1,")],
 )
-def test_how_s3_itself_refuses_a_bucket(account, cluster, code, sentence):
+def test_a_refusal_of_s3_is_one_sentence(account, cluster, code, sentence):
     account.answers["s3:HeadBucket"] = lambda _: code
 
     (fault,) = faults(account, cluster, "train.storage=s3://far/runs")
@@ -305,7 +305,7 @@ def test_a_table_in_another_region_is_found_there(account, cluster):
     (fault,) = faults(account, cluster, "results.store=dynamodb", "results.table=far")
 
     assert fault.startswith(
-        "The table 'far' is in eu-central-1 and not in us-east-1. Say results.region=eu-central-1"
+        "The table 'far' is in eu-central-1 and not in us-east-1. Pass results.region=eu-central-1"
     )
     words = ("results.store=dynamodb", "results.table=far", "results.region=eu-central-1")
     assert faults(account, cluster, *words) == []
@@ -315,9 +315,7 @@ def test_a_table_in_another_region_is_found_there(account, cluster):
 # ---- the command -----------------------------------------------------------------------------
 
 
-def test_the_command_prints_faults_and_ends_with_2_or_says_that_there_are_none(
-    account, capsys, monkeypatch
-):
+def test_the_command_prints_the_faults_and_exits_with_2(account, capsys, monkeypatch):
     monkeypatch.setattr(boto3, "Session", lambda: account.session)
 
     assert tool["main"](["flan-t5-base", *ON_DYNAMODB]) == 0
@@ -329,7 +327,7 @@ def test_the_command_prints_faults_and_ends_with_2_or_says_that_there_are_none(
     assert "did you mean 'train.storage'?" in capsys.readouterr().err
 
 
-def test_a_profile_that_is_none_is_a_sentence(account, capsys, monkeypatch):
+def test_an_unknown_profile_is_one_sentence(account, capsys, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
 
     assert tool["main"]([]) == 2

@@ -1,4 +1,4 @@
-"""Checkpoints in storage: whole or passed over, the newest and the best kept, never in the way."""
+"""Checkpoints in storage: complete or ignored; the newest and the best kept; never delay training."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ def store(folder):
     return CheckpointStore(Storage(str(folder)), keep=2)
 
 
-def test_a_checkpoint_comes_back_as_it_was(store, folder):
+def test_a_checkpoint_survives_the_storage_unchanged(store, folder):
     store.save(made(3, objective=1.5))
 
     again = CheckpointStore(Storage(str(folder)))
@@ -33,7 +33,7 @@ def test_a_checkpoint_comes_back_as_it_was(store, folder):
     assert again.load(3) == made(3, objective=1.5)
 
 
-def test_there_is_none_before_the_first(store, folder):
+def test_an_empty_storage_has_no_checkpoint_and_no_folder(store, folder):
     assert store.newest() is None
     assert store.best() is None
     assert not folder.exists()
@@ -57,7 +57,7 @@ def test_the_newest_and_the_best_are_kept(store, folder, objectives, left):
     assert names == {f"step-{step:08d}" for step in left}
 
 
-def test_the_best_of_an_earlier_process_is_known(store, folder):
+def test_the_best_checkpoint_of_an_earlier_process_is_kept(store, folder):
     for step, objective in enumerate([None, 5.0, 1.0]):
         store.save(made(step, objective))
     later = CheckpointStore(Storage(str(folder)), keep=1)
@@ -84,15 +84,19 @@ def flip_a_bit(file):
 @pytest.mark.parametrize(
     ("name", "damage", "sentence"),
     [
-        ("adapter/weights", cut_short, "is 100 bytes, and not the 5,000 bytes"),
+        ("adapter/weights", cut_short, "is 100 bytes, not the 5,000 bytes"),
         ("adapter/weights", flip_a_bit, "is damaged: adapter/weights is 5,000 bytes"),
         ("adapter/weights", lambda file: file.unlink(), "adapter/weights is missing"),
-        ("manifest.json", cut_short, "was cut off while it was written"),
-        ("manifest.json", lambda file: file.unlink(), "was cut off while it was written"),
-        ("manifest.json", lambda file: file.write_text("[]"), "was cut off while it was written"),
+        ("manifest.json", cut_short, "is incomplete: it has no valid manifest"),
+        ("manifest.json", lambda file: file.unlink(), "is incomplete: it has no valid manifest"),
+        (
+            "manifest.json",
+            lambda file: file.write_text("[]"),
+            "is incomplete: it has no valid manifest",
+        ),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_and_named(store, folder, name, damage, sentence):
+def test_a_damaged_checkpoint_is_ignored_and_named(store, folder, name, damage, sentence):
     store.save(made(1))
     store.save(made(2))
     damage(folder / "checkpoints/step-00000002" / name)
@@ -104,10 +108,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, folder, name, dama
     assert len(said) == 1
     assert "The checkpoint of step 2" in said[0]
     assert sentence in said[0]
-    assert said[0].endswith("It is passed over.")
+    assert said[0].endswith("The run ignores it.")
 
 
-def test_a_checkpoint_that_is_being_written_is_not_there_yet(store, folder):
+def test_a_checkpoint_is_invisible_while_it_is_written(store, folder):
     store.save(made(1))
     seen = []
 
@@ -122,7 +126,7 @@ def test_a_checkpoint_that_is_being_written_is_not_there_yet(store, folder):
     assert store.newest() == made(2)
 
 
-def test_a_step_that_is_written_again_is_not_whole_meanwhile(store, folder):
+def test_a_checkpoint_is_incomplete_while_it_is_written_again(store, folder):
     store.save(made(1))
     store.save(made(2))
 
@@ -140,11 +144,11 @@ def test_a_step_that_is_written_again_is_not_whole_meanwhile(store, folder):
     assert store.newest(lambda text: None) == made(1)
 
 
-# ---- beside training -------------------------------------------------------------------------
+# ---- the writer --------------------------------------------------------------------------
 
 
 class Slow(Storage):
-    """Waits before each manifest until it is told to go on."""
+    """Waits before each manifest until the test releases `go_on`."""
 
     def __init__(self, address):
         super().__init__(address)
@@ -156,7 +160,7 @@ class Slow(Storage):
         super().write(name, content)
 
 
-def test_a_writer_keeps_what_it_was_given(store):
+def test_the_writer_stores_each_checkpoint(store):
     writer = CheckpointWriter(store, None)
 
     for step in range(4):
@@ -167,7 +171,7 @@ def test_a_writer_keeps_what_it_was_given(store):
     writer.close()
 
 
-def test_slow_storage_holds_nothing_up_and_gets_the_newest(folder):
+def test_slow_storage_delays_nothing_and_gets_the_newest_checkpoint(folder):
     slow = Slow(str(folder))
     writer = CheckpointWriter(CheckpointStore(slow), None)
 
@@ -183,7 +187,7 @@ def test_slow_storage_holds_nothing_up_and_gets_the_newest(folder):
     writer.close()
 
 
-def test_a_checkpoint_older_than_the_newest_is_of_no_use(store):
+def test_the_writer_drops_a_checkpoint_older_than_the_newest(store):
     writer = CheckpointWriter(store, made(5))
 
     writer.put(made(4))
@@ -195,7 +199,7 @@ def test_a_checkpoint_older_than_the_newest_is_of_no_use(store):
 
 
 class Full(Storage):
-    """Has no room left, until it has."""
+    """A disk that is full while `full` is set."""
 
     def __init__(self, address):
         super().__init__(address)
@@ -207,9 +211,7 @@ class Full(Storage):
         super().write(name, content)
 
 
-def test_a_full_disk_is_said_once_and_so_is_its_end_and_the_newest_is_kept_then(
-    folder, monkeypatch
-):
+def test_a_full_disk_is_reported_once_and_so_is_its_end(folder, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "RETRY_S", 0.01)
     full, said = Full(str(folder)), []
     writer = CheckpointWriter(CheckpointStore(full), None, on_event=said.append)
@@ -226,11 +228,11 @@ def test_a_full_disk_is_said_once_and_so_is_its_end_and_the_newest_is_kept_then(
     assert CheckpointStore(Storage(str(folder))).newest() == made(2)
     writer.close()
     assert len(said) == 2
-    assert "is not kept yet" in said[0]
-    assert said[1] == "Checkpoints are kept again, from step 2 on."
+    assert "is not written yet" in said[0]
+    assert said[1] == "Checkpoints are written again, from step 2 on."
 
 
-def test_storage_that_never_answers_is_a_sentence_in_the_end(folder):
+def test_storage_that_never_answers_is_named_after_the_timeout(folder):
     slow = Slow(str(folder))
     writer = CheckpointWriter(CheckpointStore(slow), None)
     writer.put(made(1))
@@ -245,10 +247,10 @@ def test_storage_that_never_answers_is_a_sentence_in_the_end(folder):
     writer.close()
 
 
-# ---- places ----------------------------------------------------------------------------------
+# ---- storage ---------------------------------------------------------------------------------
 
 
-def test_any_file_system_of_fsspec_will_do():
+def test_a_file_system_of_fsspec_works():
     storage = Storage("memory://bucket/run")
     store = CheckpointStore(storage, keep=1)
 
@@ -261,7 +263,7 @@ def test_any_file_system_of_fsspec_will_do():
     assert store.newest() is None
 
 
-def test_a_file_is_there_whole_or_not_at_all(folder):
+def test_a_file_is_replaced_atomically_and_a_missing_one_is_none(folder):
     storage = Storage(str(folder))
     storage.write("a/b.json", b"first")
 
@@ -277,7 +279,7 @@ def test_a_file_is_there_whole_or_not_at_all(folder):
 @pytest.mark.parametrize(
     "address", ["nowhere://x", "s3://", "memory2://a/b"], ids=["unknown", "no bucket", "no such"]
 )
-def test_an_address_that_cannot_be_opened_is_one_sentence(address):
+def test_an_address_that_cannot_be_opened_becomes_one_sentence(address):
     with pytest.raises(StorageError) as caught:
         Storage(address).write("a", b"")
 
@@ -285,7 +287,7 @@ def test_an_address_that_cannot_be_opened_is_one_sentence(address):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
+def test_a_file_in_place_of_the_folder_becomes_one_sentence(tmp_path):
     (tmp_path / "run").write_text("in the way")
 
     with pytest.raises(StorageError, match=r"run cannot be written to: "):

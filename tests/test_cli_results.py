@@ -238,7 +238,7 @@ def test_what_is_wrong_with_credentials_region_and_endpoint_is_found_before_trai
     assert "could not be reached at 127.0.0.1:9" in no_run(
         *IN_TABLE, "results.endpoint_url=http://127.0.0.1:9"
     )
-    assert "is no address" in no_run(*IN_TABLE, "results.endpoint_url=127.0.0.1:9")
+    assert "is not a valid address" in no_run(*IN_TABLE, "results.endpoint_url=127.0.0.1:9")
     with monkeypatch.context() as patch:
         patch.delenv("AWS_DEFAULT_REGION")
         assert "No AWS region is set" in no_run(*IN_TABLE, at)
@@ -255,7 +255,11 @@ def test_what_is_wrong_with_credentials_region_and_endpoint_is_found_before_trai
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("denied", "allows no describe_table"), ("expired", "Sign in again"), ("hang", "be reached")],
+    [
+        ("denied", "does not allow describe_table"),
+        ("expired", "Sign in again"),
+        ("hang", "be reached"),
+    ],
 )
 def test_what_aws_refuses_is_found_before_training(no_run, aws, monkeypatch, kind, words):
     if kind == "hang":
@@ -316,7 +320,7 @@ def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, ca
 
     # As the notebook writes it: of no run.
     client.put_item(TableName="exported", Item={"conversation_id": {"N": "0"}})
-    assert "say --overwrite" in mistake(*command)
+    assert "pass --overwrite" in mistake(*command)
     assert cli.main([*command, "--overwrite"]) == 0
     assert client.scan(TableName="exported")["Items"] == items
 

@@ -1,7 +1,7 @@
-"""The cluster on AWS, as far as it can be proved without an account.
+"""The cluster on AWS, tested without an account.
 
-What the files say, what Ray's launcher and autoscaler make of them (against moto, without a Ray
-cluster), and what the scripts on a node do (against a metadata service of our own).
+The files themselves, Ray's launcher and autoscaler on them (against moto, without a Ray cluster), and
+the scripts of a node (against an emulated metadata service).
 """
 
 import copy
@@ -54,7 +54,7 @@ def prices():
 # ---- the file --------------------------------------------------------------------------------
 
 
-def test_the_launcher_accepts_the_file_and_there_is_nothing_to_fill_in(cluster, prices):
+def test_the_launcher_accepts_the_file_without_edits(cluster, prices):
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(copy.deepcopy(cluster)))
@@ -74,7 +74,7 @@ def test_the_launcher_accepts_the_file_and_there_is_nothing_to_fill_in(cluster, 
         ({"train_gpu": {"min_workers": 9}}, "smaller than the sum of `min_workers`"),
     ],
 )
-def test_a_mistake_that_the_launcher_knows_is_named_by_it(cluster, change, sentence):
+def test_the_launcher_names_a_mistake_that_its_schema_covers(cluster, change, sentence):
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -90,30 +90,30 @@ def test_a_mistake_that_the_launcher_knows_is_named_by_it(cluster, change, sente
         ({"train_gpu": {"min_workers": 5}}, "min_workers (5) is more than max_workers (4)."),
         ({"train_gpu": {"max_workers": 9}}, "max_workers (9) is more than the cluster's (8)."),
         ({"max_workers": 4, "train_gpu": {"min_workers": 4}, "reward_gpu_spot": {"min_workers": 1}},
-         "All min_workers come to 5, and max_workers is less."),
+         "The sum of all min_workers is 5, which is more than max_workers."),
         ({"train_gpu": {"node_config": {"InstanceType": "g5.2xlarg"}}},
          "'g5.2xlarg' is not in cluster/prices.yaml; did you mean 'g5.2xlarge'?"),
         ({"reward_gpu_spot": {"resources": {"CPU": 8, "GPU": 1}}},
          "resources.CPU is 8, and a g4dn.xlarge has 4."),
         ({"train_gpu": {"resources": {"CPU": 8}}}, "resources.GPU is 0, and a g5.2xlarge has 1."),
-        ({"head": {"resources": {"CPU": 4, "GPU": 0}}}, "resources.CPU is 4, and the head carries no"),
+        ({"head": {"resources": {"CPU": 4, "GPU": 0}}}, "resources.CPU is 4, and the head runs no"),
         ({"train_gpu": {"node_config": {"IamInstanceProfile": {"Name": "ray-detox-head"}}}},
-         "cluster/iam.yaml makes 'ray-detox-worker'."),
+         "cluster/iam.yaml creates 'ray-detox-worker'."),
         ({"docker": {"worker_image": "rayproject/ray:2.59.0-py311-cu128"}}, "the Ray of constraints"),
         ({"docker": {"worker_image": "rayproject/ray:2.60.0-py311-cpu"}}, "-py311-cu128, the Ray of"),
         ({"docker": {"image": "rayproject/ray:2.60.0-py311-cpu"}}, "docker.image is 'rayproject/ray:2"),
         ({"docker": {"head_image": "rayproject/ray:2.60.0"}}, "docker.head_image is 'rayproject/ray"),
         ({"provider": {"region": "eu-central-1"}}, "another AWS_DEFAULT_REGION than provider.region"),
-        ({"docker": {"run_options": ["-e AWS_DEFAULT_REGION=us-east-1"]}}, "anybody may use it."),
+        ({"docker": {"run_options": ["-e AWS_DEFAULT_REGION=us-east-1"]}}, "anybody could use the cluster."),
     ],
 )  # fmt: skip
-def test_a_mistake_that_the_launcher_lets_pass_is_a_sentence(cluster, prices, change, sentence):
+def test_the_dry_run_names_a_mistake_that_the_launcher_accepts(cluster, prices, change, sentence):
     faults = tool["find_faults"](changed(cluster, change), prices)
 
     assert any(sentence in fault for fault in faults), faults
 
 
-def test_an_image_that_the_autoscaler_needs_is_missed(cluster, prices):
+def test_the_dry_run_names_a_missing_image(cluster, prices):
     del cluster["docker"]["image"]
 
     (fault,) = tool["find_faults"](cluster, prices)
@@ -122,7 +122,7 @@ def test_an_image_that_the_autoscaler_needs_is_missed(cluster, prices):
 
 
 def changed(cluster, change):
-    """The cluster with `change` merged in; names of node types stand for themselves."""
+    """Merge `change` into the cluster; names of node types may stand at its top level."""
 
     def merge(into, new):
         for key, value in new.items():
@@ -137,7 +137,7 @@ def changed(cluster, change):
     return cluster
 
 
-def test_instance_types_have_what_the_table_says(prices):
+def test_instance_types_match_the_table_of_prices(prices):
     from moto.ec2.models.instance_types import INSTANCE_TYPES
 
     for name, says in prices["instance_types"].items():
@@ -149,7 +149,7 @@ def test_instance_types_have_what_the_table_says(prices):
         assert says.get("gpu") == (gpus[0]["Name"] if gpus else None)
 
 
-def test_what_an_hour_costs(cluster, prices):
+def test_the_readme_states_what_an_hour_costs(cluster, prices):
     def cost(**workers):
         return round(tool["cost_per_hour"](cluster, prices, workers), 2)
 
@@ -184,11 +184,11 @@ def test_every_number_is_explained():
             assert lines[i - 1].lstrip().startswith("#"), line
 
 
-# ---- what the autoscaler would start ---------------------------------------------------------
+# ---- decisions of the autoscaler --------------------------------------------------------------
 
 
 def launches(cluster, demands):
-    """Nodes by type that Ray's autoscaler asks for, for `(count, resources)` that nothing has room for."""
+    """Nodes by type that Ray's autoscaler adds for pending `(count, resources)`."""
     types = cluster["available_node_types"]
     golden = json.loads(tool["GOLDEN"].read_text(encoding="utf-8"))
     for name, node in types.items():
@@ -209,11 +209,11 @@ def test_workers_with_few_cpus_would_train_on_the_smaller_gpus(cluster):
     assert launches(cluster, [(2, {"CPU": 1, "GPU": 1})]) == {"reward_gpu_spot": 2}
 
 
-def test_no_more_nodes_are_started_than_max_workers(cluster):
+def test_the_autoscaler_starts_at_most_max_workers(cluster):
     assert launches(cluster, [(9, WORKER), (99, ACTOR)]) == {"train_gpu": 4, "reward_gpu_spot": 4}
 
 
-def test_spot_by_choice_is_filled_first_and_spread_over_two_types(cluster):
+def test_spot_nodes_for_training_are_filled_first_and_spread_over_two_types(cluster):
     for name in ("train_gpu_spot_g6", "train_gpu_spot_g5"):
         cluster["available_node_types"][name]["max_workers"] = 2
 
@@ -223,9 +223,9 @@ def test_spot_by_choice_is_filled_first_and_spread_over_two_types(cluster):
     }  # fmt: skip
 
 
-def test_ray_does_not_remember_what_ec2_refused():
-    # Why aws.yaml spreads spot nodes over two types. Where this fails, Ray has learnt it, and one
-    # type can stand in for another.
+def test_ray_requests_a_type_again_that_ec2_refused():
+    # This is why aws.yaml spreads spot nodes over two types. If this test fails, Ray no longer needs that:
+    # it then tries another type.
     from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
         CloudResourceMonitor,
     )
@@ -241,22 +241,22 @@ def test_ray_does_not_remember_what_ec2_refused():
     assert monitor.get_recoverable_resource_availabilities() == {}
 
 
-# ---- what the launcher does ------------------------------------------------------------------
+# ---- the launcher -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dry_run():
-    """What `scripts/aws_dry_run.py` prints."""
+    """The output of `scripts/aws_dry_run.py`."""
     return aws_dry_run()
 
 
-def test_what_would_be_launched_is_what_was_looked_at(dry_run):
+def test_the_dry_run_matches_the_reviewed_launch(dry_run):
     golden = json.loads(tool["GOLDEN"].read_text(encoding="utf-8"))
 
     assert dry_run == golden, "look at the difference, then: python scripts/aws_dry_run.py --write"
 
 
-def test_the_dashboard_is_open_to_nobody_and_everything_asks_for_the_token(dry_run):
+def test_no_port_is_public_and_everything_requires_the_token(dry_run):
     said = [*dry_run["head"], *itertools.chain(*dry_run["workers"].values())]
     starts = [command for command in said if "ray start" in command]
     containers = [command for command in said if command.startswith("docker run")]
@@ -273,7 +273,7 @@ def test_the_dashboard_is_open_to_nobody_and_everything_asks_for_the_token(dry_r
         assert ":/home/ray/.ray/auth_token " in command
 
 
-def test_instances_are_started_as_the_file_says(dry_run, cluster):
+def test_instances_start_with_the_settings_of_the_file(dry_run, cluster):
     for name, node in cluster["available_node_types"].items():
         started = dry_run["started"][name]
         market = {"MarketType": "spot"} if "spot" in name else None
@@ -290,7 +290,7 @@ def test_instances_are_started_as_the_file_says(dry_run, cluster):
 
 
 def plain(node):
-    """The template without the positions that its reader keeps."""
+    """The template as plain values; cfn-lint's reader adds positions to them."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     return [plain(item) for item in node] if isinstance(node, list) else node
@@ -302,7 +302,7 @@ def template():
 
 
 def statements(template, role):
-    """Every statement of a role: action, resource and condition by Sid."""
+    """The statements of a role (action, resource and condition) by Sid."""
     found = {}
     for policy in template["Resources"][role]["Properties"]["Policies"]:
         for statement in policy["PolicyDocument"]["Statement"]:
@@ -328,7 +328,7 @@ BUCKET = {"Fn::GetAtt": ["Bucket", "Arn"]}
 OBJECTS = {"Fn::Sub": "${Bucket.Arn}/*"}
 
 
-def test_the_linter_finds_nothing_not_even_for_information():
+def test_the_linter_finds_nothing_at_any_level():
     done = subprocess.run(
         [Path(sys.executable).with_name("cfn-lint"), "--include-checks", "I", "--", IAM],
         capture_output=True,
@@ -339,7 +339,7 @@ def test_the_linter_finds_nothing_not_even_for_information():
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def test_the_head_may_run_this_cluster_and_write_this_bucket_and_table(template):
+def test_the_heads_role_allows_this_cluster_bucket_and_table(template):
     run = "ec2:RunInstances"
 
     assert statements(template, "HeadRole") == {
@@ -392,14 +392,14 @@ def test_the_head_may_run_this_cluster_and_write_this_bucket_and_table(template)
     }  # fmt: skip
 
 
-def test_a_worker_may_read_this_bucket_and_nothing_else(template):
+def test_the_workers_role_allows_reading_this_bucket_only(template):
     assert statements(template, "WorkerRole") == {
         "ListBucket": (["s3:GetBucketLocation", "s3:ListBucket"], BUCKET, None),
         "ReadBucket": ("s3:GetObject", OBJECTS, None),
     }
 
 
-def test_roles_have_nothing_else_and_are_for_instances_alone(template):
+def test_roles_have_no_other_policies_and_only_instances_assume_them(template):
     for role in ("HeadRole", "WorkerRole"):
         has = template["Resources"][role]["Properties"]
         (trust,) = has["AssumeRolePolicyDocument"]["Statement"]
@@ -411,7 +411,7 @@ def test_roles_have_nothing_else_and_are_for_instances_alone(template):
     assert "AWS::IAM::Policy" not in kinds
 
 
-def test_template_and_cluster_file_agree(template, cluster):
+def test_template_and_cluster_file_use_the_same_names(template, cluster):
     defaults = {name: p.get("Default") for name, p in template["Parameters"].items()}
 
     assert defaults["ClusterName"] == cluster["cluster_name"]
@@ -423,7 +423,7 @@ def test_template_and_cluster_file_agree(template, cluster):
         assert may_start == (name != "head")
 
 
-def test_the_head_asks_ec2_for_nothing_that_it_may_not(template, dry_run):
+def test_the_heads_role_allows_every_request_of_the_autoscaler(template, dry_run):
     assert set(dry_run["asked_by_the_head"]) <= actions(template, "HeadRole")
 
 
@@ -434,7 +434,7 @@ def actions(template, role):
     return found
 
 
-def test_a_run_asks_the_table_for_nothing_that_the_head_may_not(template, monkeypatch):
+def test_the_heads_role_allows_every_request_of_a_run_to_the_table(template, monkeypatch):
     import boto3
     from moto import mock_aws
 
@@ -463,7 +463,7 @@ def test_a_run_asks_the_table_for_nothing_that_the_head_may_not(template, monkey
     assert asked <= actions(template, "HeadRole")
 
 
-def test_checkpoints_are_kept_with_what_the_head_may_do_on_the_bucket(monkeypatch):
+def test_the_heads_role_allows_every_request_for_checkpoints(monkeypatch):
     import boto3
     from moto.server import ThreadedMotoServer
     from werkzeug.serving import WSGIRequestHandler
@@ -503,7 +503,7 @@ def test_checkpoints_are_kept_with_what_the_head_may_do_on_the_bucket(monkeypatc
     assert ("PUT", True) in asked or ("POST", True) in asked
 
 
-def test_the_bucket_is_private_encrypted_and_forgets_old_runs(template):
+def test_the_bucket_is_private_encrypted_and_deletes_old_runs(template):
     bucket, policy = (template["Resources"][name] for name in ("Bucket", "BucketPolicy"))
     (deny,) = policy["Properties"]["PolicyDocument"]["Statement"]
     old, cut_off = bucket["Properties"]["LifecycleConfiguration"]["Rules"]
@@ -519,7 +519,7 @@ def test_the_bucket_is_private_encrypted_and_forgets_old_runs(template):
     assert cut_off["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 1}
 
 
-def test_the_security_group_opens_ssh_to_one_place_and_nothing_else(template):
+def test_the_security_group_opens_only_ssh_and_only_to_one_address(template):
     group, itself = (template["Resources"][name] for name in ("Group", "GroupAmongItself"))
     (ssh,) = group["Properties"]["SecurityGroupIngress"]
     own = {"Fn::GetAtt": ["Group", "GroupId"]}
@@ -529,11 +529,11 @@ def test_the_security_group_opens_ssh_to_one_place_and_nothing_else(template):
     assert itself["Properties"]["SourceSecurityGroupId"] == itself["Properties"]["GroupId"] == own
 
 
-# ---- what runs on a node ---------------------------------------------------------------------
+# ---- scripts on a node -----------------------------------------------------------------------
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """An instance's metadata, version 2: nothing without a token."""
+    """An emulated metadata service, version 2, which requires a token."""
 
     kind = "spot"
     notice: str | None = None
@@ -584,7 +584,7 @@ def stub(folder, name, script):
 
 @pytest.fixture
 def watch(tmp_path, metadata):
-    """Starts the watcher with a Ray that writes down what it is told, and refuses the first time."""
+    """Start the watcher with a fake `ray` that records its arguments, and fails the first time."""
     if shutil.which("wget") is None or shutil.which("flock") is None:
         pytest.skip("wget and flock, which Ray's image has, are not here")
     told = tmp_path / "told"
@@ -617,7 +617,7 @@ def watch(tmp_path, metadata):
         process.wait(10)
 
 
-def test_a_notice_has_ray_drain_this_node_until_it_does(watch, metadata):
+def test_a_spot_notice_makes_ray_drain_this_node(watch, metadata):
     watcher = watch()
     wait_for(lambda: any("spot/instance-action" in path for path in metadata.asked))
     assert not watch.told.exists()
@@ -635,7 +635,7 @@ def test_a_notice_has_ray_drain_this_node_until_it_does(watch, metadata):
     assert "Ray drains this node" in output
 
 
-def test_an_instance_on_demand_is_not_watched(watch, metadata):
+def test_the_watcher_ends_on_an_on_demand_instance(watch, metadata):
     metadata.kind = "on-demand"
 
     assert watch().wait(20) == 0
@@ -643,7 +643,7 @@ def test_an_instance_on_demand_is_not_watched(watch, metadata):
     assert metadata.asked == ["/latest/meta-data/instance-life-cycle"]
 
 
-def test_a_second_watcher_leaves_the_first_alone(watch, metadata):
+def test_a_second_watcher_ends_at_once(watch, metadata):
     first = watch()
     wait_for(lambda: metadata.asked)
 
@@ -651,7 +651,7 @@ def test_a_second_watcher_leaves_the_first_alone(watch, metadata):
     assert first.poll() is None
 
 
-def test_ray_takes_the_words_that_the_watcher_says():
+def test_ray_accepts_the_arguments_of_the_watcher():
     from ray.scripts.scripts import drain_node
 
     script = (ROOT / "cluster/spot_watch.sh").read_text(encoding="utf-8")
@@ -670,7 +670,7 @@ def wait_for(condition, seconds=20):
 
 
 @pytest.mark.parametrize("kind", ["head", "worker"])
-def test_a_node_gets_the_tested_versions_and_a_cache_that_may_fail(tmp_path, kind):
+def test_node_setup_installs_the_tested_versions_and_tolerates_a_failed_cache(tmp_path, kind):
     told = tmp_path / "told"
     stub(tmp_path / "bin", "python", f'echo "$*" >>{told}; [[ $1 == -m ]]')
     torch = re.findall(r"^torch==.*$", (ROOT / "constraints.txt").read_text("utf-8"), re.M)[0]
@@ -692,18 +692,18 @@ def test_a_node_gets_the_tested_versions_and_a_cache_that_may_fail(tmp_path, kin
     assert "the cache was not filled for flan-t5-base" in done.stdout
 
 
-def test_the_cache_is_filled_by_setting_and_a_fault_is_a_sentence(capsys, monkeypatch):
+def test_warm_cache_reports_each_setting_and_names_a_fault(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     warm = runpy.run_path(str(ROOT / "scripts/warm_cache.py"))["main"]
 
     assert warm(["lab"]) == 0
-    assert "reward.model is here" in capsys.readouterr().out
+    assert "reward.model is cached" in capsys.readouterr().out
     assert warm(["lab", "policy.model=/nowhere"]) == 1
     assert "policy.model is '/nowhere', and no such folder is here" in capsys.readouterr().err
     assert warm(["lba"]) == 2
 
 
-def test_the_recipe_that_nodes_are_set_up_for_is_one(cluster):
+def test_nodes_are_set_up_for_a_recipe_that_exists(cluster):
     for kind in ("head", "worker"):
         (command,) = cluster[f"{kind}_setup_commands"]
         *_, said, recipe = command.split()

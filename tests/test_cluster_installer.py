@@ -1,7 +1,7 @@
-"""How Ray's autoscaler sets up the workers of `cluster/aws.yaml`, by Ray's own installer.
+"""The setup of workers of `cluster/aws.yaml` by the installer of Ray's autoscaler.
 
 Real: `RayInstaller.install_ray` and everything below it, with the configuration that the launcher
-copies to the head. Stand-ins: AWS (moto), ssh, rsync and the programs of a node (`fake_ssh.py`);
+copies to the head. Replaced: AWS (moto), ssh, rsync and the programs of a node (`fake_ssh.py`);
 `scripts/aws_dry_run.py` lists them all.
 """
 
@@ -49,7 +49,7 @@ def test_the_autoscaler_finds_an_image_for_every_node_type(name):
 
 @pytest.mark.parametrize("name", WORKERS)
 def test_ray_installs_nothing_without_docker_image(name):
-    # Why aws.yaml sets docker.image beside worker_image. If this fails, Ray no longer needs it.
+    # This is why aws.yaml sets docker.image beside worker_image. If this fails, Ray no longer needs it.
     from ray.autoscaler.v2.instance_manager.ray_installer import RayInstaller
     from ray.core.generated.instance_manager_pb2 import Instance
 
@@ -80,7 +80,7 @@ def test_a_node_runs_the_image_of_its_kind(dry_run, name):
     assert pulled[2:] == [image]
     assert container[-2:] == [image, "bash"]
     assert container[container.index("--name") + 1] == CLUSTER["docker"]["container_name"]
-    # Every node has NVIDIA's runtime, for the AMI has it, but only workers have a GPU.
+    # Every node has NVIDIA's runtime, because the AMI has it, but only workers have a GPU.
     assert ("--runtime=nvidia" in container) == (name != HEAD)
 
 
@@ -167,7 +167,7 @@ def test_a_process_left_in_the_background_is_waited_for(ssh):
     assert [record["argv"] for record in ssh.records("node")] == [["cat", "late"]]
 
 
-def test_only_what_runs_in_the_container_is_said_to(ssh):
+def test_the_record_says_which_commands_ran_in_the_container(ssh):
     text = (
         "sudo usermod -aG docker $USER; docker run x; docker exec -it box /bin/bash -c 'ray stop'"
     )

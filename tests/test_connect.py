@@ -1,4 +1,4 @@
-"""Reaching a cluster: whoever does not answer, or answers wrongly, is told in one sentence and soon."""
+"""Connecting to a cluster: no answer, or a wrong one, becomes one sentence within seconds."""
 
 import io
 import os
@@ -21,8 +21,8 @@ from ray_detox.stages.cluster import connect
 
 @pytest.fixture
 def refused(monkeypatch):
-    """`refused(address)`: the sentence about it, said before Ray itself tries."""
-    monkeypatch.setattr(connect, "KNOCK_S", 1.0)
+    """`refused(address)`: the error for an address, raised before Ray itself tries."""
+    monkeypatch.setattr(connect, "GCS_PROBE_TIMEOUT_S", 1.0)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **asked: pytest.fail("Ray would try for minutes"))
 
@@ -34,14 +34,14 @@ def refused(monkeypatch):
         assert time.monotonic() - began < 5
         return str(error.value)
 
-    # What connecting puts into the environment is taken out again.
+    # `connected` sets variables of the environment; this restores them.
     with patch.dict(os.environ, RAY_AUTH_MODE="disabled"):
         yield try_it
 
 
 @pytest.fixture
 def listener():
-    """`listener(answer)`: address of a server that says `answer` to whoever connects."""
+    """`listener(answer)`: address of a server that sends `answer` on every connection."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve(answer):
@@ -62,7 +62,7 @@ def listener():
 
 @pytest.fixture
 def head():
-    """`head(answer)`: address of a head node that answers a knock by calling `answer(context)`."""
+    """`head(answer)`: address of a head node that answers a probe by calling `answer(context)`."""
     servers = []
 
     def start(answer):
@@ -82,35 +82,35 @@ def head():
         server.stop(None)
 
 
-def test_an_address_where_nobody_listens(refused):
+def test_an_address_without_a_server_is_refused(refused):
     sentence = refused("127.0.0.1:9")
 
     assert "No Ray cluster answers at 127.0.0.1:9 (Connection refused). Check" in sentence
 
 
-def test_a_proxy_for_the_web_is_not_asked(refused, monkeypatch):
+def test_the_probe_ignores_an_http_proxy(refused, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:8")
 
     assert "127.0.0.1:9 (Connection refused)" in refused("127.0.0.1:9")
 
 
-def test_a_host_that_is_not_there(refused):
+def test_an_unknown_host_is_refused(refused):
     sentence = refused("nowhere.invalid:6379")
 
     assert "No Ray cluster answers at nowhere.invalid:6379 (Domain name not found)" in sentence
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
-def test_a_port_of_something_else(refused, listener, answer):
+def test_a_server_that_is_not_ray_is_refused(refused, listener, answer):
     assert "No Ray cluster answers at 127.0.0.1:" in refused(listener(answer))
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", ":6379", "ray://10.0.0.1:10001", "10.0.0.1:port"])
-def test_an_address_that_is_none(refused, address):
+def test_a_malformed_address_is_refused(refused, address):
     assert "expected host:port, such as 10.0.0.1:6379" in refused(address)
 
 
-def test_a_cluster_that_wants_a_token(refused, head):
+def test_a_cluster_that_wants_another_token_is_refused(refused, head):
     address = head(
         lambda context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken: missing")
     )
@@ -121,19 +121,19 @@ def test_a_cluster_that_wants_a_token(refused, head):
     assert "Set RAY_AUTH_MODE=token" in sentence
 
 
-def test_a_cluster_with_another_ray(refused, head):
+def test_a_cluster_with_another_version_of_ray_is_refused(refused, head):
     other = head(lambda context: gcs_service_pb2.CheckAliveReply(ray_version="2.9.3"))
 
     assert f"runs Ray 2.9.3, and here is Ray {ray.__version__}" in refused(other)
 
 
-def test_a_cluster_like_this_one_is_let_through(head):
+def test_a_cluster_with_the_same_version_passes_the_probe(head):
     connect._probe_gcs(
         head(lambda context: gcs_service_pb2.CheckAliveReply(ray_version=ray.__version__))
     )
 
 
-def test_what_ray_itself_refuses_is_one_sentence_too(refused, head, monkeypatch):
+def test_an_error_of_ray_init_becomes_one_sentence(refused, head, monkeypatch):
     def init(**asked):
         raise RuntimeError("Version mismatch:\n    Python: 3.9.1\nThis process: 3.11.7")
 
@@ -143,6 +143,6 @@ def test_what_ray_itself_refuses_is_one_sentence_too(refused, head, monkeypatch)
     sentence = refused(address)
 
     assert sentence == (
-        f"The Ray cluster at {address} did not take this process: Version mismatch: "
+        f"The Ray cluster at {address} refused this process: Version mismatch: "
         "Python: 3.9.1 This process: 3.11.7"
     )

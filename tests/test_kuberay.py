@@ -1,7 +1,7 @@
-"""The run on Kubernetes, as far as it can be proved without a cluster.
+"""The run on Kubernetes, tested without a cluster.
 
-What the file says against KubeRay's fields and rules, what Ray's own autoscaler makes of it, and
-that it agrees with `cluster/aws.yaml`, with `constraints.txt` and with our own command line.
+The file against KubeRay's fields and rules, the decisions of Ray's own autoscaler on it, and its
+agreement with `cluster/aws.yaml`, `constraints.txt` and our command line.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "cluster/kuberay.yaml"
 PINNED = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 GROUPS = {"train-gpu": "train_gpu", "reward-gpu-spot": "reward_gpu_spot"}
-"""Worker groups, and the node types of aws.yaml that they are."""
+"""Worker groups, and the node types of aws.yaml that they match."""
 
 
 @pytest.fixture
@@ -122,11 +122,11 @@ POD = obj("spec", spec=obj(
         runAsUser=COUNT, runAsGroup=COUNT, runAsNonRoot=FLAG, seccompProfile=obj(type=TEXT)
     ),
 ))  # fmt: skip
-# Written down from the reference of ray.io/v1 as of KubeRay 1.7, as far as the file uses it. What is
-# named otherwise there, or not at all, must not be here.
+# From the reference of ray.io/v1 in KubeRay 1.7, limited to the fields that the file uses. Fields with
+# other names are rejected.
 RAY_JOB = obj(
     "apiVersion kind metadata spec", apiVersion=one_of("ray.io/v1"), kind=one_of("RayJob"),
-    # A label of DNS, and room for what KubeRay adds.
+    # A DNS label, short enough for the suffixes that KubeRay appends.
     metadata=obj("name", name={"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47}),
     spec=obj(
         "entrypoint rayClusterSpec",
@@ -157,7 +157,7 @@ RAY_JOB = obj(
 )  # fmt: skip
 
 
-def test_every_field_is_one_of_kuberays_with_its_type(job):
+def test_every_field_matches_kuberays_schema(job):
     jsonschema.validate(job, RAY_JOB)
 
 
@@ -175,9 +175,9 @@ def test_every_field_is_one_of_kuberays_with_its_type(job):
          "12 GB", "'12 GB' does not match"),
     ],
 )  # fmt: skip
-def test_a_field_that_kuberay_would_refuse_or_drop_is_seen(job, path, value, sentence):
+def test_the_schema_rejects_a_field_that_kuberay_would_refuse_or_drop(job, path, value, sentence):
     *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
-    # The file uses anchors: what they name must be changed in one place only.
+    # The file uses anchors, so a change must apply to one of their places only.
     node = job = json.loads(json.dumps(job))
     for key in parents:
         node = node[key]
@@ -187,7 +187,7 @@ def test_a_field_that_kuberay_would_refuse_or_drop_is_seen(job, path, value, sen
         jsonschema.validate(job, RAY_JOB)
 
 
-def test_what_kuberay_refuses_beyond_its_fields_is_not_here(job, spec):
+def test_the_job_passes_kuberays_validation_beyond_the_schema(job, spec):
     assert job["spec"]["shutdownAfterJobFinishes"]  # or a time to live would be refused
     assert spec["rayVersion"]  # or tokens would be
     for group in spec["workerGroupSpecs"]:
@@ -200,12 +200,12 @@ def test_what_kuberay_refuses_beyond_its_fields_is_not_here(job, spec):
         assert {mount["name"] for mount in mounts} == set(names)
 
 
-# ---- what the autoscaler would start ---------------------------------------------------------
+# ---- decisions of the autoscaler --------------------------------------------------------------
 
 
 @pytest.fixture
 def launches(spec):
-    """Pods by group that Ray's autoscaler asks for, for what nothing has room for."""
+    """Pods by group that Ray's autoscaler adds for pending `(count, resources)`."""
     from ray.autoscaler._private.kuberay.autoscaling_config import (
         _derive_autoscaling_config_from_ray_cr as derive,
     )
@@ -214,7 +214,7 @@ def launches(spec):
     return functools.partial(nodes_asked_for, settings)
 
 
-def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):
+def test_the_autoscaler_starts_exactly_the_pods_that_a_run_needs(launches, job):
     config = config_of(job)
     need = resources.needs(config, cluster_gpus=8)
     worker, actor = (
@@ -227,10 +227,10 @@ def test_the_autoscaler_starts_what_a_run_asks_for_and_no_more(launches, job):
     assert launches([]) == {}
 
 
-# ---- what it agrees with ---------------------------------------------------------------------
+# ---- agreement with other files------------------------------------------------------------------
 
 
-def test_groups_are_the_node_types_of_the_cluster_on_aws(spec, aws):
+def test_worker_groups_match_the_node_types_on_aws(spec, aws):
     types = aws["available_node_types"]
 
     for group in spec["workerGroupSpecs"]:
@@ -251,7 +251,7 @@ def test_groups_are_the_node_types_of_the_cluster_on_aws(spec, aws):
     assert label == types["head"]["node_config"]["InstanceType"]
 
 
-def test_one_pod_fills_a_node_and_leaves_kubernetes_its_part(job, spec):
+def test_one_pod_fills_a_node_and_leaves_kubernetes_its_share(job, spec):
     prices = yaml.safe_load((ROOT / "cluster/prices.yaml").read_text(encoding="utf-8"))
     autoscaler = spec["autoscalerOptions"]["resources"]["requests"]
     assert autoscaler == {"cpu": "500m", "memory": "512Mi"}
@@ -261,7 +261,7 @@ def test_one_pod_fills_a_node_and_leaves_kubernetes_its_part(job, spec):
         has = prices["instance_types"][pod["nodeSelector"]["node.kubernetes.io/instance-type"]]
         asks, limits = (pod["containers"][0]["resources"][key] for key in ("requests", "limits"))
         cpus = int(asks["cpu"]) + (0.5 if name == "head" else 0)
-        # What EKS keeps of these types is below 0.1 CPU and 1.5 GiB; agents on each node take more.
+        # EKS reserves less than 0.1 CPU and 1.5 GiB on these types; agents on each node take more.
         assert has["cpus"] / 2 < cpus <= has["cpus"] - 0.5
         assert has["memory_gib"] / 2 < gib(asks["memory"]) <= has["memory_gib"] - 3
         assert limits["memory"] == asks["memory"]
@@ -287,7 +287,7 @@ def version(package):
     return re.findall(rf"^{package}==(\S+)$", PINNED, re.M)[0]
 
 
-def test_images_have_the_ray_and_the_python_that_were_tested(job, spec):
+def test_images_have_the_tested_ray_and_python(job, spec):
     python = re.findall(r"on Python (\d)\.(\d+), Linux", PINNED)[0]
     tag = f"{version('ray')}-py{''.join(python)}"
     kinds = {"submitter": "cpu", "head": "cpu", "train-gpu": "cu128", "reward-gpu-spot": "cu128"}
@@ -304,7 +304,7 @@ def test_images_have_the_ray_and_the_python_that_were_tested(job, spec):
 
 
 @pytest.mark.parametrize("variant, kind", [("cpu", "head"), ("cu128", "worker")])
-def test_an_image_is_made_by_the_script_of_the_nodes_on_aws(tmp_path, variant, kind):
+def test_an_image_is_built_with_the_setup_script_of_the_nodes_on_aws(tmp_path, variant, kind):
     recipe = (ROOT / "cluster/Dockerfile").read_text(encoding="utf-8")
     (command,) = re.findall(r"^RUN (.*?)(?<!\\)$", recipe, re.M | re.S)
     told = tmp_path / "told"
@@ -332,7 +332,7 @@ def test_an_image_is_made_by_the_script_of_the_nodes_on_aws(tmp_path, variant, k
 
 
 def arguments_of(job):
-    """The entrypoint, read as our command line reads it."""
+    """The entrypoint, parsed by our command line."""
     python, dash_m, module, *words = shlex.split(job["spec"]["entrypoint"])
     assert (python, dash_m, module) == ("python", "-m", "ray_detox")
     args, rest = cli._parser().parse_known_args(words)
@@ -345,24 +345,24 @@ def config_of(job):
     return cli._load(arguments_of(job).words)
 
 
-def test_the_entrypoint_is_a_run_that_can_be_tried_again(job, aws):
+def test_the_entrypoint_is_a_run_that_can_be_retried(job, aws):
     args, config = arguments_of(job), config_of(job)
 
     assert args.verb is cli._run
     assert args.resume is None
-    # A name of its own and storage that outlives the head: what a retry goes on with.
+    # A retry continues by its run id, from storage that outlives the head.
     assert args.run_id == job["metadata"]["name"]
     assert config.recipe == "flan-t5-base"
     assert re.fullmatch(r"s3://ray-detox-ACCOUNT-us-east-1/runs", config.train.storage or "")
     assert (config.results.store, config.results.table) == ("dynamodb", "ray-detox")
     assert job["spec"]["backoffLimit"] == 2
-    # No worker would fit on a reward node, and no pod is waited for longer than it is given.
+    # No worker fits on a reward node, and the run waits no longer for a pod than the pod may take.
     smallest = aws["available_node_types"]["reward_gpu_spot"]["resources"]["CPU"]
     assert config.cluster.cpus_per_worker > smallest
     assert config.cluster.capacity_timeout_s >= 900
 
 
-def test_the_job_and_every_pod_have_the_environment_that_a_run_needs(job):
+def test_the_job_and_every_pod_set_the_environment_of_a_run(job):
     runtime = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
     region = re.findall(r"ecr\.(\S+?)\.amazonaws", pods(job)["head"]["containers"][0]["image"])[0]
 
@@ -372,11 +372,11 @@ def test_the_job_and_every_pod_have_the_environment_that_a_run_needs(job):
     assert runtime["env_vars"] == expected
     for name in ("head", *GROUPS):
         assert expected.items() <= environment(pods(job)[name]).items()
-        # KubeRay sets these itself; what is set here would take their place.
+        # KubeRay sets these itself; a value in the file would replace them.
         assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & environment(pods(job)[name]).keys()
 
 
-def test_what_is_open_asks_for_a_token_and_nothing_is_open_outside(documents, job, spec):
+def test_every_port_requires_a_token_and_none_is_public(documents, job, spec):
     head = spec["headGroupSpec"]
 
     assert spec["authOptions"] == {"mode": "token"}
@@ -392,7 +392,7 @@ def test_what_is_open_asks_for_a_token_and_nothing_is_open_outside(documents, jo
         assert not [port for port in container.get("ports", []) if "hostPort" in port], name
 
 
-def test_pods_have_a_role_each_and_only_the_head_may_ask_kubernetes(documents, job):
+def test_each_pod_has_a_role_and_only_the_head_may_call_kubernetes(documents, job):
     accounts = {d["metadata"]["name"]: d for d in documents if d["kind"] == "ServiceAccount"}
     iam = (ROOT / "cluster/iam.yaml").read_text(encoding="utf-8")
     text = FILE.read_text(encoding="utf-8")
@@ -435,14 +435,14 @@ def test_every_number_is_explained(job):
     assert f"${an_hour(train_gpu=1) - an_hour():.2f} an hour each" in text
 
 
-# ---- nodes that go ---------------------------------------------------------------------------
+# ---- draining --------------------------------------------------------------------------------
 
 
-def test_a_pod_is_given_longer_than_ray_takes_to_drain(job):
+def test_the_grace_period_is_longer_than_the_drain(job):
     for name in GROUPS:
         pod = pods(job)[name]
         drain_s = int(environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-        # AWS takes a spot instance two minutes after its notice.
+        # AWS takes a spot instance back two minutes after its notice.
         assert drain_s + 15 <= pod["terminationGracePeriodSeconds"] < 120
         assert "lifecycle" not in pod["containers"][0]
 
@@ -474,8 +474,8 @@ print("draining", node in state.state.get_draining_nodes(), flush=True)
 
 
 @pytest.mark.ray
-def test_a_node_that_gets_sigterm_is_drained_before_it_ends(job):
-    # Why the pods have no preStop hook. Where this fails, they need one that says `ray drain-node`.
+def test_a_node_drains_after_sigterm_before_it_ends(job):
+    # This is why the pods have no preStop hook. If this test fails, they need one with `ray drain-node`.
     folder = tempfile.mkdtemp(prefix="ray-")  # short, for the paths of Ray's sockets
     address = f"127.0.0.1:{free_port()}"
     settings = os.environ | environment(pods(job)["train-gpu"]) | {
@@ -506,7 +506,7 @@ def test_a_node_that_gets_sigterm_is_drained_before_it_ends(job):
         assert driver.stdout.readline() == "draining True\n"
         assert worker.poll() is None
     finally:
-        # With all that they started: a raylet would outlive its `ray start`.
+        # With all child processes, because a raylet outlives its `ray start`.
         family = [psutil.Process(process.pid) for process in started if process.poll() is None]
         family += [child for process in family for child in process.children(recursive=True)]
         for process in family:

@@ -1,4 +1,4 @@
-"""The published notebook's table: written whole, through awswrangler, and nobody's items lost."""
+"""Export to the published notebook's table with awswrangler; no item of another run is lost."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ def aws(monkeypatch):
 
 @pytest.fixture(params=["N", "S"])
 def table(request, endpoint):
-    """A table as the notebook has it: its name, and a client."""
+    """A table with the notebook's key: its name, and a client."""
     client = DynamoDBStore("any", endpoint_url=endpoint).client
     name = f"llm_with_rlhf_{request.param}"
     client.create_table(
@@ -101,11 +101,11 @@ def test_samples_become_flat_items_with_exact_numbers(table, endpoint):
         "toxicity_diff": {"N": "-0.30000000000000004"},
         "length_before": {"N": "7"},
     }
-    # Not a number, and beyond DynamoDB's range: left out, as nothing else could be true.
+    # NaN, and a number beyond DynamoDB's range, are left out: no other value would be correct.
     assert not {"toxicity_after", "toxicity_diff", "kl"} & set(second)
 
 
-def test_items_of_another_run_are_replaced_on_purpose_only(table, endpoint):
+def test_items_of_another_run_are_replaced_only_with_overwrite(table, endpoint):
     name, client = table
     other = REPORT | {"run_id": "other"}
     notebook.export_samples(REPORT, make_samples(60), name, endpoint_url=endpoint)
@@ -127,7 +127,7 @@ def test_the_same_run_can_be_written_again(table, endpoint):
     assert len(items(table)) == 30
 
 
-def test_a_sample_that_does_not_fit_is_named_before_the_first_write(table, endpoint):
+def test_a_sample_that_is_too_large_is_named_before_the_first_write(table, endpoint):
     samples = make_samples(40)
     samples[37]["query"] = "\u6c49" * 140_000
 
@@ -137,9 +137,9 @@ def test_a_sample_that_does_not_fit_is_named_before_the_first_write(table, endpo
     assert items(table) == []
 
 
-def test_a_table_that_stays_busy_is_given_up(table, endpoint, monkeypatch):
+def test_a_table_that_stays_busy_is_an_error_after_the_last_attempt(table, endpoint, monkeypatch):
     pauses = []
-    monkeypatch.setattr(notebook, "_pause", pauses.append)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
 
     def nothing_is_taken(**arguments):
         arguments["parsed"]["UnprocessedItems"] = {
@@ -160,13 +160,15 @@ def test_a_table_that_stays_busy_is_given_up(table, endpoint, monkeypatch):
             REPORT, make_samples(), table[0], endpoint_url=endpoint, overwrite=True
         )
 
-    assert pauses == list(range(1, 8))
+    longest = [min(5.0, 0.05 * 2**attempt) for attempt in range(1, 8)]
+    assert len(pauses) == 7
+    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, longest, strict=True))
 
 
 @pytest.fixture
 def proxy(endpoint, monkeypatch):
-    """A wire that can fail, and nobody who waits for long."""
-    monkeypatch.setattr(notebook, "_pause", lambda attempt: None)
+    """A proxy that can fail, with short timeouts and pauses of no length."""
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
     monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", patience)
@@ -177,7 +179,7 @@ def proxy(endpoint, monkeypatch):
 
 @pytest.mark.parametrize("table", ["N"], indirect=True)
 @pytest.mark.parametrize("kinds", [("half", "throttle", "broken"), ("reset", "lost", "hang")])
-def test_what_passes_on_the_wire_is_overcome(table, proxy, kinds):
+def test_a_temporary_network_fault_is_retried(table, proxy, kinds):
     for kind in kinds:
         proxy.fail("BatchWriteItem", kind)
 
@@ -196,7 +198,7 @@ def test_what_passes_on_the_wire_is_overcome(table, proxy, kinds):
         ("expired", r"refused the credentials \(ExpiredTokenException\)"),
     ],
 )
-def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(table, proxy, kind, words):
+def test_a_lasting_fault_is_one_sentence_and_a_repeat_succeeds(table, proxy, kind, words):
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
     export = lambda: notebook.export_samples(
         REPORT, make_samples(60), table[0], endpoint_url=proxy.address
@@ -211,7 +213,7 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(table, proxy
     assert export() == len(items(table)) == 60
 
 
-def test_other_tables_are_no_notebooks(endpoint):
+def test_a_table_with_another_key_is_not_a_notebook_table(endpoint):
     store = DynamoDBStore("whole-runs", endpoint_url=endpoint)
     store.create_table()
 
@@ -226,7 +228,7 @@ def test_an_endpoint_that_does_not_answer_is_named():
         notebook.is_notebook_table("any", endpoint_url="http://127.0.0.1:9")
 
 
-def test_awswrangler_starts_no_ray_even_if_it_is_told_to(table, endpoint):
+def test_awswrangler_does_not_start_ray_even_if_the_environment_says_so(table, endpoint):
     script = f"""
 import sys
 import ray
@@ -250,7 +252,7 @@ assert notebook.wrangler().engine.get().value == "python"
     assert len(items(table)) == 2
 
 
-def test_decimals_are_what_repr_says():
+def test_decimals_equal_the_repr_of_the_float():
     (item,) = notebook.items_of(REPORT, make_samples(1), "N")
 
     assert item["toxicity_before"] == Decimal("0.30000000000000004")

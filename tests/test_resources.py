@@ -1,4 +1,4 @@
-"""Room on a cluster: the accounting of a run, and how bundles are put on nodes; without Ray."""
+"""Resources: what a run needs, and how its bundles are placed on nodes; without Ray."""
 
 import itertools
 
@@ -11,8 +11,8 @@ from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.resources import (
     Bundle,
+    BundleGroup,
     Node,
-    Part,
     Phase,
     placement,
     shortfall,
@@ -29,8 +29,8 @@ def node(cpus, gpus=0.0, *, free=None):
 def phase(workers, worker, actors, actor):
     return Phase(
         "training",
-        Part("training worker", f"train.workers={workers}", workers, workers, worker),
-        Part("reward actor", f"reward.actors={actors}", actors, actors, actor),
+        BundleGroup("training worker", f"train.workers={workers}", workers, workers, worker),
+        BundleGroup("reward actor", f"reward.actors={actors}", actors, actors, actor),
     )
 
 
@@ -38,7 +38,7 @@ def placed(demand, nodes):
     return tuple(map(sum, zip(*placement(demand, nodes), strict=True)))
 
 
-# ---- placing ---------------------------------------------------------------------------------
+# ---- placement ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -50,18 +50,18 @@ def placed(demand, nodes):
         (Bundle(1, 1), [node(8, 2), node(1, 8)], 3),
         (Bundle(1, 2), [node(8, 3), node(8, 2)], 2),
         (Bundle(1), [node(8, free=Bundle(2))], 2),
-        # A share of a GPU is on one device: two of 0.75 leave two useless quarters.
+        # A share of a GPU is on one device: two shares of 0.75 leave two quarters that no share fits.
         (Bundle(0, 0.75), [node(8, 2)], 2),
         (Bundle(0, 0.5), [node(8, 2)], 4),
         (Bundle(0, 0.4), [node(8, 2)], 4),
     ],
 )
-def test_workers_find_room_on_whole_nodes_and_devices(each, nodes, fitting):
+def test_a_worker_needs_a_single_node_and_single_devices(each, nodes, fitting):
     assert workers_that_fit(phase(99, each, 1, Bundle(1)), nodes) == fitting
     assert workers_that_fit(phase(1, each, 1, Bundle(1)), nodes) == min(1, fitting)
 
 
-def test_actors_that_have_lost_their_place_come_before_workers():
+def test_actors_that_lost_their_node_are_placed_before_workers():
     demand = phase(4, Bundle(1), 2, Bundle(3))
 
     assert workers_that_fit(demand, [node(4)]) == 4
@@ -69,13 +69,13 @@ def test_actors_that_have_lost_their_place_come_before_workers():
     assert workers_that_fit(demand, [node(4)], actors=2) == 0
 
 
-def test_everything_is_placed_where_filling_node_by_node_would_fail():
+def test_a_placement_is_found_where_filling_nodes_one_by_one_fails():
     demand = phase(1, Bundle(3), 4, Bundle(2))
 
     assert placement(demand, [node(4), node(7)]) == [(0, 2), (1, 2)]
 
 
-def test_workers_and_actors_share_gpus_but_no_device_is_cut_in_two():
+def test_workers_and_actors_share_gpus_but_a_share_never_spans_two_devices():
     demand = phase(2, Bundle(1, 0.75), 2, Bundle(1, 0.25))
 
     assert placed(demand, [node(8, 2)]) == (2, 2)
@@ -87,9 +87,7 @@ NODES = st.lists(st.builds(node, st.integers(0, 6), st.integers(0, 2)), min_size
 
 
 @given(st.integers(1, 3), SIZES, st.integers(1, 3), SIZES, NODES)
-def test_a_placement_is_found_whenever_there_is_one(
-    workers, worker_cpus, actors, actor_cpus, nodes
-):
+def test_a_placement_is_found_whenever_one_exists(workers, worker_cpus, actors, actor_cpus, nodes):
     demand = phase(workers, Bundle(worker_cpus), actors, Bundle(actor_cpus))
     sizes = [worker_cpus] * workers + [actor_cpus] * actors
 
@@ -106,21 +104,21 @@ def test_a_placement_is_found_whenever_there_is_one(
 
 
 @given(st.integers(1, 4), SIZES, st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 2.0]), NODES)
-def test_no_node_is_given_more_than_it_has_and_another_node_never_hurts(workers, cpus, gpus, nodes):
+def test_no_node_gets_more_than_it_has_and_another_node_never_hurts(workers, cpus, gpus, nodes):
     demand = phase(workers, Bundle(cpus, gpus), 1, Bundle(1, gpus / 2 if gpus <= 1 else 1))
 
     homes = placement(demand, nodes)
 
     for home, (here, beside) in zip(nodes, homes, strict=True):
         assert here * cpus + beside <= home.free.cpus
-        assert here * gpus + beside * demand.actors.each.gpus <= home.free.gpus
+        assert here * gpus + beside * demand.actors.bundle.gpus <= home.free.gpus
     assert placed(demand, [*nodes, node(4, 2)])[0] >= placed(demand, nodes)[0]
 
 
-# ---- the sentence ----------------------------------------------------------------------------
+# ---- the shortfall ---------------------------------------------------------------------------
 
 
-def test_a_cluster_that_is_too_small_is_told_by_kind_with_need_and_have():
+def test_the_shortfall_names_need_and_have_for_each_kind():
     demand = phase(3, Bundle(2, 1), 2, Bundle(1, 0.25))
 
     sentence = shortfall([demand], [node(4, 1), node(2, free=Bundle(1))])
@@ -133,7 +131,7 @@ def test_a_cluster_that_is_too_small_is_told_by_kind_with_need_and_have():
     )
 
 
-def test_pieces_that_are_too_small_are_told_with_the_largest():
+def test_the_shortfall_names_the_largest_node_if_none_is_large_enough():
     demand = phase(2, Bundle(4), 1, Bundle(1))
 
     sentence = shortfall([demand], [node(3), node(5), node(3)])
@@ -144,28 +142,28 @@ def test_pieces_that_are_too_small_are_told_with_the_largest():
     assert "add a node with 4 CPUs" in sentence
 
 
-# ---- the accounting of a run -----------------------------------------------------------------
+# ---- the needs of a run      -----------------------------------------------------------------
 
 
 def needs(*settings, gpus=0.0):
     return resources.needs(load_config("lab", settings), gpus)
 
 
-def test_a_run_needs_what_it_holds_while_it_trains():
+def test_a_run_needs_its_workers_and_actors_at_the_same_time():
     need = needs("train.workers=3", "cluster.cpus_per_worker=2", "reward.actors=2")
 
     assert (need.cpus, need.gpus) == (8, 0)
 
 
-def test_the_least_of_a_range_must_be_there_and_the_most_is_shown():
+def test_a_range_needs_its_minimum_and_the_table_shows_its_maximum():
     need = needs("train.workers=2..4", "reward.actors=1..3")
 
     assert need.cpus == 3
-    assert [need.phases[0].most("CPU"), need.phases[0].least("CPU")] == [7, 3]
+    assert [need.phases[0].usable("CPU"), need.phases[0].needed("CPU")] == [7, 3]
     assert "used if free" in table(need.phases)
 
 
-def test_preparing_the_data_takes_a_whole_cpu_beside_the_actors():
+def test_data_preparation_takes_a_whole_cpu_beside_the_actors():
     need = needs("train.workers=1", "cluster.cpus_per_worker=0.25", "serving.cpus_per_actor=0.5")
 
     assert need.cpus == 1.5
@@ -175,7 +173,7 @@ def test_preparing_the_data_takes_a_whole_cpu_beside_the_actors():
     "gpus, per_worker, per_actor",
     [(0, 0, 0), (1, 0, 0), (2, 0.75, 0.25), (2.25, 1, 0.25), (8, 1, 0.25)],
 )
-def test_gpus_left_open_are_settled_by_what_there_is(gpus, per_worker, per_actor):
+def test_gpus_that_settings_leave_open_depend_on_the_cluster(gpus, per_worker, per_actor):
     need = needs(gpus=gpus)
 
     assert (need.gpus_per_worker, need.gpus_per_actor) == (per_worker, per_actor)
@@ -183,12 +181,12 @@ def test_gpus_left_open_are_settled_by_what_there_is(gpus, per_worker, per_actor
 
 
 @pytest.mark.parametrize("setting", ["cluster.gpus_per_worker", "serving.gpus_per_actor"])
-def test_more_than_one_gpu_is_a_whole_number_of_them(setting):
+def test_more_than_one_gpu_must_be_a_whole_number(setting):
     with pytest.raises(ConfigError, match=f"{setting} is 1.5; expected a share of one GPU"):
         needs(f"{setting}=1.5")
 
 
-def test_the_table_shows_the_sums_and_what_the_nodes_have():
+def test_the_table_shows_the_sums_and_the_resources_of_the_nodes():
     need = needs("train.workers=2..4", "cluster.cpus_per_worker=3")
 
     lines = table(need.phases, [node(16, 1, free=Bundle(9, 1))]).splitlines()

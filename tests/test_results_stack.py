@@ -1,4 +1,4 @@
-"""The page on AWS: what the template allows, and what its package holds."""
+"""The results page on AWS: the template's permissions and settings, and the Lambda package."""
 
 import json
 import os
@@ -24,7 +24,7 @@ DEPLOY = ["bash", str(ROOT / "scripts/deploy_results.sh")]
 
 
 def plain(node):
-    """The template without the positions that its reader keeps."""
+    """The template as plain values; cfn-lint's reader adds positions to them."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     return [plain(item) for item in node] if isinstance(node, list) else node
@@ -39,7 +39,7 @@ def of_type(resources, kind):
     return [resource for resource in resources.values() if resource["Type"] == kind]
 
 
-def test_the_linter_finds_nothing_not_even_for_information():
+def test_the_linter_finds_nothing_at_any_level():
     done = subprocess.run(
         [Path(sys.executable).with_name("cfn-lint"), "--include-checks", "I", "--", FILE],
         capture_output=True,
@@ -50,7 +50,7 @@ def test_the_linter_finds_nothing_not_even_for_information():
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def test_the_function_may_read_this_table_and_write_its_own_log(resources):
+def test_the_functions_role_allows_reading_this_table_and_its_own_log(resources):
     (role,) = of_type(resources, "AWS::IAM::Role")
     (policy,) = role["Properties"]["Policies"]
     read, log = policy["PolicyDocument"]["Statement"]
@@ -64,7 +64,7 @@ def test_the_function_may_read_this_table_and_write_its_own_log(resources):
     assert {read["Effect"], log["Effect"]} == {"Allow"}
 
 
-def test_the_function_is_a_current_python_on_arm_that_ends_before_the_api_gives_up(resources):
+def test_the_function_runs_a_current_python_and_ends_before_the_apis_timeout(resources):
     (function,) = of_type(resources, "AWS::Lambda::Function")
     (integration,) = of_type(resources, "AWS::ApiGatewayV2::Integration")
     has = function["Properties"]
@@ -76,7 +76,7 @@ def test_the_function_is_a_current_python_on_arm_that_ends_before_the_api_gives_
     assert integration["Properties"]["PayloadFormatVersion"] == "2.0"
 
 
-def test_page_and_api_are_reached_through_the_distribution_by_https_alone(resources):
+def test_page_and_api_are_reachable_only_through_the_distribution_over_https(resources):
     (distribution,) = of_type(resources, "AWS::CloudFront::Distribution")
     config = distribution["Properties"]["DistributionConfig"]
     site, api = config["Origins"]
@@ -103,7 +103,7 @@ def test_the_bucket_is_private_to_the_distribution(resources):
     assert deny["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
 
 
-def test_the_api_is_read_slowly_and_by_those_who_signed_in(resources):
+def test_the_api_is_throttled_and_requires_sign_in(resources):
     (route,) = of_type(resources, "AWS::ApiGatewayV2::Route")
     (stage,) = of_type(resources, "AWS::ApiGatewayV2::Stage")
     (authorizer,) = of_type(resources, "AWS::ApiGatewayV2::Authorizer")
@@ -118,14 +118,14 @@ def test_the_api_is_read_slowly_and_by_those_who_signed_in(resources):
     assert 0 < limits["ThrottlingRateLimit"] <= limits["ThrottlingBurstLimit"] <= 100
 
 
-def test_every_log_is_forgotten_some_day(resources):
+def test_every_log_has_a_retention_period(resources):
     logs = of_type(resources, "AWS::Logs::LogGroup")
 
     assert len(logs) == 2
     assert all("RetentionInDays" in group["Properties"] for group in logs)
 
 
-def test_the_table_is_the_one_that_the_command_line_makes_and_hard_to_lose(resources):
+def test_the_table_matches_the_command_lines_and_is_protected(resources):
     (table,) = of_type(resources, "AWS::DynamoDB::Table")
     made = table_schema("any")
 
@@ -148,7 +148,7 @@ def test_the_table_is_the_one_that_the_command_line_makes_and_hard_to_lose(resou
         assert by_name(has[part], name) == by_name(made[part], name)
 
 
-def test_the_page_has_the_headers_that_it_has_on_a_laptop(resources):
+def test_the_page_has_the_security_headers_of_the_local_server(resources):
     (policy,) = of_type(resources, "AWS::CloudFront::ResponseHeadersPolicy")
     config = policy["Properties"]["ResponseHeadersPolicyConfig"]
     csp, _ = config["SecurityHeadersConfig"]["ContentSecurityPolicy"]["ContentSecurityPolicy"][
@@ -177,7 +177,7 @@ def package(tmp_path_factory):
     return folder / "code"
 
 
-def test_the_package_answers_from_a_table_without_what_a_lambda_lacks(package, resources):
+def test_the_package_answers_from_a_table_with_only_a_lambdas_libraries(package, resources):
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -210,7 +210,7 @@ print(json.dumps(getattr(module, {name!r})(event, None)))
         os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "x")
         store.create_table()
         done = subprocess.run(
-            # Isolated: nothing but the package and what is installed.
+            # Isolated mode: only the package and installed libraries are importable.
             [sys.executable, "-I", "-c", script],
             env=environment,
             capture_output=True,
@@ -230,13 +230,13 @@ print(json.dumps(getattr(module, {name!r})(event, None)))
     [
         (["--access", "everybody"], "--access is 'everybody'; expected cognito, jwt or public."),
         (["--access", "jwt"], "--access jwt needs --jwt-issuer and --jwt-audience."),
-        ([], "no region; give --region, or set AWS_REGION."),
+        ([], "no region; pass --region, or set AWS_REGION."),
         (["--region"], "--region needs a value; see --help."),
         (["--regoin", "x"], "unknown option --regoin; see --help."),
         (["--region", "eu-central-1"], "the aws CLI is not installed"),
     ],
 )
-def test_a_mistake_in_deploying_is_one_sentence(tmp_path, words, sentence):
+def test_a_deployment_mistake_is_one_sentence(tmp_path, words, sentence):
     for name in ("bash", "dirname", "python3"):
         (tmp_path / name).symlink_to(shutil.which(name))
 

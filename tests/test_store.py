@@ -66,7 +66,7 @@ def dynamo(endpoint):
 
 
 def strict(name):
-    """Fixtures for an emulator that is not always there: its address, and a store on it."""
+    """Return fixtures for an emulator that may not be installed: its address, and a store on it."""
 
     @pytest.fixture(scope="module", name=f"{name}_endpoint")
     def address():
@@ -123,7 +123,7 @@ CURVES = [{"step": 1, "score": 0.5, "kl": 1e-17}, {"step": 2, "score": None, "kl
 # The conformance suite: each test runs over every store.
 
 
-def test_a_run_comes_back_as_it_was_put(store):
+def test_a_run_survives_the_store_unchanged(store):
     report, samples = make_report(), make_samples(60)
 
     store.put_run(report, samples)
@@ -136,7 +136,7 @@ def test_a_run_comes_back_as_it_was_put(store):
     assert json.dumps(found) == json.dumps(samples)
 
 
-def test_samples_come_back_by_index(store):
+def test_samples_are_returned_in_order_of_index(store):
     store.put_run(make_report(), list(reversed(make_samples(30))))
 
     assert [sample["index"] for sample in store.get_samples("first")] == list(range(30))
@@ -153,7 +153,7 @@ def test_samples_come_back_by_index(store):
         "z" * 300_000,
     ],
 )
-def test_text_comes_back_as_it_was_put(store, text):
+def test_text_survives_the_store_unchanged(store, text):
     samples = [{"index": 0, "query": text, text[:9]: 1}]
 
     store.put_run(make_report(description=text[:1000]), samples)
@@ -181,7 +181,7 @@ plain = st.recursive(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(plain, st.dictionaries(st.text(max_size=9), finite | st.integers(), max_size=4))
-def test_any_json_comes_back_equal(store, config, figures):
+def test_any_json_survives_the_store(store, config, figures):
     report, samples = make_report(config=config), [{**figures, "index": 0}]
 
     store.put_run(report, samples, overwrite=True)
@@ -190,7 +190,7 @@ def test_any_json_comes_back_equal(store, config, figures):
     assert json.dumps(list(store.get_samples("first"))) == json.dumps(samples)
 
 
-def test_numbers_of_other_libraries_become_plain_numbers(store):
+def test_numbers_of_numpy_and_torch_become_plain_numbers(store):
     sample = {
         "index": np.int64(4),
         "kl": np.float32(0.5),
@@ -229,19 +229,19 @@ def test_a_number_that_is_not_finite_is_named_in_its_sample(store):
     ]
 
 
-def test_numbers_at_the_edges_come_back_and_can_be_sorted_by(store):
+def test_extreme_numbers_survive_the_store_and_can_be_sorted_by(store):
     rewards = [1e126, 1e17, 2.0, 5e-324, -1e100, 10**20]
     samples = [{"index": i, "reward_before": 0, "reward_after": x} for i, x in enumerate(rewards)]
 
     store.put_run(make_report(), samples)
 
     assert list(store.get_samples("first")) == samples
-    # DynamoDB's numbers end before 1e126: that one has no place in an index there.
+    # DynamoDB's numbers end below 1e126, so its indexes cannot contain this one.
     found = [row["index"] for row in all_pages(store, SampleQuery("reward"), 1)]
     assert found in ([4, 3, 2, 1, 5], [4, 3, 2, 1, 5, 0])
 
 
-def test_what_came_out_goes_in_again(store):
+def test_a_stored_run_can_be_stored_again(store):
     store.put_run(make_report(), [{"index": 0, "kl": math.nan}])
     once = list(store.get_samples("first"))
 
@@ -269,7 +269,9 @@ def test_what_came_out_goes_in_again(store):
         (make_report(), [{"index": 0, "z": 1j}], "Sample 0: z is a complex"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_stored_is_refused_before_the_first_write(store, report, samples, words):
+def test_a_value_that_cannot_be_stored_is_refused_before_the_first_write(
+    store, report, samples, words
+):
     with pytest.raises(StoreError, match=words):
         store.put_run(report, [*make_samples(0), *samples])
 
@@ -294,12 +296,12 @@ BAD_RUN_IDS = [
 
 
 @pytest.mark.parametrize("run_id", BAD_RUN_IDS)
-def test_bad_run_ids_are_refused(run_id):
+def test_invalid_run_ids_are_refused(run_id):
     with pytest.raises(StoreError, match="cannot be used"):
         check_run_id(run_id)
 
 
-def test_a_store_checks_run_ids_on_every_way_in(store):
+def test_every_method_of_a_store_checks_the_run_id(store):
     for act in (
         lambda: store.put_run(make_report("../x"), []),
         lambda: store.get_run("../x"),
@@ -313,7 +315,7 @@ def test_a_store_checks_run_ids_on_every_way_in(store):
 
 
 @pytest.mark.parametrize("run_id", ["a", "0", "a" * 64, "Run_1.2-final"])
-def test_good_run_ids_pass(run_id):
+def test_valid_run_ids_are_accepted(run_id):
     assert check_run_id(run_id) == run_id
 
 
@@ -327,7 +329,7 @@ def test_an_existing_run_is_refused(store):
     assert list(store.get_samples("first")) == make_samples(3)
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(store):
+def test_overwriting_removes_all_of_the_old_run(store):
     store.put_run(make_report(), make_samples(60))
 
     store.put_run(make_report(kl=9.0), make_samples(2), overwrite=True)
@@ -337,7 +339,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(store):
     assert len(store.list_runs()) == 1
 
 
-def test_overwriting_needs_nothing_to_overwrite(store):
+def test_overwriting_a_missing_run_stores_it(store):
     store.put_run(make_report(), make_samples(2), overwrite=True)
 
     assert list(store.get_samples("first")) == make_samples(2)
@@ -358,20 +360,20 @@ def test_runs_are_listed_newest_first(store):
     assert listed[2]["created"] == "2026-01-31T13:30:00+02:00"
 
 
-def test_a_run_without_samples_is_a_run(store):
+def test_a_run_without_samples_can_be_stored(store):
     store.put_run(make_report(), [])
 
     assert list(store.get_samples("first")) == []
     assert store.get_run("first") == make_report()
 
 
-def test_a_run_that_is_not_there_is_none(store):
+def test_a_missing_run_is_none(store):
     assert store.get_run("nobody") is None
     assert list(store.get_samples("nobody")) == []
     assert store.list_runs() == []
 
 
-def test_a_store_that_works_passes_its_check_and_can_be_closed(store):
+def test_a_working_store_passes_its_check_and_can_be_closed(store):
     store.check()
     store.close()
     store.put_run(make_report(), [])
@@ -407,16 +409,16 @@ def test_several_threads_may_write_at_once(store):
     assert len(store.list_runs()) == 6
 
 
-# SQLite alone.
+# Only SQLite.
 
 
-def test_reading_a_file_that_is_not_there_makes_none(sqlite_store):
+def test_reading_a_missing_file_does_not_create_it(sqlite_store):
     assert sqlite_store.list_runs() == []
 
     assert not sqlite_store.path.parent.exists()
 
 
-def test_a_reader_sees_the_last_whole_state_while_one_writes(sqlite_store):
+def test_a_reader_sees_the_last_complete_state_during_a_write(sqlite_store):
     sqlite_store.put_run(make_report(), make_samples(3))
 
     with sqlite_store._writing() as db:
@@ -437,7 +439,7 @@ def test_a_reader_keeps_its_snapshot(sqlite_store):
     assert [first, *reading] == make_samples(3)
 
 
-def test_a_write_that_dies_leaves_nothing(sqlite_store):
+def test_an_interrupted_write_leaves_nothing(sqlite_store):
     def die_while_writing():
         with sqlite_store._writing() as db:
             db.execute(
@@ -451,7 +453,7 @@ def test_a_write_that_dies_leaves_nothing(sqlite_store):
     assert sqlite_store.list_runs() == []
 
 
-def test_a_newer_schema_is_not_read(sqlite_store):
+def test_a_newer_schema_is_refused(sqlite_store):
     sqlite_store.check()
     with sqlite3.connect(sqlite_store.path) as db:
         db.execute("PRAGMA user_version = 7")
@@ -462,7 +464,7 @@ def test_a_newer_schema_is_not_read(sqlite_store):
             act()
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path):
+def test_a_file_that_is_not_a_database_is_named(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("not a database, but long enough to be taken for a header of one. " * 9)
 
@@ -485,8 +487,8 @@ def test_a_damaged_file_is_named(sqlite_store):
             act()
 
 
-def test_a_file_that_may_not_be_written_is_named_and_left_as_it_was():
-    # Not in tmp_path, which is root's alone: root may write everywhere and has to step aside.
+def test_a_read_only_file_is_named_and_left_unchanged():
+    # Not in tmp_path, which only root may read: root may write everywhere, so the test uses another user.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         os.chmod(folder, 0o755)
         store = SQLiteStore(f"{folder}/results.sqlite")
@@ -516,7 +518,7 @@ def not_as_root():
             os.seteuid(0)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(StoreError, match="cannot be created"):
@@ -525,14 +527,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         SQLiteStore(tmp_path).check()
 
 
-def test_a_held_file_is_named(sqlite_store, monkeypatch):
+def test_a_locked_file_is_named(sqlite_store, monkeypatch):
     monkeypatch.setattr("ray_detox.store.sqlite._BUSY_TIMEOUT_S", 0.05)
 
     with sqlite_store._writing(), pytest.raises(StoreError, match="database is locked"):
         sqlite_store.put_run(make_report(), [])
 
 
-def test_odd_file_names_work(tmp_path):
+def test_unusual_file_names_work(tmp_path):
     store = SQLiteStore(tmp_path / "50% of #1? ä" / "r.db")
 
     store.put_run(make_report(), make_samples(1))
@@ -541,14 +543,14 @@ def test_odd_file_names_work(tmp_path):
     assert store.get_run("first") == make_report()
 
 
-# DynamoDB alone.
+# Only DynamoDB.
 
 
 def items(store):
     return store.client.scan(TableName=store.table)["Items"]
 
 
-def test_a_run_lies_in_the_table_as_designed(dynamo):
+def test_the_items_of_a_run_have_the_documented_keys(dynamo):
     dynamo.put_run(make_report(), [{"index": 42, "kl": 0.1, "tiny": 5e-324, "query": "?"}])
 
     meta, sample = sorted(items(dynamo), key=lambda item: item["sk"]["S"])
@@ -557,7 +559,7 @@ def test_a_run_lies_in_the_table_as_designed(dynamo):
     assert (meta["state"]["S"], meta["n"]["N"]) == ("COMPLETE", "3")
     assert meta["list_pk"]["S"] == "RUNS"
     assert meta["created_at"]["S"] == "2026-01-31T12:00:00.000000+00:00#first"
-    assert "run_id" not in meta  # or it could be taken for a sample by an index
+    assert "run_id" not in meta  # an index by run_id would list META as a sample
     assert (sample["pk"]["S"], sample["sk"]["S"]) == ("RUN#first", "SAMPLE#00000042")
     assert sample["kl"] == {"N": "0.1"}
     assert sample["tiny"] == {"N": "0"}  # below the range of numbers; exact in the JSON
@@ -566,7 +568,7 @@ def test_a_run_lies_in_the_table_as_designed(dynamo):
     assert not {"list_pk", "toxicity_diff"} & set(sample)
 
 
-def test_a_run_that_is_being_written_is_not_shown(dynamo, monkeypatch):
+def test_a_run_is_invisible_while_it_is_written(dynamo, monkeypatch):
     seen = []
     write = dynamo._write_batch
 
@@ -586,7 +588,7 @@ def table_store(request):
     return request.getfixturevalue(request.param)
 
 
-def test_a_run_left_unfinished_is_taken_over(table_store, monkeypatch):
+def test_an_unfinished_run_can_be_claimed(table_store, monkeypatch):
     long = make_samples(40)
     long[39]["query"] = "\u6c49" * 140_000
     with monkeypatch.context() as patch:
@@ -598,12 +600,12 @@ def test_a_run_left_unfinished_is_taken_over(table_store, monkeypatch):
     table_store.put_run(make_report(), make_samples(2))
 
     assert list(table_store.get_samples("first")) == make_samples(2)
-    # The 38 orphans are gone, with the long text and the curves.
+    # The 38 orphaned items are deleted, with the long text and the history.
     keys = sorted(item["sk"]["S"] for item in items(table_store))
     assert keys == ["META", "SAMPLE#00000000", "SAMPLE#00000001"]
 
 
-def test_a_text_too_long_for_an_item_lies_in_parts_that_are_not(table_store):
+def test_a_text_too_long_for_an_item_is_stored_in_parts(table_store):
     # 250,000 characters would fit into an item; their 750,000 bytes do not.
     text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FA5, 250_000)))
 
@@ -617,7 +619,7 @@ def test_a_text_too_long_for_an_item_lies_in_parts_that_are_not(table_store):
     assert table_store.get_sample("first", 7)["query"] == text
 
 
-def test_of_two_writers_the_later_wins_and_the_other_stops(dynamo, endpoint, monkeypatch):
+def test_of_two_writers_the_later_wins_and_the_earlier_stops(dynamo, endpoint, monkeypatch):
     rival = DynamoDBStore(dynamo.table, region=REGION, endpoint_url=endpoint)
     write = dynamo._write_batch
 
@@ -641,7 +643,7 @@ def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
     def be_overtaken_and_write(requests):
         monkeypatch.setattr(dynamo, "_write_batch", write)
         rival.put_run(make_report(kl=2.0), make_samples(30, query="rival"))
-        write(requests)  # on its way when the rival took over
+        write(requests)  # sent before the rival claimed the run
 
     monkeypatch.setattr(dynamo, "_write_batch", be_overtaken_and_write)
     with pytest.raises(StoreError, match="written by another process at the same time"):
@@ -657,7 +659,7 @@ def test_samples_of_two_writers_are_never_mixed(dynamo, endpoint, monkeypatch):
 
 
 class Client:
-    """A client whose answers can be spoilt."""
+    """A client that writes only a part of each batch."""
 
     def __init__(self, client, spoil):
         self._client, self._spoil, self.calls = client, spoil, 0
@@ -674,9 +676,9 @@ class Client:
         return {"UnprocessedItems": {table: left} if left else {}}
 
 
-def test_a_busy_table_gets_the_rest_later(dynamo, monkeypatch):
+def test_items_that_a_busy_table_did_not_take_are_sent_again(dynamo, monkeypatch):
     pauses = []
-    monkeypatch.setattr(dynamodb_module, "_pause", pauses.append)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
     dynamo.client = Client(dynamo.client, lambda r: (r[: len(r) // 2 + 1], r[len(r) // 2 + 1 :]))
 
     dynamo.put_run(make_report(), make_samples(30))
@@ -687,9 +689,9 @@ def test_a_busy_table_gets_the_rest_later(dynamo, monkeypatch):
     assert all(0 < pause <= 5 for pause in pauses)
 
 
-def test_a_table_that_stays_busy_is_given_up(dynamo, monkeypatch):
+def test_a_table_that_stays_busy_is_an_error_after_the_last_attempt(dynamo, monkeypatch):
     pauses = []
-    monkeypatch.setattr(dynamodb_module, "_pause", pauses.append)
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", pauses.append)
     dynamo.client = Client(dynamo.client, lambda requests: ([], requests))
 
     with pytest.raises(StoreError, match="too busy"):
@@ -706,7 +708,7 @@ def test_a_report_too_large_is_refused_before_the_first_write(dynamo):
     assert items(dynamo) == []
 
 
-def test_many_samples_come_over_many_pages(dynamo):
+def test_many_samples_are_read_over_many_pages(dynamo):
     samples = make_samples(12, reference="r" * 200_000)
 
     dynamo.put_run(make_report(), samples)
@@ -714,7 +716,7 @@ def test_many_samples_come_over_many_pages(dynamo):
     assert list(dynamo.get_samples("first")) == samples
 
 
-def test_a_table_that_is_not_there_is_named(endpoint):
+def test_a_missing_table_is_named(endpoint):
     store = DynamoDBStore("nowhere", region=REGION, endpoint_url=endpoint)
 
     for act in (store.check, lambda: store.put_run(make_report(), []), store.list_runs):
@@ -750,12 +752,12 @@ def test_a_table_without_the_index_is_named(endpoint):
         store.check()
 
 
-def test_a_table_is_not_made_twice(dynamo):
+def test_an_existing_table_is_not_created_again(dynamo):
     with pytest.raises(StoreError, match="exists in eu-central-1"):
         dynamo.create_table()
 
 
-def test_a_newer_run_is_not_read(dynamo):
+def test_a_run_of_a_newer_schema_is_refused(dynamo):
     dynamo.put_run(make_report(), [])
     dynamo.client.update_item(
         TableName=dynamo.table,
@@ -796,8 +798,8 @@ def test_an_unknown_profile_is_named(endpoint, monkeypatch):
         DynamoDBStore("t", region=REGION, endpoint_url=endpoint).check()
 
 
-def test_an_endpoint_that_is_no_address_is_named():
-    with pytest.raises(StoreError, match=r"results\.endpoint_url is no address"):
+def test_an_invalid_endpoint_is_named():
+    with pytest.raises(StoreError, match=r"results\.endpoint_url is not a valid address"):
         DynamoDBStore("t", region=REGION, endpoint_url="localhost:8000").check()
 
 
@@ -813,22 +815,22 @@ def test_an_endpoint_that_refuses_is_named_without_its_password(monkeypatch):
 FAST = Config(connect_timeout=1, retries={"total_max_attempts": 1})
 
 
-def test_a_bad_table_name_is_named(endpoint):
-    with pytest.raises(StoreError, match="'' is no name that a DynamoDB table can have"):
+def test_an_invalid_table_name_is_named(endpoint):
+    with pytest.raises(StoreError, match="'' is not a valid name of a DynamoDB table"):
         DynamoDBStore("", region=REGION, endpoint_url=endpoint).check()
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("AccessDeniedException", "AWS allows no describe_table on table"),
+        ("AccessDeniedException", "AWS does not allow describe_table on table"),
         ("ExpiredTokenException", r"refused the credentials \(ExpiredTokenException\)"),
         ("InvalidSignatureException", "Sign in again"),
         ("ProvisionedThroughputExceededException", "too busy"),
         ("LimitExceededException", r"\(LimitExceededException\)"),
     ],
 )
-def test_what_aws_refuses_is_said_without_its_message(dynamo, monkeypatch, code, words):
+def test_a_refusal_of_aws_is_reported_without_its_own_message(dynamo, monkeypatch, code, words):
     def refuse(**_):
         message = f"The canonical string should have been x-amz-security-token:{SECRET}"
         raise botocore.exceptions.ClientError(
@@ -849,17 +851,17 @@ def test_what_aws_refuses_is_said_without_its_message(dynamo, monkeypatch, code,
 # Opening.
 
 
-def test_settings_choose_the_store(tmp_path):
+def test_settings_select_the_store(tmp_path):
     assert isinstance(open_store("sqlite", tmp_path / "r.db", ""), SQLiteStore)
     assert isinstance(open_store("dynamodb", "", "t", REGION, None), DynamoDBStore)
     with pytest.raises(StoreError, match="Unknown store 'redis'; expected sqlite or dynamodb"):
         open_store("redis", "", "")
 
 
-def test_the_embedded_store_needs_no_heavy_library():
+def test_the_sqlite_store_imports_no_heavy_library():
     program = (
-        "import sys; from ray_detox.store import open_store; open_store('sqlite', 'r.db', '');"
-        "import ray_detox.report;"
+        "import sys; from ray_detox.store.opening import open_store; open_store('sqlite', 'r.db', '');"
+        "import ray_detox.runs.report_text;"
         "assert not {'boto3', 'torch', 'ray', 'numpy'} & set(sys.modules)"
     )
 
@@ -870,7 +872,7 @@ def test_the_embedded_store_needs_no_heavy_library():
 
 
 def scored_samples(n):
-    """Samples of which no two have the same difference but those without one."""
+    """Samples with distinct differences, and some without a difference."""
     generator = np.random.default_rng(0)
     samples = []
     for i, (before, after) in enumerate(generator.random((n, 2)).tolist()):
@@ -902,7 +904,7 @@ def all_pages(store, query, limit):
         cursor = page.next
 
 
-def test_pages_have_what_the_rules_say_in_their_order(store):
+def test_pages_contain_the_matching_samples_in_order(store):
     samples = scored_samples(60)
     samples[7]["toxicity_after"] = samples[7]["toxicity_before"] + 0.25
     report = make_report(toxicity={"toxic_above": 0.4, "same_within": 0.25})
@@ -920,18 +922,18 @@ def test_pages_have_what_the_rules_say_in_their_order(store):
             assert all_pages(store, query, limit) == expected, query
 
 
-def test_a_run_that_says_no_limits_is_read_by_those_of_its_time():
+def test_a_run_without_limits_gets_the_defaults_of_its_version():
     assert limits_of({"toxicity": None}) == limits_of({}) == Limits(0.5, 0.0)
     assert limits_of({"toxicity": {"toxic_above": 1, "same_within": None}}) == Limits(1.0, 0.0)
 
 
-def test_a_run_that_is_not_there_has_no_page_no_sample_and_no_curves(store):
+def test_a_missing_run_has_no_page_no_sample_and_no_history(store):
     assert store.sample_page("first") is None
     assert store.get_sample("first", 0) is None
     assert store.get_history("first") == []
 
 
-def test_an_empty_run_and_one_of_a_single_sample_have_pages(store):
+def test_runs_with_no_or_one_sample_have_pages(store):
     store.put_run(make_report(), [])
     store.put_run(make_report("second"), make_samples(1))
 
@@ -940,14 +942,14 @@ def test_an_empty_run_and_one_of_a_single_sample_have_pages(store):
     assert store.get_sample("second", 1) is None
 
 
-def test_one_sample_and_the_curves_come_back_as_they_were_put(store):
+def test_one_sample_and_the_history_survive_the_store(store):
     store.put_run(make_report(), make_samples(3), CURVES)
 
     assert json.dumps(store.get_sample("first", 1)) == json.dumps(make_samples(3)[1])
     assert json.dumps(store.get_history("first")) == json.dumps(CURVES)
 
 
-def test_the_list_comes_in_pages(store):
+def test_the_list_of_runs_has_pages(store):
     for i in range(5):
         store.put_run(make_report(f"run-{i}", f"2026-01-0{i + 1}T00:00:00+00:00"), [])
 
@@ -961,7 +963,7 @@ def test_the_list_comes_in_pages(store):
 
 
 @pytest.mark.parametrize("junk", ["junk", "x" * 5000, "W10", "bnVsbA", "\u0663", "", "====", "e30"])
-def test_a_cursor_from_elsewhere_is_refused(store, junk):
+def test_a_cursor_of_another_list_is_refused(store, junk):
     store.put_run(make_report(), scored_samples(30))
     store.put_run(make_report("second"), scored_samples(30))
     other_run = store.sample_page("second", limit=2).next
@@ -974,7 +976,7 @@ def test_a_cursor_from_elsewhere_is_refused(store, junk):
         store.list_page(2, junk)
 
 
-def test_a_text_of_five_megabytes_comes_back_and_does_not_fill_a_page(store):
+def test_a_text_of_five_megabytes_is_stored_and_shortened_in_a_page(store):
     text = "\u6c49\u0000\u202e" + "".join(
         map(chr, np.random.default_rng(0).integers(97, 500, 2_500_000))
     )
@@ -994,7 +996,7 @@ def test_a_text_of_five_megabytes_comes_back_and_does_not_fill_a_page(store):
         assert len(row["response_after"]) == 2000
 
 
-def test_what_pandas_has_for_nothing_is_named_as_not_finite(store):
+def test_missing_values_of_pandas_count_as_not_finite(store):
     sample = {"index": 0, "toxicity_after": pd.NA, "kl": pd.NaT, "reward_after": np.float32("nan")}
     sample["judge_after"] = torch.tensor(-math.inf)
 
@@ -1005,7 +1007,7 @@ def test_what_pandas_has_for_nothing_is_named_as_not_finite(store):
     assert found["toxicity_after"] is found["kl"] is None
 
 
-def test_a_file_of_an_earlier_version_is_read_and_brought_up_to_date(tmp_path):
+def test_a_file_of_an_earlier_version_is_read_and_upgraded(tmp_path):
     path = tmp_path / "old.sqlite"
     with sqlite3.connect(path) as db:
         for statement in sqlite_module._SCHEMA_1:

@@ -1,4 +1,4 @@
-"""What a store does when the way to it, the table or its own process fails: on real wires."""
+"""Failures of the network, the table and the store's own process, over real connections."""
 
 import json
 import os
@@ -62,8 +62,8 @@ def table(request, endpoint):
 
 @pytest.fixture
 def store(proxy, table, monkeypatch):
-    """A store behind the proxy, whose pauses take no time."""
-    monkeypatch.setattr(dynamodb_module, "_pause", lambda seconds: None)
+    """A store behind the proxy, with pauses of no length."""
+    monkeypatch.setattr("ray_detox.store.backoff._sleep", lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", types.SimpleNamespace(sleep=lambda seconds: None))
     patience = Config(read_timeout=0.5, retries={"mode": "standard", "total_max_attempts": 4})
     monkeypatch.setattr(dynamodb_module, "PATIENT", patience)
@@ -95,7 +95,7 @@ MANIFEST = make_report(), make_samples(60), CURVES
         ("GetItem", "throttle", 2),
     ],
 )
-def test_what_passes_is_overcome(store, proxy, operation, kind, times):
+def test_a_temporary_fault_is_retried(store, proxy, operation, kind, times):
     proxy.fail(operation, kind, times)
 
     assert store.put_run(*MANIFEST)
@@ -103,7 +103,7 @@ def test_what_passes_is_overcome(store, proxy, operation, kind, times):
     assert stored(store) == MANIFEST
 
 
-def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
+def test_a_lost_answer_to_the_last_write_is_retried(store, proxy):
     proxy.fail("PutItem", "lost", after=1)
 
     assert store.put_run(*MANIFEST)
@@ -120,12 +120,12 @@ def test_a_lost_answer_to_the_last_write_is_overcome(store, proxy):
         ("broken", r"refused batch_write_item on table .* \(InternalServerError\)"),
         ("reset", "could not be reached at 127"),
         ("hang", "could not be reached at 127"),
-        ("denied", "allows no batch_write_item on table"),
+        ("denied", "does not allow batch_write_item on table"),
         ("expired", r"refused the credentials \(ExpiredTokenException\)"),
     ],
 )
-def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy, kind, words):
-    # The second batch of three; of 25 items that are halved, one is never taken.
+def test_a_lasting_fault_is_one_sentence_and_a_repeat_succeeds(store, proxy, kind, words):
+    # The fault hits the second batch of three. Of 25 items that are halved, one is never taken.
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
 
     with pytest.raises(StoreError, match=words) as caught:
@@ -139,20 +139,20 @@ def test_what_does_not_pass_ends_in_a_sentence_and_a_repeat_goes_on(store, proxy
     assert stored(store) == MANIFEST
 
 
-def test_a_hurried_reader_gives_up_soon(proxy, table):
+def test_a_hurried_reader_fails_within_two_seconds(proxy, table):
     store = DynamoDBStore(table, region=REGION, endpoint_url=proxy.address, hurried=True)
     proxy.fail("GetItem", "hang", FOR_EVER)
 
     with pytest.raises(StoreError, match="could not be reached"):
         store.get_run("first")
 
-    # Asked once, and waited for less than two seconds.
+    # One request, and a wait of less than two seconds.
     assert proxy.calls["GetItem"] == 1
     patience = store.client.meta.config
     assert patience.connect_timeout + patience.read_timeout < 2
 
 
-def test_a_write_that_was_confirmed_and_not_made_is_found(store, proxy):
+def test_a_confirmed_write_that_was_not_made_is_detected(store, proxy):
     proxy.fail("BatchWriteItem", "swallow", after=1)
 
     with pytest.raises(StoreError, match=r"Of 61 items of run 'first', 36 are in table"):
@@ -164,14 +164,14 @@ def test_a_write_that_was_confirmed_and_not_made_is_found(store, proxy):
     assert stored(store) == MANIFEST
 
 
-def test_an_overwriting_that_fails_can_be_repeated(store, proxy):
+def test_a_failed_overwrite_can_be_repeated(store, proxy):
     store.put_run(make_report(kl=9.0), make_samples(90))
     proxy.fail("BatchWriteItem", "denied", after=1)
 
-    with pytest.raises(StoreError, match="allows no batch_write_item"):
+    with pytest.raises(StoreError, match="does not allow batch_write_item"):
         store.put_run(*MANIFEST, overwrite=True)
 
-    # Neither the old run nor the new one is whole, and neither is shown.
+    # Neither the old run nor the new one is complete, so neither is shown.
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
     assert store.put_run(*MANIFEST)
@@ -246,10 +246,10 @@ def test_a_task_that_is_killed_between_batches_can_be_repeated(store, proxy, tab
 
     assert stored(store) == again
     found = store.client.scan(TableName=table, Select="COUNT")
-    assert found["Count"] == 60 + 2  # the samples, META and the curves: no orphan
+    assert found["Count"] == 60 + 2  # the samples, META and the history: no orphaned item
 
 
-def test_a_killed_writer_of_the_file_leaves_it_whole(tmp_path):
+def test_a_killed_writer_leaves_the_file_consistent(tmp_path):
     path = tmp_path / "results.sqlite"
     for delay in (0.0, 0.002, 0.005, 0.02):
         process = publishing("sqlite", path)
@@ -304,7 +304,7 @@ def scored():
     ]
 
 
-def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy, table, tmp_path):
+def test_a_final_task_killed_while_storing_loses_nothing(store, proxy, table, tmp_path):
     folder = RunFolder(tmp_path, "first")
     folder.path.mkdir()
     (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
@@ -319,7 +319,7 @@ def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy,
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
-    # The database has nothing to show, and the files have everything.
+    # The store has no result, and the files of the run are complete.
     assert stored(store) == (None, [], [])
     assert folder.read_result()[0]["n"] == 60
 
@@ -333,7 +333,7 @@ def test_a_final_task_that_is_killed_while_it_stores_loses_nothing(store, proxy,
 
 @pytest.fixture
 def open_one(request, tmp_path, endpoint, table):
-    """Opens the same store again and again."""
+    """A function that opens the same store each time."""
     if request.param == "sqlite":
         return lambda: SQLiteStore(tmp_path / "results.sqlite")
     return lambda: DynamoDBStore(table, region=REGION, endpoint_url=endpoint)
@@ -347,7 +347,7 @@ EVERY_STORE = pytest.mark.parametrize(
 
 
 @EVERY_STORE
-def test_a_reader_meanwhile_sees_a_whole_run_or_none(open_one):
+def test_a_concurrent_reader_sees_a_complete_run_or_none(open_one):
     versions = [make_samples(30 + i, query=f"version {i}") for i in range(5)]
     problems = []
 
@@ -378,7 +378,7 @@ def test_a_reader_meanwhile_sees_a_whole_run_or_none(open_one):
 
 
 @EVERY_STORE
-def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
+def test_of_two_concurrent_publishers_one_wins_and_the_run_is_complete(open_one):
     runs = [(make_report(kl=float(i)), make_samples(40 + i), CURVES) for i in range(2)]
     start = threading.Barrier(2)
     outcomes = [None, None]
@@ -399,7 +399,7 @@ def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
 
     store = open_one()
     if True not in outcomes:
-        # Each took the other's place; nothing half is shown, and a repeat settles it.
+        # Each claimed the run from the other. No incomplete run is shown, and a repeat succeeds.
         assert store.get_run("first") is None
         assert store.put_run(*runs[0])
         outcomes[0] = True
@@ -409,7 +409,7 @@ def test_of_two_publishers_at_once_one_wins_and_the_run_is_whole(open_one):
     assert json.dumps(store.get_run("first")) == json.dumps(runs[outcomes.index(True)][0])
 
 
-def test_many_who_make_the_results_file_at_once_all_can_use_it(tmp_path):
+def test_many_processes_can_create_the_results_file_at_once(tmp_path):
     problems = []
 
     def use(store, start):

@@ -137,7 +137,7 @@ def _check(args: argparse.Namespace) -> int:
     config = _load(args.words)
     if args.live:
         return _check_live(config, args.output)
-    fetched = preflight.check_here(config)
+    fetched = preflight.check_without_fetching(config)
     need = needs(config, cluster_gpus=0)
     settings = config.to_dict()
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())

@@ -1,14 +1,20 @@
-"""Checkpoints of a run in its storage: each whole or passed over, the newest and the best kept.
+"""Checkpoints of a run in its storage: complete or ignored; the newest and the best are kept.
 
-    ADDRESS/checkpoints/step-00000012/adapter/...        the files that `checkpoint.py` makes
+    ADDRESS/checkpoints/step-00000012/adapter/...        the files of `rl/checkpoint.py`
                                       value_head.safetensors  optimiser.safetensors  ...
                                       manifest.json         written last: size and SHA-256 of each
 
     training --put--> CheckpointWriter (a thread) --save--> CheckpointStore --> folder, s3://, ...
 
-A checkpoint that was cut off has no `manifest.json`, and one that was damaged later does not agree
-with it: `newest` passes over both. Writing goes on beside training and never holds it up: where
-storage is slower than steps are, only the newest checkpoint waits, in memory.
+States of a checkpoint in the storage:
+
+    writing --manifest.json written--> complete --newer ones exist, not the best--> pruned
+       |                                  |
+       '--process or storage fails:       '--a file changes: its size or SHA-256 differs
+          incomplete, ignored                from the manifest, so it is damaged and ignored
+
+The writer never delays training: if the storage is slower than the steps, only the newest checkpoint
+waits, in memory.
 """
 
 import hashlib
@@ -34,36 +40,38 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The state after some steps, in memory."""
+    """The state of training after some steps, in memory."""
 
     step: int
     files: Mapping[str, bytes]
-    """By name, such as `adapter/adapter_model.safetensors`."""
+    """Contents by name, such as `adapter/adapter_model.safetensors`."""
     objective: float | None = None
-    """Score less the price of KL, in units of score, of the step before; None before the first."""
+    """Score minus KL penalty of the last step, in units of score; None before the first step."""
 
 
 class CheckpointStore:
-    """Checkpoints under one address.
+    """Writes, reads and prunes the checkpoints of one run.
 
     Args:
         storage: of the run.
-        keep: newest checkpoints kept; the one with the best objective is kept as well.
+        keep: number of newest checkpoints to keep, beside the one with the best objective.
     """
 
     def __init__(self, storage: Storage, keep: int = 2) -> None:
         self.storage = storage
         self.keep = keep
         self._objectives: dict[int, float | None] = {}
+        """Objectives of the complete checkpoints, by step."""
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint and delete those that are no longer kept.
+        """Write a checkpoint, then delete those that need not be kept.
 
         Raises:
-            StorageError: it is not kept; what was there before is.
+            StorageError: the checkpoint was not written; earlier checkpoints are still there.
         """
         folder = _folder(checkpoint.step)
-        # What an earlier process left under this step stops being whole before it changes.
+        # An earlier process may have left a checkpoint of this step. Without its manifest it is
+        # incomplete, so no reader takes a mixture of old and new files for a checkpoint.
         self.storage.delete(f"{folder}/{MANIFEST}")
         for name, content in checkpoint.files.items():
             self.storage.write(f"{folder}/{name}", content)
@@ -72,75 +80,83 @@ class CheckpointStore:
             "objective": checkpoint.objective,
             "files": {name: _digest(content) for name, content in checkpoint.files.items()},
         }
+        # Last: the manifest is what makes a checkpoint complete.
         self.storage.write(f"{folder}/{MANIFEST}", json.dumps(about, indent=2).encode())
         self._objectives[checkpoint.step] = checkpoint.objective
+        # After the write, so that at every moment at least `keep` checkpoints are complete.
         self._prune()
 
     def steps(self) -> list[int]:
-        """Steps that a checkpoint was begun for, oldest first; not each need be whole."""
+        """Return the steps that have a checkpoint, complete or not, oldest first."""
         names = self.storage.names(FOLDER)
         return sorted(int(name[5:]) for name in names if name.startswith("step-"))
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of a step.
+        """Read the checkpoint of a step, and compare its files with the manifest.
 
         Raises:
-            StorageError: it is not whole.
+            StorageError: it is incomplete or damaged, or cannot be read.
         """
         folder = _folder(step)
-        about = self._about(step)
+        about = self._read_manifest(step)
         if about is None:
-            raise StorageError(f"The checkpoint of step {step} was cut off while it was written.")
+            raise StorageError(
+                f"The checkpoint of step {step} is incomplete: it has no valid manifest."
+            )
         files = {}
         for name, expected in about["files"].items():
             content = self.storage.read(f"{folder}/{name}")
             if content is None or _digest(content) != expected:
                 size = "missing" if content is None else f"{len(content):,} bytes"
                 raise StorageError(
-                    f"The checkpoint of step {step} is damaged: {name} is {size}, and not the "
+                    f"The checkpoint of step {step} is damaged: {name} is {size}, not the "
                     f"{expected['bytes']:,} bytes that were written."
                 )
             files[name] = content
         return Checkpoint(step, files, about["objective"])
 
     def newest(self, on_damage: Callable[[str], None] = log.warning) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where there is none.
+        """Return the newest complete checkpoint, or None.
 
         Args:
-            on_damage: told in a sentence about each that is passed over.
+            on_damage: called with a message for each checkpoint that is ignored.
         """
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
             except StorageError as error:
-                on_damage(f"{error} It is passed over.")
+                on_damage(f"{error} The run ignores it.")
         return None
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the best objective, of those kept."""
+        """Return the step of the kept checkpoint with the best objective; the later if equal."""
         self._read_objectives()
         known = {step: value for step, value in self._objectives.items() if value is not None}
         return max(known, key=lambda step: (known[step], step)) if known else None
 
     def _prune(self) -> None:
         best = self.best()
-        whole = sorted(self._objectives)
+        complete = sorted(self._objectives)
         for step in self.steps():
-            newer = sum(other > step for other in whole)
+            # Only complete checkpoints count as newer: an incomplete one replaces none.
+            newer = sum(other > step for other in complete)
             if newer >= self.keep and step != best:
+                # The manifest first: a deletion that is cut off leaves an incomplete checkpoint,
+                # not one that looks damaged.
                 self.storage.delete(f"{_folder(step)}/{MANIFEST}")
                 self.storage.delete(_folder(step))
                 self._objectives.pop(step, None)
 
     def _read_objectives(self) -> None:
-        """Those of checkpoints that an earlier process wrote."""
+        """Read the objectives of checkpoints that an earlier process wrote."""
         for step in self.steps():
             if step not in self._objectives:
-                about = self._about(step)
+                about = self._read_manifest(step)
                 if about is not None:
                     self._objectives[step] = about["objective"]
 
-    def _about(self, step: int) -> dict[str, Any] | None:
+    def _read_manifest(self, step: int) -> dict[str, Any] | None:
+        """Return the manifest of a step; None if it is missing or not valid."""
         text = self.storage.read(f"{_folder(step)}/{MANIFEST}")
         try:
             about = json.loads(text or b"null")
@@ -150,15 +166,18 @@ class CheckpointStore:
 
 
 class CheckpointWriter:
-    """Keeps checkpoints on a thread of its own; the newest one is always at hand in memory.
+    """Writes checkpoints on a thread of its own; keeps the newest one in memory.
+
+    A failed write is repeated until it succeeds or a newer checkpoint takes its place.
 
     Args:
-        store: where they go.
-        newest: what an earlier process kept, if anything.
-        on_event: called on the thread, with a sentence, when writing fails and when it works again.
+        store: writes them.
+        newest: newest checkpoint of an earlier process, if there is one.
+        on_event: called on the thread with a message when writing fails and when it works again.
     """
 
     RETRY_S = 1.0
+    """Pause after a failed write."""
 
     def __init__(
         self,
@@ -169,7 +188,7 @@ class CheckpointWriter:
         self.store = store
         self.newest = newest
         self.seconds: list[float] = []
-        """How long each write took."""
+        """Duration of each write."""
         self._on_event = on_event
         self._waiting: Checkpoint | None = None
         self._problem: str | None = None
@@ -179,17 +198,19 @@ class CheckpointWriter:
         self._thread.start()
 
     def put(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint soon; one that still waits to be written gives way to it."""
+        """Hand over a checkpoint, and return at once; it replaces one that still waits."""
         with self._changed:
+            # An older one may arrive late, from a worker group that was cut off. Its steps have been
+            # repeated, and it must not replace a newer one.
             if self.newest is None or checkpoint.step >= self.newest.step:
                 self.newest = self._waiting = checkpoint
                 self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until the newest checkpoint is kept.
+        """Wait until the newest checkpoint is in the storage.
 
         Raises:
-            StorageError: it could not be, within `timeout_s`.
+            StorageError: it is not after `timeout_s`.
         """
         with self._changed:
             if self._changed.wait_for(lambda: self._waiting is None, timeout_s):
@@ -201,7 +222,10 @@ class CheckpointWriter:
         )
 
     def close(self) -> None:
-        """End the thread, once it has written what it is writing; without waiting for it."""
+        """End the thread after the current write, without waiting for it.
+
+        A write to storage that does not answer may never return, and must not keep the run alive.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -218,21 +242,24 @@ class CheckpointWriter:
             try:
                 self.store.save(checkpoint)
             except StorageError as error:
-                self._say(f"The checkpoint of step {checkpoint.step} is not kept yet. {error}")
+                self._report(
+                    f"The checkpoint of step {checkpoint.step} is not written yet. {error}"
+                )
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, self.RETRY_S)
                 continue
             self.seconds.append(time.perf_counter() - began)
             if self._problem is not None:
-                self._say(None)
-                self._on_event(f"Checkpoints are kept again, from step {checkpoint.step} on.")
+                self._report(None)
+                self._on_event(f"Checkpoints are written again, from step {checkpoint.step} on.")
             with self._changed:
+                # A newer checkpoint may have arrived during the write; then it still waits.
                 if self._waiting is checkpoint:
                     self._waiting = None
                 self._changed.notify_all()
 
-    def _say(self, problem: str | None) -> None:
-        """Tell of a problem when it begins, and not with every step that it lasts."""
+    def _report(self, problem: str | None) -> None:
+        """Report a problem once, when it begins, rather than at every retry."""
         began = problem is not None and self._problem is None
         self._problem = problem
         if began and problem is not None:
@@ -247,11 +274,11 @@ def _digest(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-# ---- a folder in memory -------------------------------------------------------------------------
+# ---- folders in memory --------------------------------------------------------------------------
 
 
 def pack_folder(write: Callable[[Path], None]) -> dict[str, bytes]:
-    """The files that `write` puts into an empty folder, by name; the folder is gone again."""
+    """Call `write` with an empty temporary folder, and return its files by name."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
@@ -263,14 +290,14 @@ def pack_folder(write: Callable[[Path], None]) -> dict[str, bytes]:
 
 
 def unpack_folder(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
-    """What `read` makes of a folder with these files."""
+    """Write files to a temporary folder, and return the result of `read` on it."""
     with tempfile.TemporaryDirectory() as name:
         write_files(files, Path(name))
         return read(Path(name))
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write packed files into a folder."""
+    """Write packed files to a folder."""
     for name, content in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)

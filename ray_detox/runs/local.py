@@ -1,4 +1,4 @@
-"""The runtime of a process by itself: checkpoints in a folder, metrics in a list."""
+"""The runtime of training in a single process, without Ray."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from ray_detox.runs.storage import Storage
 
 
 class LocalRuntime:
-    """One process by itself: checkpoints in a folder, figures in a list."""
+    """A single process: checkpoints go to a folder, metrics to the list `logged`."""
 
     rank = 0
     world_size = 1
@@ -22,24 +22,24 @@ class LocalRuntime:
         self.logged: list[UpdateStats] = []
 
     def sum_over_workers(self, x: Tensor) -> Tensor:
-        """The sum over one worker."""
+        """Return `x`: there is only one worker."""
         return x
 
     def log(self, stats: UpdateStats) -> None:
-        """Remember the figures."""
+        """Append the metrics of a step to `logged`."""
         self.logged.append(stats)
 
     def save(
         self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
     ) -> None:
-        """Keep a checkpoint at once."""
+        """Write a checkpoint, and return once it is on disk."""
         self.store.save(Checkpoint(step, pack_folder(write), objective))
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
-        """Read the newest checkpoint that is whole, if there is one."""
+        """Read the newest complete checkpoint, if there is one."""
         found = self.store.newest()
         return unpack_folder(found.files, read) if found else None
 
     def should_stop(self) -> bool:
-        """Nobody asks a process by itself to stop."""
+        """Return False: no other process can ask this one to stop."""
         return False

@@ -6,13 +6,21 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.folder import RunFolder
-from ray_detox.runs.storage import Storage, StorageError, write_atomic
-from ray_detox.stages import preflight
+from ray_detox.runs.storage import Storage, StorageError, check_storage, write_atomic
 from ray_detox.store.protocol import check_run_id
 
 
 def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
-    """Refuse to go on from the checkpoints of a run with other data, another policy or seed."""
+    """Check that checkpoints in the storage come from a run of the same data, policy and seed.
+
+    Args:
+        config: of the run that is about to start.
+        begun: settings that the storage keeps under the same run id.
+        run_id: of both.
+
+    Raises:
+        ConfigError: they are different runs.
+    """
     for name in ("recipe", "data", "policy", "seed"):
         if getattr(config, name) != getattr(begun, name):
             raise ConfigError(
@@ -23,17 +31,17 @@ def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
 
 
 def resume_from_storage(folder: RunFolder, storage: str) -> None:
-    """Make the folder of a run that was begun on another machine, from what its storage holds.
+    """Recreate the folder of a run that started on another machine from its storage.
 
     Args:
         folder: of the run, on this machine.
-        storage: the `train.storage` that the run was begun with.
+        storage: the `train.storage` that the run started with.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: the storage has no such run, or cannot be read.
     """
     check_run_id(folder.run_id)
-    preflight.check_storage(storage)
+    check_storage(storage)
     kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
     try:
         settings, newest = kept.read("config.json"), CheckpointStore(kept).newest()
@@ -43,15 +51,17 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
         raise ConfigError(
             f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
         )
+    # Settings of another version may not be valid here: find out before the folder exists.
     config_from_dict(json.loads(settings))
     folder.path.mkdir(parents=True, exist_ok=True)
     if newest is not None:
         write_atomic(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
+    # Last: a folder with config.json counts as a run that can be resumed.
     write_atomic(folder.path / "config.json", settings.decode())
 
 
 def run_storage(config: RunConfig, folder: RunFolder) -> Storage:
-    """What is kept of a run for its next process: a place of its own, or runs would mix."""
+    """Return where a run keeps what its next process needs; each run has its own subfolder."""
     if config.train.storage is None:
         return Storage(str(folder.path.resolve()))
     return Storage(f"{config.train.storage.rstrip('/')}/{folder.run_id}")

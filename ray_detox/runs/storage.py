@@ -1,22 +1,28 @@
-"""Files under one address: a folder, `s3://...`, or whatever else pyarrow or fsspec can open.
+"""Files under one address: a folder, `s3://...`, or any other URL that pyarrow or fsspec opens.
 
-What is kept of a run for its next process to find (checkpoints, measured shards, settings) is
-read and written here. A file is there whole or not at all; a failure is one sentence.
+A run keeps here what its next process needs: checkpoints, measured shards, settings. Readers see a
+file only once it is complete, and every failure becomes a `StorageError` of one line.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ray_detox.config import ConfigError
+
+MIN_FREE_MB = 200
+"""Free disk that checkpoints need: one of FLAN-T5-base takes 40 MB, and a run keeps several."""
+
 
 class StorageError(RuntimeError):
-    """The storage cannot be read or written; the message is for people."""
+    """The storage cannot be read or written; the message is one line for the user."""
 
 
 class Storage:
-    """Reads and writes files by name under `address`; cheap to make, opened when first used.
+    """Reads and writes files by name under `address`; opens the file system on first use.
 
     Args:
         address: a folder, or a URL such as `s3://bucket/runs`.
@@ -30,10 +36,11 @@ class Storage:
         return f"Storage({self.address!r})"
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, with the folders above it, in place of one of that name."""
-        with self._failing_in_words("written to"):
-            system, path = self._at(name)
-            # An object store shows an object once it is whole; a disk would show half of it.
+        """Write a file and create the folders above it; replaces a file of the same name."""
+        with self._as_storage_error("written to"):
+            system, path = self._locate(name)
+            # An object store shows an object only once it is complete. A disk shows half a file,
+            # so the file is written under another name and then moved.
             on_disk = system.type_name == "local"
             part = f"{path}.part" if on_disk else path
             if on_disk:
@@ -44,9 +51,9 @@ class Storage:
                 system.move(part, path)
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; None where there is no such file."""
-        with self._failing_in_words("read"):
-            system, path = self._at(name)
+        """Return a file's content, or None if there is no such file."""
+        with self._as_storage_error("read"):
+            system, path = self._locate(name)
             try:
                 with system.open_input_stream(path) as source:
                     return bytes(source.read())
@@ -54,46 +61,45 @@ class Storage:
                 return None
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of the files and folders right under `folder`, sorted; none where it is not there."""
+        """List the files and folders directly under `folder`, sorted; empty if it does not exist."""
         from pyarrow import fs
 
-        with self._failing_in_words("listed"):
-            system, path = self._at(folder)
+        with self._as_storage_error("listed"):
+            system, path = self._locate(folder)
             found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
             return sorted(info.base_name for info in found)
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all that is in it; nothing happens where it is not there."""
+        """Delete a file, or a folder with its contents; does nothing if it does not exist."""
         from pyarrow import fs
 
-        with self._failing_in_words("written to"):
-            system, path = self._at(name)
+        with self._as_storage_error("written to"):
+            system, path = self._locate(name)
             kind = system.get_file_info(path).type
             if kind == fs.FileType.Directory:
                 system.delete_dir(path)
             elif kind == fs.FileType.File:
                 system.delete_file(path)
 
-    def _at(self, name: str) -> tuple[Any, str]:
+    def _locate(self, name: str) -> tuple[Any, str]:
         if self._opened is None:
             self._opened = open_address(self.address)
         system, root = self._opened
         return system, f"{root.rstrip('/')}/{name}" if name else root
 
     @contextmanager
-    def _failing_in_words(self, done: str) -> Iterator[None]:
+    def _as_storage_error(self, verb: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise StorageError(f"{self.address} cannot be {done}: {reason}.") from error
+            raise StorageError(f"{self.address} cannot be {verb}: {_first_line(error)}.") from error
 
 
 def open_address(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it.
+    """Return the file system of an address, and the path in it.
 
     Raises:
-        OSError, ValueError: it cannot be opened.
+        OSError, ValueError: the address cannot be opened.
     """
     from pyarrow import fs
 
@@ -101,18 +107,80 @@ def open_address(address: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), address
     try:
         system, path = fs.FileSystem.from_uri(address)
-    except (ValueError, NotImplementedError):  # a scheme that pyarrow does not know itself
+    except (ValueError, NotImplementedError):  # pyarrow does not know the scheme; fsspec may
         import fsspec
 
         inner, path = fsspec.core.url_to_fs(address)
-        # It makes the folders that a file needs, where there are such things.
+        # Some of fsspec's file systems have folders, and would refuse a file without its folder.
         inner.auto_mkdir = True
         system = fs.PyFileSystem(fs.FSSpecHandler(inner))
     return system, path
 
 
 def write_atomic(file: Path, text: str) -> None:
-    """Write a file of this machine, whole or not at all."""
+    """Write a local file so that readers see either the old content or the complete new content."""
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
+
+
+# ---- checks before a run -----------------------------------------------------------------------
+
+
+def check_storage(address: str) -> None:
+    """Check that `train.storage` is an address that can keep checkpoints.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if "://" in address:
+        reason = _reason_not_reachable(address)
+    else:
+        folder = Path(address)
+        reason = reason_not_writable(folder) or reason_disk_full(folder)
+    if reason:
+        raise ConfigError(
+            f"train.storage is {address!r}, and no checkpoint can be kept there: {reason}."
+        )
+
+
+def reason_not_writable(folder: Path) -> str | None:
+    """Say why the user may not write to a folder, which need not exist yet; None if they may."""
+    existing = _first_existing(folder)
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return None
+    return f"{existing} is not a folder you may write to"
+
+
+def reason_disk_full(folder: Path) -> str | None:
+    """Say why checkpoints do not fit into a folder, which need not exist yet; None if they do."""
+    free_mb = shutil.disk_usage(_first_existing(folder)).free / 1e6
+    if free_mb >= MIN_FREE_MB:
+        return None
+    return f"{folder} has {free_mb:.0f} MB free, and checkpoints need {MIN_FREE_MB} MB"
+
+
+def _reason_not_reachable(address: str) -> str | None:
+    from pyarrow import fs
+
+    try:
+        filesystem, root = open_address(address)
+        bucket = root.partition("/")[0]
+        # S3 does not create a missing bucket. Other file systems create a missing folder, so an
+        # answer from them is enough.
+        kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
+    except (OSError, ValueError, ImportError) as error:
+        return _first_line(error)
+    if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
+        return f"the bucket {bucket} does not exist, or you may not use it"
+    return None
+
+
+def _first_existing(folder: Path) -> Path:
+    while not os.path.exists(folder):  # not Path.exists, which may raise PermissionError
+        folder = folder.parent
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

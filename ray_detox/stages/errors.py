@@ -1,4 +1,8 @@
-"""Errors of the Ray stages, and one readable line for each."""
+"""Errors of the Ray stages, and one readable line for each.
+
+Ray's error (a page of traceback, wrapped in the worker and on the way) --root_cause-->
+the original error --last_line--> one line --> ConfigError or StageError
+"""
 
 import sys
 from collections.abc import Iterator
@@ -23,17 +27,23 @@ class NotStored(RuntimeError):
 
 
 class StageError(RuntimeError):
-    """A Ray task failed; the message is its cause, in one line."""
+    """A Ray task or the disk failed; the message is the cause in one line."""
 
 
 @contextmanager
 def flatten_ray_errors() -> Iterator[None]:
-    """Turn what failed in Ray, or on the disk, into its cause; Ray's own is a page of traceback."""
+    """Inside, turn errors of Ray and of the disk into their cause in one line.
+
+    Raises:
+        ConfigError: the cause is a `ConfigError`, such as a fault that a task found on its node.
+        StageError: any other error of Ray, or an OSError.
+    """
     try:
         yield
     except Exception as error:
+        # Looked up, not imported: if Ray was never imported, this is no error of Ray.
         ray = sys.modules.get("ray")
-        # Some errors of Ray are OSErrors, too: its silence is a TimeoutError.
+        # Ray's errors first, because some are OSErrors as well, such as its TimeoutError.
         if ray is not None and isinstance(error, ray.exceptions.RayError):
             cause = root_cause(error)
             if isinstance(cause, ConfigError):
@@ -45,26 +55,26 @@ def flatten_ray_errors() -> Iterator[None]:
 
 
 def last_line(error: BaseException) -> str:
-    """The cause of an error of Ray: its last line; those before say where in Ray it came up."""
+    """Return the last line of an error of Ray; the lines before it are the traceback inside Ray."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
 
 class TrainingError(RuntimeError):
-    """Training ended with an error; the newest checkpoint is kept."""
+    """Training failed; the newest checkpoint is kept."""
 
 
 def describe(error: BaseException) -> str:
-    """What ended a worker group, in one line."""
+    """Describe in one line why a worker group ended."""
     failures = getattr(error, "worker_failures", None) or {}
     for rank, failure in sorted(failures.items()):
-        # Those that went on without it fail as well, and say less.
+        # The worker that died first: the others only report that they lost their connection.
         died = getattr(failure, "health_check_failure", None)
         if died is not None:
             return f"worker {rank} died ({type(died).__name__})"
     for rank, failure in sorted(failures.items()):
         cause = root_cause(failure)
-        if "onnection" in str(cause) and "peer" in str(cause):  # in gloo's words, or NCCL's
+        if "onnection" in str(cause) and "peer" in str(cause):  # the wording of gloo and of NCCL
             return f"worker {rank} lost its connection to another worker"
         return f"worker {rank} failed with {type(cause).__name__}: {last_line(cause)}"
     cause = root_cause(error)
@@ -72,7 +82,7 @@ def describe(error: BaseException) -> str:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What an error comes from in the end: Ray wraps it, in the worker and on the way."""
+    """Return the innermost cause of an error: Ray wraps it in the worker and again on the way."""
     while inner := getattr(error, "cause", None) or error.__cause__:
         error = inner
     return error

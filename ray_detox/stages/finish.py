@@ -7,10 +7,12 @@ import ray
 
 from ray_detox.config import RunConfig
 from ray_detox.evaluation.examples import PairedExample
-from ray_detox.evaluation.summarise import RunFacts
+from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.publish import publish
 from ray_detox.stages.cluster.nodes import on_this_node
 from ray_detox.stages.errors import NotStored
+from ray_detox.store.errors import StoreError
 
 
 @ray.remote(num_cpus=0, max_retries=3)
@@ -37,10 +39,6 @@ def store_result(
             an attempt write again what it had begun, and nobody else.
         overwrite: replace a stored run of the same id; for runs that were resumed.
     """
-    from ray_detox.evaluation.summarise import rate, summarise
-    from ray_detox.runs.publish import publish
-    from ray_detox.store.errors import StoreError
-
     rated = rate(examples, config)
     report = summarise(rated, config, facts)
     folder.write_result(report, rated)

@@ -1,11 +1,11 @@
-"""Ray Data: files to prompts, split once and for good.
+"""Ingest with Ray Data: read the files, prepare the prompts, and split them into shards.
 
-    read -> prepare (filter, prompt text, tokens; in parallel) -> count what is left out
+    read -> prepare (filter, prompt text, tokens; in parallel) -> count the rows left out
          -> split into train and held out -> sort train by prompt id -> shards
 
-The order in which files, blocks or tasks come in decides nothing: rows are split and dealt by
-the hash of their text (or, on request, in file order). Everything is materialised before training
-starts, because a lazy dataset inside a worker group that holds every CPU would wait for ever.
+The split does not depend on the order in which files, blocks or tasks finish: it follows the hash of
+each row's text (or, if the settings say so, the order in the files). Everything is materialised before
+training starts, because a lazy dataset would wait for ever for CPUs that the worker group holds.
 """
 
 import functools
@@ -24,17 +24,19 @@ from ray.data.expressions import col
 from ray_detox.config import ConfigError, DataConfig, RunConfig
 from ray_detox.data.files import LAB_ROWS, Source, load_hub, read_rows
 from ray_detox.data.prompts import held_out_count, prepare, unpack_rows
+from ray_detox.lab import corpus
 from ray_detox.models.sources import local_folder
 from ray_detox.records import LeftOutRow, PreparedRow
 
 EXAMPLES_SHOWN = 3
+"""Names of rows to report for each reason to leave rows out."""
 
 SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
         ("query_ids", pa.list_(pa.int32())),
-        # The row's own columns as JSON: rows of one file need not agree on names or types.
+        # The row's own columns as JSON: rows of one file may differ in names and types.
         ("columns", pa.string()),
         ("left_out", pa.string()),
         ("name", pa.string()),
@@ -44,32 +46,32 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """What became of every row that was read."""
+    """How many rows were read, left out, and used for what."""
 
     read: int
     left_out: dict[str, int]
     """Rows left out, by reason."""
     examples: dict[str, list[str]]
-    """Names of a few rows left out, by reason."""
+    """Names of up to `EXAMPLES_SHOWN` rows left out, by reason."""
     train: int
     held_out: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """Prompts, ready for training and for the evaluation."""
+    """Prompts for training and for the evaluation."""
 
     shards: list[Any]
-    """References to `data.shards` Arrow tables of equal length, give or take one row."""
+    """References to `data.shards` Arrow tables; their lengths differ by at most one row."""
     held_out: list[PreparedRow]
     """Rows for the evaluation, at most `evaluate.prompts`."""
     counts: RowCounts
     fingerprint: str
-    """Tells these prompts, trained on and held out, from others."""
+    """Content hash of all prompts, trained on and held out."""
 
 
 def ingest(config: RunConfig, source: Source) -> Ingested:
-    """Read, filter, tokenise, split and deal the prompts.
+    """Read, filter and tokenise the prompts, and split them into shards and held-out rows.
 
     Raises:
         ConfigError: too few rows are left.
@@ -77,12 +79,12 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # Its plans and tips, several lines for each operation, would drown our own.
+    # Ray Data prints plans and tips, several lines for each operation, between our own lines.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     data = config.data
 
-    # One task per CPU, also where everything is in a single file; but a process that loads a
-    # tokenizer takes as long as some thousand rows.
+    # One task per CPU, even if all rows are in a single file. But no more tasks than are worth it: a
+    # process takes as long to load a tokenizer as to prepare some thousand rows.
     at_most = [n for n in (data.limit, LAB_ROWS if source.kind == "lab" else None) if n]
     cpus = int(ray.cluster_resources().get("CPU", 2))
     blocks = max(1, min([cpus - 1, *(n // 4000 for n in at_most)]))
@@ -102,7 +104,7 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     kept = prepared.filter(expr=col("left_out").is_null()).select_columns(
         ["prompt_id", "prompt", "query_ids", "columns"]
     )
-    # The other columns settle the order of equal dialogues.
+    # Sorted by the other columns as well, so that the order of equal dialogues is defined.
     order = ["prompt_id", "columns"]
     if data.held_out_rows == "hashed":
         kept = kept.sort(order)
@@ -112,7 +114,8 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     _check_enough(count - held, held, read_count, left_out, data)
     train, held_out = kept.split_at_indices([count - held])
     if data.held_out_rows == "hashed":
-        # A dialogue that comes several times is held out as a whole.
+        # All copies of a dialogue are held out together, or the evaluation would measure prompts
+        # that the policy was trained on.
         first = held_out.take(1)[0]["prompt_id"]
         held += train.filter(expr=col("prompt_id") == first).count()
         _check_enough(count - held, held, read_count, left_out, data)
@@ -129,16 +132,14 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
 
 
 def _hold(shard: ray.data.Dataset) -> Any:
-    """A shard as one table in the store of the driver's node: no other node's loss takes it away."""
+    """Copy a shard to the driver's node as one table, so that losing another node cannot lose it."""
     return ray.put(pa.concat_tables(ray.get(shard.to_arrow_refs())))
 
 
 def read(source: Source, config: DataConfig) -> ray.data.Dataset:
-    """The rows of a source as a Ray dataset; those of .jsonl and .csv as JSON, to be parsed later."""
+    """Return the rows of a source as a Ray dataset; rows of .jsonl and .csv stay JSON text."""
     paths = list(source.paths)
     if source.kind == "lab":
-        from ray_detox.lab import corpus
-
         return ray.data.from_arrow(pa.Table.from_pylist(corpus.rows("ppo", LAB_ROWS)))
     if source.kind == "hub":
         return ray.data.from_arrow(load_hub(config).with_format("arrow")[:])
@@ -148,7 +149,11 @@ def read(source: Source, config: DataConfig) -> ray.data.Dataset:
 
 
 class _TextFiles(FileBasedDatasource):
-    """Rows of .jsonl and .csv files as JSON: one odd row must not fail, or change, the others."""
+    """Reads rows of .jsonl and .csv files as JSON text.
+
+    Ray Data's own readers infer one schema for a file, so that a single odd row would make them
+    fail or would change the types of the others.
+    """
 
     def __init__(self, paths: list[str], kind: str) -> None:
         super().__init__(paths)
@@ -161,7 +166,7 @@ class _TextFiles(FileBasedDatasource):
 
 
 def prepare_batch(batch: pa.Table, config: RunConfig, as_json: bool) -> pa.Table:
-    """A batch of raw rows as `SCHEMA`; runs in Ray tasks."""
+    """Prepare a batch of raw rows, and return a table of `SCHEMA`; runs in Ray tasks."""
     rows = batch.to_pylist()
     if as_json:
         rows = [json.loads(row["row"]) for row in rows]
@@ -199,11 +204,11 @@ def _tokenizer(config: RunConfig) -> Any:
 
 
 def _fingerprint(prompts: ray.data.Dataset) -> str:
-    """A sum of the ids' hashes: the same for the same prompts in any order."""
+    """Sum the prompt ids, which are hashes: the same prompts in any order give the same sum."""
 
     def sum_of(batch: pa.Table) -> pa.Table:
         total = sum(int(prompt_id, 16) for prompt_id in batch["prompt_id"].to_pylist())
-        # 47 bits: the sum of 65,000 batches still fits into 63.
+        # 47 bits, so that the sum over 65,000 batches still fits into 63 bits.
         return pa.table({"sum": pa.array([total % 2**47], pa.int64())})
 
     sums = prompts.select_columns(["prompt_id"]).map_batches(
@@ -235,5 +240,5 @@ def _check_enough(
     raise ConfigError(
         f"Of {read_count:,} rows of data.path={config.path}, {train:,} are left to train on and "
         f"{held:,} to hold out ({why}); expected at least {config.shards} (data.shards) and 2. "
-        "Give more data, widen data.min_chars and data.max_chars, or lower data.shards."
+        "Use more data, widen data.min_chars and data.max_chars, or lower data.shards."
     )

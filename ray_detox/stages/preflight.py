@@ -1,13 +1,11 @@
-"""What can be found wrong by looking, before any model loads or any node starts.
+"""Checks before a run starts: files, model configs, labels, adapters, storage and output folder.
 
-`config.py` refuses what is wrong in itself; here files, models' descriptions, labels, adapters,
-the store and the output folder are looked at. No weights are read and Ray is not started.
+`config.py` checks what the settings alone can tell. These checks read files as well, but no weights,
+and they do not start Ray.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,20 +16,20 @@ from ray_detox.data.files import Source, check_rows, locate
 from ray_detox.evaluation.judges import check_judge
 from ray_detox.models.sources import hub_has_safetensors, local_folder, looks_like_path
 from ray_detox.resources import Bundle, Node, needs, shortfall
-from ray_detox.runs.storage import open_address
-
-FREE_MB = 200
-"""Disk asked for where checkpoints are: one of FLAN-T5-base takes 40 MB, and some are kept."""
+from ray_detox.runs.storage import check_storage, reason_disk_full, reason_not_writable
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
-"""One of these files holds the words of a tokenizer."""
+"""Files that may hold the vocabulary of a tokenizer."""
 
 
 def check(config: RunConfig) -> Source:
-    """Look at everything a run names, fetching descriptions of what is on a hub or on S3.
+    """Check everything that the settings name; downloads configs from the hub or S3, not weights.
+
+    Returns:
+        The source of the prompts.
 
     Raises:
-        ConfigError: in one sentence, what is wrong and how to mend it.
+        ConfigError: the first mistake and its fix, in one sentence.
     """
     check_judge(config.evaluate.judge)
     source = locate(config.data)
@@ -43,17 +41,22 @@ def check(config: RunConfig) -> Source:
     return source
 
 
-def check_here(config: RunConfig) -> list[str]:
-    """Look at what is on this machine alone, and return what a run would fetch.
+def check_without_fetching(config: RunConfig) -> list[str]:
+    """Check what is on this machine, without network.
+
+    Returns:
+        Settings whose value a run would download, which were therefore not checked.
 
     Raises:
-        ConfigError: in one sentence, what is wrong and how to mend it.
+        ConfigError: the first mistake and its fix, in one sentence.
     """
     check_judge(config.evaluate.judge)
     data, policy, reward = config.data, config.policy, config.reward
     fetched = []
 
-    def look(setting: str, name: str, revision: str | None, on_hub: bool, check: Any) -> None:
+    def check_if_local(
+        setting: str, name: str, revision: str | None, on_hub: bool, check: Callable[[], object]
+    ) -> None:
         if on_hub or name.startswith("s3://"):
             fetched.append(f"{setting} {name}{'@' + revision if revision else ''}")
         else:
@@ -63,21 +66,23 @@ def check_here(config: RunConfig) -> list[str]:
         return name != "lab" and not looks_like_path(name)
 
     on_hub = not data.path.startswith("s3://") and locate(data).kind == "hub"
-    look("data.path", data.path, data.revision, on_hub, lambda: check_rows(locate(data), data))
+    check_if_local(
+        "data.path", data.path, data.revision, on_hub, lambda: check_rows(locate(data), data)
+    )
     for setting, section, check in (
         ("policy.model", policy, check_policy),
         ("reward.model", reward, check_reward),
     ):
         name = section.model
-        look(setting, name, section.revision, is_hub_id(name), partial(check, config))
+        check_if_local(setting, name, section.revision, is_hub_id(name), partial(check, config))
     return fetched
 
 
-def check_reach(config: RunConfig) -> None:
-    """What a run names is found from this node, too; what is in it, `check` has looked at elsewhere.
+def check_reachable(config: RunConfig) -> None:
+    """Check that this node finds all that the settings name; `check` has looked into it already.
 
     Raises:
-        ConfigError: in one sentence, what is not there.
+        ConfigError: what this node does not find, in one sentence.
     """
     for setting, section in (("policy.model", config.policy), ("reward.model", config.reward)):
         folder = local_folder(section.model, section.revision, setting, weights=False)
@@ -94,7 +99,11 @@ def check_reach(config: RunConfig) -> None:
 
 
 def check_policy(config: RunConfig) -> None:
-    """The policy is an encoder-decoder with a tokenizer, and the adapter fits it."""
+    """Check that the policy is an encoder-decoder with a tokenizer, and that the adapter fits it.
+
+    Raises:
+        ConfigError: it is not, or the adapter does not fit.
+    """
     policy = config.policy
     folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
     settings = _settings(folder, policy.model, "policy.model")
@@ -102,7 +111,7 @@ def check_policy(config: RunConfig) -> None:
         kind = (settings.get("architectures") or [settings.get("model_type", "unknown")])[0]
         raise ConfigError(
             f"policy.model is {policy.model!r}, a {kind}; expected an encoder-decoder such as "
-            "google/flan-t5-base. For decoder-only models use trl's own trainers."
+            "google/flan-t5-base. For decoder-only models use the trainers of trl."
         )
     _check_safetensors(folder, policy.model, "policy.model", policy.revision)
     _check_tokenizer(folder, policy.model, "policy.model")
@@ -118,17 +127,17 @@ def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{setting} is {name!r}, and no config.json is in that folder. Give the folder of a "
-            "model that save_pretrained wrote."
+            f"{setting} is {name!r}, and no config.json is in that folder. Set it to a folder that "
+            "save_pretrained wrote."
         ) from None
     except ValueError as error:
         raise ConfigError(
-            f"{setting} is {name!r}, and its config.json is no JSON: {error}."
+            f"{setting} is {name!r}, and its config.json is not valid JSON: {error}."
         ) from error
     if not isinstance(settings, dict):
         raise ConfigError(
             f"{setting} is {name!r}, and its config.json holds a {type(settings).__name__}; "
-            "expected names with values."
+            "expected an object with names and values."
         )
     return settings
 
@@ -146,15 +155,15 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
         raise ConfigError(
             f"{setting} is the hub id {name!r}, which has no .safetensors file at this revision. "
             "Pickled weights can run code and are not read; set "
-            f"{setting.partition('.')[0]}.revision to one that has (conversions often wait as "
-            "refs/pr/NUMBER), or convert it and give its folder."
+            f"{setting.partition('.')[0]}.revision to one that has (many conversions are open pull "
+            "requests, refs/pr/NUMBER), or convert the model and set its folder."
         )
 
 
 def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
     from transformers import AutoTokenizer
 
-    # transformers 5 makes up a tokenizer that knows no words where there is none.
+    # Without these files transformers 5 does not fail: it returns a tokenizer with no vocabulary.
     if not any(file for pattern in VOCABULARIES for file in folder.glob(pattern)):
         raise ConfigError(
             f"{setting} is {name!r}, and no tokenizer is in it ({', '.join(VOCABULARIES)}). "
@@ -170,7 +179,7 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
 
 
 def _check_adapter(folder: Path, config: RunConfig) -> None:
-    """The starting adapter is a LoRA for this very model: layers, names and shapes fit."""
+    """Check that the starting adapter is a LoRA of this model: layers, names and shapes match."""
     import peft
     from safetensors import SafetensorError, safe_open
 
@@ -180,7 +189,7 @@ def _check_adapter(folder: Path, config: RunConfig) -> None:
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(
             f"policy.adapter is {name!r}, and no adapter_config.json is there. "
-            "Give a folder that peft's save_pretrained wrote."
+            "Set it to a folder that peft's save_pretrained wrote."
         )
     _check_safetensors(adapter, name, "policy.adapter")
     try:
@@ -196,14 +205,15 @@ def _check_adapter(folder: Path, config: RunConfig) -> None:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"policy.adapter is {name!r}, and it cannot be read: {error}.") from error
-    described.base_model_name_or_path = None  # or peft would warn that the model has moved
+    described.base_model_name_or_path = None  # or peft warns if the model's folder has moved
     try:
         model = peft.get_peft_model(_without_weights(folder), described)
     except ValueError as error:
         raise ConfigError(
             f"policy.adapter is {name!r}, and it does not fit {config.policy.model}: {error}"
         ) from error
-    # False: what an adapter may hold beside LoRA is not looked at, nor looked up on a hub.
+    # False, or peft would look up on the hub whether embeddings belong to the adapter. Only LoRA
+    # weights are compared.
     weights = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     for key in sorted(key for key in {*found, *expected} if "lora_" in key):
@@ -223,7 +233,7 @@ def _without_weights(folder: Path) -> Any:
 
 
 def _check_lora_targets(folder: Path, config: RunConfig) -> None:
-    """The LoRA targets name linear layers of the model, found without its weights."""
+    """Check that the LoRA targets name linear layers of the model, without loading its weights."""
     from torch.nn import Linear
 
     model = _without_weights(folder)
@@ -239,7 +249,11 @@ def _check_lora_targets(folder: Path, config: RunConfig) -> None:
 
 
 def check_reward(config: RunConfig) -> None:
-    """The reward model is a classifier with the label, and extra terms can be imported."""
+    """Check that the reward model is a classifier with the label, and that all terms import.
+
+    Raises:
+        ConfigError: it is not, or a term cannot be imported.
+    """
     from ray_detox.models.classifier import label_index
     from ray_detox.rewards.reward import load_reward_function
 
@@ -260,16 +274,20 @@ def check_reward(config: RunConfig) -> None:
 
 
 def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
-    """On this machine alone, GPUs asked for by name are there.
+    """Check that this machine has the GPUs that the settings ask for; for runs on a local cluster.
+
+    Args:
+        config: of the run.
+        count_gpus: called only if the settings ask for GPUs, because it imports torch.
 
     Raises:
-        ConfigError: more are asked for than there are.
+        ConfigError: they ask for more GPUs than this machine has.
     """
     asked = (config.cluster.gpus_per_worker or 0) + (config.serving.gpus_per_actor or 0)
     if asked:
         have = count_gpus()
         need = needs(config, have)
-        # CPUs of this machine are accounted for and not bound: there are as many as are needed.
+        # A local cluster starts with as many CPUs as the run needs: Ray only counts them.
         machine = Bundle(need.cpus, have)
         short = shortfall(need.phases, [Node("this machine", machine, machine)])
         if short:
@@ -277,66 +295,14 @@ def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """The output folder can be made and written to; nothing is made for the test.
+    """Check that the output folder can be created and written to, without creating it.
 
     Raises:
         ConfigError: it cannot.
     """
-    reason = _why_not_writable(folder) or why_no_room(folder)
+    reason = reason_not_writable(folder) or reason_disk_full(folder)
     if reason:
         raise ConfigError(
             f"The output folder {folder} cannot be written to ({reason}). Choose another with "
             "--output."
         )
-
-
-def check_storage(storage: str) -> None:
-    """Checkpoints can be kept where `train.storage` says.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    if "://" in storage:
-        reason = _why_not_reachable(storage)
-    else:
-        reason = _why_not_writable(Path(storage)) or why_no_room(Path(storage))
-    if reason:
-        raise ConfigError(
-            f"train.storage is {storage!r}, and no checkpoint can be kept there: {reason}."
-        )
-
-
-def _why_not_reachable(address: str) -> str | None:
-    from pyarrow import fs
-
-    try:
-        filesystem, root = open_address(address)
-        bucket = root.partition("/")[0]
-        # A bucket must be there; of other file systems it is enough that they answer.
-        kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
-    except (OSError, ValueError, ImportError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
-        return f"there is no bucket {bucket} for you"
-    return None
-
-
-def why_no_room(folder: Path) -> str | None:
-    """Why no checkpoint fits into a folder that may still have to be made; None where one does."""
-    free_mb = shutil.disk_usage(_first_existing(folder)).free / 1e6
-    if free_mb >= FREE_MB:
-        return None
-    return f"{folder} has {free_mb:.0f} MB free, and checkpoints need {FREE_MB} MB"
-
-
-def _first_existing(folder: Path) -> Path:
-    while not os.path.exists(folder):  # not Path.exists, which may raise PermissionError
-        folder = folder.parent
-    return folder
-
-
-def _why_not_writable(folder: Path) -> str | None:
-    existing = _first_existing(folder)
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return None
-    return f"{existing} is not a folder you may write to"

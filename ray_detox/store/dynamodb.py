@@ -1,20 +1,21 @@
-"""Results in one DynamoDB table: the store that a cluster and a page share.
+"""Results in one DynamoDB table: the store that a cluster and the results page share.
 
-What the table holds is `dynamodb_items.py`. A run is written in this order:
+`dynamodb_items.py` describes the items. A run has a META item with a state:
 
-    META as WRITING --> samples, texts, curves --> what others left is deleted, ours is counted
-                                                                       '--> META as COMPLETE
+    (no run) --claim--> WRITING --items, check, delete others' items--> COMPLETE
+                         ^   |                                             |
+                         |   '--the writer dies: any writer may claim it   |
+                         '---------------claim with overwrite--------------'
 
-Only the last write sets the keys of the index `by_time`, so a list never shows a run that is not
-whole. Each item carries the token of its writer, and readers take only those of META's writer:
-what a dead or rival writer left is never mixed in.
+DynamoDB has no transaction of this size, so the state takes its place. Each item carries the token of
+its writer, and readers use only items of the writer that META names: items of a dead or concurrent
+writer are never mixed in. Only COMPLETE sets the keys of the index `by_time`, so lists contain no
+incomplete run.
 """
 
 import json
 import os
-import random
 import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ import boto3
 import botocore.exceptions
 from botocore.config import Config
 
+from ray_detox.store.backoff import MAX_ATTEMPTS, pause_before
 from ray_detox.store.dynamodb_errors import to_store_error, too_busy
 from ray_detox.store.dynamodb_items import (
     BY_TIME,
@@ -50,26 +52,33 @@ from ray_detox.store.pages import (
 from ray_detox.store.prepare import prepare
 from ray_detox.store.protocol import SCHEMA, check_run_id
 
-_BATCH = 25  # DynamoDB takes no more in one request
-_ROUNDS = 8
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
-_QUERIES_PER_PAGE = 4  # of 1 MB each: what one page of samples may cost
+_BATCH = 25  # DynamoDB's limit for one request
+_QUERIES_PER_PAGE = 4  # each reads up to 1 MB; bounds the cost of one page of samples
 
 PATIENT = Config(
     connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 4}
 )
-# A page would rather say "busy, try again" than hang.
+# A web page shows "busy, try again" rather than hanging.
 _HURRIED = Config(
     connect_timeout=0.5, read_timeout=1.4, retries={"mode": "standard", "total_max_attempts": 1}
 )
 
+_BAD_CURSOR = "The cursor does not belong to this list; start again from its first page."
+
 
 class _ConditionFailed(Exception):
-    """A conditional write found another state than it asked for."""
+    """The condition of a write does not hold."""
 
 
 class DynamoDBStore:
-    """A `ResultStore` in a table with the keys of `create_table`."""
+    """A `ResultStore` in a table that has the keys of `create_table`.
+
+    Args:
+        table: its name.
+        region: AWS region, or None for the environment's.
+        endpoint_url: another endpoint, for emulators.
+        hurried: give up after two seconds, without retries.
+    """
 
     def __init__(
         self,
@@ -89,11 +98,11 @@ class DynamoDBStore:
 
     @cached_property
     def client(self) -> Any:
-        """The boto3 client, made on first use."""
+        """The boto3 client, created on first use."""
         try:
             return boto3.session.Session().client(
                 "dynamodb",
-                # boto3 reads AWS_DEFAULT_REGION only; most other tools set and read AWS_REGION.
+                # boto3 reads only AWS_DEFAULT_REGION, while most other tools use AWS_REGION.
                 region_name=self._region or os.environ.get("AWS_REGION") or None,
                 endpoint_url=self._endpoint_url,
                 config=_HURRIED if self._hurried else PATIENT,
@@ -116,11 +125,11 @@ class DynamoDBStore:
     ) -> bool:
         """Store a run; see `ResultStore.put_run`.
 
-        A run that another writer left unfinished is taken over. One that is being overwritten
-        cannot be read until it is whole again.
+        Claims a run that another writer left unfinished. A run that is being overwritten cannot be
+        read until it is complete again.
         """
         run = prepare(report, samples, curves)
-        # A new token per attempt: what an earlier attempt left can be told from what is ours.
+        # A new token for each attempt, so that items of an earlier attempt are not taken for ours.
         writer = secrets.token_hex(8)
         items = items_of(run, writer)
         writing, complete = meta_of(run, writer, attempt, len(items))
@@ -129,22 +138,27 @@ class DynamoDBStore:
         if (
             stored is not None
             and stored.get("digest", {}).get("S") == run.digest
-            # Overwriting also mends what a rival's late batch has damaged.
+            # An unchanged run is written again only if a concurrent writer's late batch has
+            # replaced some of its items.
             and not (overwrite and self._is_damaged(stored))
         ):
             return False
         self._claim(run.run_id, writing, overwrite)
         for batch in _batches(items):
+            # Before each batch: another writer may have claimed the run since the last one, and a
+            # batch write takes no condition of its own.
             self._check_writer(run.run_id, writer)
             self._write_batch([{"PutRequest": {"Item": item}} for item in batch])
-        self._settle(run.run_id, writer, len(items))
+        self._delete_others_items(run.run_id, writer, len(items))
         self._complete(run.run_id, complete, writer)
         return True
 
     def _claim(self, run_id: str, writing: Item, overwrite: bool) -> None:
-        """Announce a run as being written."""
+        """Put META in the state WRITING, which makes us the run's writer."""
         condition: dict[str, Any] = {}
         if not overwrite:
+            # The same attempt may replace its own COMPLETE run: its task is running again because
+            # the answer to the first one was lost.
             condition = {
                 "ConditionExpression": "attribute_not_exists(#pk) OR #state = :writing "
                 "OR #attempt = :attempt",
@@ -163,11 +177,11 @@ class DynamoDBStore:
         except _ConditionFailed:
             raise StoreError(
                 f"Another run {run_id!r} is already in table {self.table!r}. "
-                "Choose another id, or say --overwrite."
+                "Choose another id, or pass --overwrite."
             ) from None
 
     def _check_writer(self, run_id: str, writer: str) -> None:
-        """Stop before writing over the samples of somebody who took this run over."""
+        """Check that no other writer has claimed the run; raises `StoreError` if one has."""
         answer = self._call(
             "get_item",
             TableName=self.table,
@@ -179,8 +193,8 @@ class DynamoDBStore:
         if answer.get("Item", {}).get("writer") != {"S": writer}:
             raise _overtaken(run_id)
 
-    def _settle(self, run_id: str, writer: str, expected: int) -> None:
-        """Delete what other attempts left, and see that all of ours is there."""
+    def _delete_others_items(self, run_id: str, writer: str, expected: int) -> None:
+        """Delete items of other writers, and check that all `expected` items of ours are there."""
         ours, others = self._by_writer(run_id, writer)
         self._check_writer(run_id, writer)
         for keys in _batches(others):
@@ -188,7 +202,7 @@ class DynamoDBStore:
         if ours != expected:
             raise StoreError(
                 f"Of {expected} items of run {run_id!r}, {ours} are in table {self.table!r}: "
-                "another process writes there. Publish again."
+                "another process is writing this run. Publish it again."
             )
 
     def _is_damaged(self, meta: Item) -> bool:
@@ -197,7 +211,7 @@ class DynamoDBStore:
         return found != int(meta["items"]["N"])
 
     def _by_writer(self, run_id: str, writer: str) -> tuple[int, list[Item]]:
-        """How many items of a run are a writer's, and the keys of the others; META aside."""
+        """Count a writer's items of a run, and return the keys of all other items but META."""
         ours, others = 0, []
         for item in self._query(
             ConsistentRead=True,
@@ -216,8 +230,8 @@ class DynamoDBStore:
 
     def _complete(self, run_id: str, complete: Item, writer: str) -> None:
         try:
-            # On the writer alone: if the answer is lost and the request is sent again, it must
-            # find its own COMPLETE acceptable.
+            # The condition is on the writer and not on the state: if the answer is lost, boto3
+            # sends the request again, which then finds our own COMPLETE.
             self._call(
                 "put_item",
                 TableName=self.table,
@@ -230,12 +244,9 @@ class DynamoDBStore:
             raise _overtaken(run_id) from None
 
     def _write_batch(self, requests: list[dict[str, Any]]) -> None:
-        """Write up to 25 items, resending what a busy table left, a bounded number of times."""
-        for attempt in range(_ROUNDS):
-            if attempt:
-                # Jitter, so that several writers do not come back at the same moment.
-                longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-                _pause(random.uniform(longest / 2, longest))
+        """Write up to 25 items; sends items again that a busy table did not take."""
+        for attempt in range(MAX_ATTEMPTS):
+            pause_before(attempt)
             answer = self._call("batch_write_item", RequestItems={self.table: requests})
             requests = answer.get("UnprocessedItems", {}).get(self.table, [])
             if not requests:
@@ -245,22 +256,25 @@ class DynamoDBStore:
     # ---- reading -----------------------------------------------------------------------------
 
     def get_run(self, run_id: str) -> dict[str, Any] | None:
-        """The report of a finished run, or None."""
+        """Return the report of a complete run, or None."""
         meta = self._meta(check_run_id(run_id))
         return None if meta is None else dict(json.loads(meta["report"]["S"]))
 
     def list_runs(self) -> list[dict[str, Any]]:
-        """Summaries of all finished runs, newest first; a new run may take a second to appear."""
+        """Return summaries of all complete runs, newest first.
+
+        A new run may take a second to appear, because DynamoDB updates indexes asynchronously.
+        """
         return [json.loads(item["summary"]["S"]) for item in self._query(**_by_time())]
 
     def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
-        """Summaries of some finished runs, newest first."""
+        """Return one page of summaries of complete runs, newest first."""
         start: dict[str, Any] = {}
         if cursor is not None:
             (created_at,) = decode_cursor(cursor, [str], "runs")
             run_id = created_at.partition("#")[2]
             if not run_id:
-                raise BadCursor("The cursor is none of this list; start again from its first page.")
+                raise BadCursor(_BAD_CURSOR)
             place = {"list_pk": {"S": LIST_PK}, "created_at": {"S": created_at}}
             start = {"ExclusiveStartKey": key(run_id, "META") | place}
         answer = self._call("query", TableName=self.table, Limit=limit, **_by_time(), **start)
@@ -271,10 +285,10 @@ class DynamoDBStore:
         return Page([json.loads(item["summary"]["S"]) for item in items], more)
 
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
-        """The samples of a finished run by index.
+        """Return the samples of a complete run by index.
 
         Raises:
-            StoreError: while reading, if the run is overwritten meanwhile.
+            StoreError: while the samples are read, if another process overwrites the run.
         """
         return self._samples(check_run_id(run_id))
 
@@ -285,35 +299,35 @@ class DynamoDBStore:
         count = 0
         for item in self._query(**_part_of(run_id, "SAMPLE#", meta)):
             count += 1
-            yield self._whole(run_id, item, meta)
+            yield self._full_sample(run_id, item, meta)
         if count != int(meta["samples"]["N"]):
             raise StoreError(
                 f"Run {run_id!r} has {meta['samples']['N']} samples, but {count} could be read: "
-                "another process is writing it, or wrote into it. Read it again; if that does not "
-                "help, publish it again and overwrite it."
+                "another process is writing it, or wrote some of its items. Read it again; if that "
+                "does not help, publish it again with --overwrite."
             )
 
     def get_sample(self, run_id: str, index: int) -> dict[str, Any] | None:
-        """One sample of a finished run in full, or None."""
+        """Return one sample of a complete run in full, or None."""
         meta = self._meta(check_run_id(run_id))
         if meta is None:
             return None
         sample = key(run_id, sample_sk(index))
         answer = self._call("get_item", TableName=self.table, Key=sample, ConsistentRead=True)
         item = answer.get("Item")
-        return self._whole(run_id, item, meta) if item and _is_of(item, meta) else None
+        return self._full_sample(run_id, item, meta) if item and _is_of(item, meta) else None
 
-    def _whole(self, run_id: str, item: Item, meta: Item) -> dict[str, Any]:
+    def _full_sample(self, run_id: str, item: Item, meta: Item) -> dict[str, Any]:
         if "parts" not in item:
             return sample_of(item)
         texts = f"TEXT#{item['sk']['S'].partition('#')[2]}#"
         parts = list(self._query(**_part_of(run_id, texts, meta)))
         if len(parts) != int(item["parts"]["N"]):
-            raise StoreError(f"A text of run {run_id!r} is not whole; publish it again.")
+            raise StoreError(f"A text of run {run_id!r} is incomplete; publish the run again.")
         return dict(joined(parts))
 
     def get_history(self, run_id: str) -> list[dict[str, Any]]:
-        """The figures of each training step of a finished run."""
+        """Return the metrics of each training step of a complete run."""
         meta = self._meta(check_run_id(run_id))
         if meta is None:
             return []
@@ -326,9 +340,10 @@ class DynamoDBStore:
         limit: int = 50,
         cursor: str | None = None,
     ) -> Page | None:
-        """Samples that answer a query; see `ResultStore.sample_page`.
+        """Return one page of samples that match a query; see `ResultStore.sample_page`.
 
-        By a difference, a new run may take a second to appear, and equal ones come in any order.
+        When sorted by a difference, samples of a new run may take a second to appear, and samples
+        with equal differences come in any order: both are properties of DynamoDB's indexes.
         """
         start: dict[str, Any] = {}
         if cursor is not None:
@@ -342,7 +357,7 @@ class DynamoDBStore:
         else:
             arguments = _by_difference(run_id, query.key, meta)
         if query.show == "all" and not query.search:
-            arguments["Limit"] = limit  # every sample read is one that is shown
+            arguments["Limit"] = limit  # no filter: read no more samples than the page shows
         limits = limits_of(json.loads(meta["summary"]["S"]))
         rows: list[dict[str, Any]] = []
         for _ in range(_QUERIES_PER_PAGE):
@@ -355,7 +370,7 @@ class DynamoDBStore:
             )
             for item in answer["Items"]:
                 row = as_row(sample_of(item))
-                if "parts" in item:  # a preview may have lost what a difference is made of
+                if "parts" in item:  # a preview may lack the scores that a difference needs
                     row |= {
                         name: float(item[name]["N"]) if name in item else None
                         for name in ("toxicity_diff", "reward_diff")
@@ -374,7 +389,7 @@ class DynamoDBStore:
         return Page(rows, encode_cursor(_of_place(start, query), run_id, query))
 
     def _meta(self, run_id: str) -> Item | None:
-        """META of a finished run."""
+        """Return META of a complete run, or None."""
         answer = self._call(
             "get_item", TableName=self.table, Key=key(run_id, "META"), ConsistentRead=True
         )
@@ -389,7 +404,7 @@ class DynamoDBStore:
         return item
 
     def _query(self, **arguments: Any) -> Iterator[Item]:
-        """Query, page by page; a page may be empty and still not the last."""
+        """Query all pages. An empty page need not be the last: filters apply after reading."""
         while True:
             page = self._call("query", TableName=self.table, **arguments)
             yield from page["Items"]
@@ -400,7 +415,7 @@ class DynamoDBStore:
     # ---- the table ---------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Look at the table and its keys."""
+        """Check that the table is active and has the expected keys."""
         described = self._call("describe_table", TableName=self.table)["Table"]
         if described["TableStatus"] in ("CREATING", "DELETING"):
             raise StoreError(
@@ -413,15 +428,15 @@ class DynamoDBStore:
                 what = f"index {name}" if name else "table itself"
                 raise StoreError(
                     f"Table {self.table!r} cannot hold results: the {what} has the keys "
-                    f"{found.get(name, '(there is none)')}; expected {keys}. Make a table with "
-                    "ray-detox table create, or name another one."
+                    f"{found.get(name, '(there is none)')}; expected {keys}. Create a table with "
+                    "ray-detox table create, or set results.table to another one."
                 )
 
     def create_table(self) -> None:
-        """Make the table, paid per request, with backups, and wait until it can be used.
+        """Create the table, billed per request and with backups, and wait until it is active.
 
         Raises:
-            StoreError: it exists, or may not be created.
+            StoreError: it exists, or AWS refuses to create it.
         """
         self._call(
             "create_table",
@@ -437,7 +452,7 @@ class DynamoDBStore:
                 refusal = botocore.exceptions.ClientError(error.last_response, "DescribeTable")
                 raise self._to_store_error(refusal, "describe_table") from None
             raise StoreError(
-                f"Table {self.table!r} was not ready after two minutes; look at it in AWS."
+                f"Table {self.table!r} was not active after two minutes; look at it in AWS."
             ) from None
         self._call(
             "update_time_to_live",
@@ -461,7 +476,7 @@ class DynamoDBStore:
     def _call(
         self, operation: str, *, or_unknown: bool = False, **arguments: Any
     ) -> dict[str, Any]:
-        """Call AWS; `or_unknown`: an emulator that lacks the operation may go without."""
+        """Call AWS; with `or_unknown`, ignore that an emulator does not know the operation."""
         call = getattr(self.client, operation)
         try:
             answer: dict[str, Any] = call(**arguments)
@@ -497,7 +512,7 @@ def _by_time() -> dict[str, Any]:
 
 
 def _part_of(run_id: str, prefix: str, meta: Item) -> dict[str, Any]:
-    """A query for the items of a finished run whose sort key begins with `prefix`."""
+    """Arguments of a query for the items of a run whose sort key begins with `prefix`."""
     return {
         "ConsistentRead": True,
         "KeyConditionExpression": "#pk = :pk AND begins_with(#sk, :prefix)",
@@ -522,10 +537,14 @@ def _by_difference(run_id: str, name: str, meta: Item) -> dict[str, Any]:
 
 
 def _place(run_id: str, query: SampleQuery, value: float, index: int) -> Item:
-    """The key that a page goes on after."""
+    """Return the key after which a page continues.
+
+    Raises:
+        BadCursor: the values are outside what a store ever puts into a cursor.
+    """
     as_number = number(value)
     if not 0 <= index < 10**8 or as_number is None:
-        raise BadCursor("The cursor is none of this list; start again from its first page.")
+        raise BadCursor(_BAD_CURSOR)
     place = key(run_id, sample_sk(index))
     if query.key != "index":
         place |= {"run_id": {"S": run_id}, query.key: as_number}
@@ -543,7 +562,7 @@ def _is_of(item: Item, meta: Item) -> bool:
 
 
 def _keys(table: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of a table ("") and of its indexes, such as `pk (S), sk (S)`."""
+    """Return the keys of a table (named "") and of its indexes, such as `pk (S), sk (S)`."""
     kinds = {a["AttributeName"]: a["AttributeType"] for a in table["AttributeDefinitions"]}
     schemas = {"": table["KeySchema"]}
     for index in table.get("GlobalSecondaryIndexes", []):
@@ -560,14 +579,10 @@ def _keys(table: Mapping[str, Any]) -> dict[str, str]:
 def _overtaken(run_id: str) -> StoreError:
     return StoreError(
         f"Run {run_id!r} was written by another process at the same time. "
-        "See what is stored, then publish again and overwrite it if need be."
+        "Look at the stored run, and publish yours again with --overwrite if it should replace it."
     )
 
 
 def _batches(items: list[Item]) -> Iterator[list[Item]]:
     for start in range(0, len(items), _BATCH):
         yield items[start : start + _BATCH]
-
-
-def _pause(seconds: float) -> None:
-    time.sleep(seconds)

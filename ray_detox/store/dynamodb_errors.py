@@ -1,4 +1,4 @@
-"""What AWS or the way to it refused, as one sentence that says what to do."""
+"""Errors of AWS and of the connection to it, as one sentence that says what to do."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,10 +26,11 @@ _TOO_BUSY = (
 def to_store_error(
     error: Exception, operation: str, table: str, region: str | None, endpoint_url: str | None
 ) -> StoreError:
-    """One sentence for what went wrong.
+    """Convert an error of boto3 to a `StoreError`.
 
-    The service's own message stays out, and callers raise `from None`: a refused signature
-    is answered with the whole request, session token included, and a URL may hold a password.
+    The message leaves out AWS's own, and callers raise `from None`, to keep secrets out of logs: AWS
+    answers a refused signature with the whole request, including the session token, and a URL may
+    contain a password.
     """
     if isinstance(error, exceptions.NoRegionError):
         return StoreError(
@@ -48,7 +49,7 @@ def to_store_error(
     if isinstance(error, exceptions.ProfileNotFound):
         return StoreError("The profile in AWS_PROFILE does not exist in the AWS configuration.")
     if isinstance(error, exceptions.ParamValidationError):
-        return StoreError(f"{table!r} is no name that a DynamoDB table can have.")
+        return StoreError(f"{table!r} is not a valid name of a DynamoDB table.")
     if isinstance(error, exceptions.ClientError):
         return _refusal(error.response["Error"]["Code"], operation, table, region)
     if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
@@ -58,7 +59,7 @@ def to_store_error(
         )
     if isinstance(error, ValueError):
         return StoreError(
-            f"results.endpoint_url is no address{_at(endpoint_url)}; "
+            f"results.endpoint_url is not a valid address{_at(endpoint_url)}; "
             "expected one such as http://127.0.0.1:8000."
         )
     return StoreError(f"DynamoDB could not be used ({operation}: {type(error).__name__}).")
@@ -74,8 +75,8 @@ def _refusal(code: str, operation: str, table: str, region: Any) -> StoreError:
         return StoreError(f"Table {table!r} exists in {region}, or is being changed.")
     if code in ("AccessDeniedException", "AccessDenied"):
         return StoreError(
-            f"AWS allows no {operation} on table {table!r} in {region}. "
-            "Add it to the role or user that runs this."
+            f"AWS does not allow {operation} on table {table!r} in {region}. "
+            "Add the permission to the role or user that runs this."
         )
     if code in _NO_CREDENTIALS:
         return StoreError(f"AWS refused the credentials ({code}). Sign in again.")
@@ -90,12 +91,12 @@ def _refusal(code: str, operation: str, table: str, region: Any) -> StoreError:
 
 
 def too_busy(table: str) -> StoreError:
-    """The table takes no more for now."""
+    """Return the error for a table that takes no more requests for now."""
     return StoreError(f"Table {table!r} is too busy. Raise its capacity, or try again later.")
 
 
 def _at(endpoint_url: str | None) -> str:
-    """The endpoint without user name and password, if one was set."""
+    """Return ` at HOST` for an endpoint, without user name and password; empty if none is set."""
     if not endpoint_url:
         return ""
     try:

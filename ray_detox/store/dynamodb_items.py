@@ -1,18 +1,18 @@
-"""A run as the items of a DynamoDB table, and back; no network here.
+"""Convert a run to the items of a DynamoDB table and back; without network.
 
-    pk           sk                     what
+    pk           sk                     contents
     RUN#<run>    META                   the report; state WRITING, then COMPLETE
     RUN#<run>    SAMPLE#00000042        one sample: texts and numbers as attributes
-    RUN#<run>    TEXT#00000042#0000     the whole of a sample too long for an item, gzipped
-    RUN#<run>    CURVES#0000            the figures of every training step, gzipped
+    RUN#<run>    TEXT#00000042#0000     a part of a sample that is too long for one item, gzipped
+    RUN#<run>    CURVES#0000            a part of the metrics of all training steps, gzipped
 
-    index                sorted by       holds
-    by_time              created_at      META of finished runs: the keys come with COMPLETE
-    by_toxicity_diff     toxicity_diff   samples that have both scores
-    by_reward_diff       reward_diff     the same
+    index                sorted by       contains
+    by_time              created_at      META of complete runs, because only COMPLETE sets its keys
+    by_toxicity_diff     toxicity_diff   samples with both scores
+    by_reward_diff       reward_diff     samples with both rewards
 
-Texts and numbers are attributes, to be read and filtered by anybody; what attributes cannot give
-back to the last bit (1.0 is 1 there, 5e-324 nothing) is kept as JSON beside them.
+Texts and numbers are attributes, so that any tool can read and filter them. The item also has the
+sample as JSON, because attributes do not keep every number exactly (1.0 becomes 1, 5e-324 becomes 0).
 """
 
 import gzip
@@ -30,14 +30,14 @@ Item = dict[str, dict[str, Any]]
 """An item in DynamoDB's own notation: `{"n": {"N": "512"}, "report": {"S": "{...}"}}`."""
 
 INLINE_BYTES = 350_000
-"""A sample beyond this goes into TEXT items; DynamoDB's own limit is 409,600."""
+"""Size above which a sample goes into TEXT items; DynamoDB's own limit is 409,600."""
 PREVIEW_CHARACTERS = 2_000
 _META_BYTES = 400_000
 
 BY_TIME = "by_time"
 LIST_PK = "RUNS"
 
-# Attributes that a value of a run must not take.
+# Names of our own attributes, which no value of a run may replace.
 _OWN = frozenset(
     "pk sk list_pk created_at run_id toxicity_diff reward_diff "
     "state writer attempt schema digest samples items parts expires_at sample report summary".split()
@@ -45,7 +45,7 @@ _OWN = frozenset(
 
 
 def table_schema(table: str) -> dict[str, Any]:
-    """Arguments of CreateTable; `cluster/results.yaml` makes the same table."""
+    """Return the arguments of CreateTable; `cluster/results.yaml` creates the same table."""
 
     def keys(partition: str, sort: str) -> list[dict[str, str]]:
         return [
@@ -66,7 +66,7 @@ def table_schema(table: str) -> dict[str, Any]:
             {
                 "IndexName": BY_TIME,
                 "KeySchema": keys("list_pk", "created_at"),
-                # A list needs summaries, and each is a hundredth of its report.
+                # A list shows summaries only, and a summary is a hundredth of its report.
                 "Projection": {"ProjectionType": "INCLUDE", "NonKeyAttributes": ["summary"]},
             },
             *(
@@ -82,17 +82,17 @@ def table_schema(table: str) -> dict[str, Any]:
 
 
 def key(run_id: str, sk: str) -> Item:
-    """The key of an item of a run."""
+    """Return the key of an item of a run."""
     return {"pk": {"S": f"RUN#{run_id}"}, "sk": {"S": sk}}
 
 
 def sample_sk(index: int) -> str:
-    """The sort key of a sample."""
+    """Return the sort key of a sample."""
     return f"SAMPLE#{index:08d}"
 
 
 def items_of(run: PreparedRun, writer: str) -> list[Item]:
-    """All items of a run but META."""
+    """Return all items of a run except META, each with the token of its writer."""
     items = []
     for index, sample in run.samples.items():
         item = _sample_item(sample) | key(run.run_id, sample_sk(index))
@@ -118,7 +118,13 @@ def items_of(run: PreparedRun, writer: str) -> list[Item]:
 
 
 def meta_of(run: PreparedRun, writer: str, attempt: str | None, items: int) -> tuple[Item, Item]:
-    """META while the run is written, and when it is whole.
+    """Return META in the state WRITING, and META in the state COMPLETE.
+
+    Args:
+        run: checked.
+        writer: token of this attempt to write it.
+        attempt: name that a repeated task keeps; None if there is none.
+        items: number of the other items.
 
     Raises:
         StoreError: the report does not fit into an item.
@@ -145,14 +151,14 @@ def meta_of(run: PreparedRun, writer: str, attempt: str | None, items: int) -> t
     size = _size(complete)
     if size > _META_BYTES:
         raise StoreError(
-            f"The report of run {run.run_id!r} takes {size:,} bytes; DynamoDB holds "
+            f"The report of run {run.run_id!r} takes {size:,} bytes; DynamoDB stores at most "
             f"{_META_BYTES:,}. Shorten its texts, or set results.store=sqlite."
         )
     return writing, complete
 
 
 def sample_of(item: Item) -> dict[str, Any]:
-    """The sample, or its preview, that an item holds."""
+    """Return the sample that an item holds, or the preview of a long sample."""
     sample = json.loads(item["sample"]["S"])
     for name, value in sample.items():
         if value is None and name not in _OWN and "S" in item.get(name, {}):
@@ -161,13 +167,13 @@ def sample_of(item: Item) -> dict[str, Any]:
 
 
 def joined(items: Iterable[Item]) -> Any:
-    """What TEXT or CURVES items of one thing hold together."""
+    """Join the parts in TEXT or CURVES items, and return the value that they encode."""
     data = b"".join(item["part"]["B"] for item in items)
     return json.loads(gzip.decompress(data)) if data else None
 
 
 def number(value: float) -> dict[str, str] | None:
-    """A number in DynamoDB's notation; None beyond its range, 0 where it is too small."""
+    """Return a number in DynamoDB's notation; None if it is too large, 0 if it is too small."""
     exact = Decimal(repr(value))
     if exact.adjusted() > 125 or len(exact.as_tuple().digits) > 38:
         return None
@@ -175,7 +181,7 @@ def number(value: float) -> dict[str, str] | None:
 
 
 def cut(value: Any) -> Any:
-    """A value for a preview: long texts lose their end, other long values are left out."""
+    """Shorten a value for a preview: long texts lose their end, other long values become None."""
     if isinstance(value, str):
         return value[:PREVIEW_CHARACTERS]
     return value if len(to_text(value)) <= PREVIEW_CHARACTERS else None
@@ -187,7 +193,7 @@ def _sample_item(sample: Mapping[str, Any]) -> Item:
         for name, value in sample.items()
         if isinstance(value, str) and name and name not in _OWN
     }
-    # A text is kept once: as an attribute, where JSON says null.
+    # A text is stored once, as an attribute; the JSON has null in its place.
     rest = {name: None if name in texts else value for name, value in sample.items()}
     return {**_numbers(sample), **texts, "sample": {"S": to_text(rest)}}
 
@@ -212,13 +218,13 @@ def _numbers(values: Mapping[str, Any]) -> Item:
 
 
 def _parts(text: str) -> Iterable[bytes]:
-    # mtime 0: the same text gives the same bytes.
+    # mtime=0, so that equal texts give equal bytes.
     data = gzip.compress(text.encode(), mtime=0)
     return [data[start : start + INLINE_BYTES] for start in range(0, len(data), INLINE_BYTES)]
 
 
 def _size(item: Item) -> int:
-    """Bytes of an item, as DynamoDB counts: names and texts in UTF-8, numbers at their longest."""
+    """Return an upper bound of an item's size as DynamoDB counts it, in bytes."""
     return sum(
         len(name.encode()) + sum(len(value.encode()) for value in typed.values())
         for name, typed in item.items()

@@ -1,9 +1,9 @@
-"""What can go wrong with a store, in the words of the person who asked."""
+"""Errors of the result stores."""
 
 
 class StoreError(ValueError):
-    """A result could not be stored or read; the message is for the person who asked."""
+    """A result could not be stored or read; the message is one sentence for the user."""
 
 
 class BadCursor(StoreError):
-    """A cursor is none that this list and this query gave out."""
+    """A cursor does not come from an earlier page of the same list and query."""

@@ -1,16 +1,14 @@
-"""A run in the table of the published notebook: one flat item per prompt, through awswrangler.
+"""Export a run to the table of the published notebook: one flat item per prompt, by awswrangler.
 
-    conversation_id (the key)   query   response_before   response_after      as the notebook has them
-    run_id  recipe  reference   toxicity_*  reward_*  kl  length_*             what it threw away
+    conversation_id (the key)   query   response_before   response_after      as in the notebook
+    run_id  recipe  reference   toxicity_*  reward_*  kl  length_*             added by us
 
-The table has no room for more than one run, and no way to say that a run is whole: results live
-in a `ResultStore`, this is an export of one.
+The table can hold only one run and cannot mark a run as complete. So this is an export; results are
+kept in a `ResultStore`.
 """
 
 import math
 import os
-import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -19,6 +17,7 @@ import boto3
 import botocore.exceptions
 
 from ray_detox.store import dynamodb
+from ray_detox.store.backoff import MAX_ATTEMPTS, pause_before
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_errors import to_store_error, too_busy
 from ray_detox.store.dynamodb_items import number
@@ -30,8 +29,7 @@ from ray_detox.store.protocol import ResultStore, check_run_id
 KEY = "conversation_id"
 
 _MAX_ITEM_BYTES = 400_000  # DynamoDB's own limit is 409,600
-_WRITTEN, _LOOKED_AT = 25, 100  # DynamoDB takes no more in one request
-_ROUNDS = 8
+_WRITE_BATCH, _READ_BATCH = 25, 100  # DynamoDB's limits for one request
 _TEXTS = ("query", "reference", "response_before", "response_after")
 _NUMBERS = ("toxicity", "reward", "length")
 
@@ -39,10 +37,10 @@ _NUMBERS = ("toxicity", "reward", "length")
 def is_notebook_table(
     table: str, *, region: str | None = None, endpoint_url: str | None = None
 ) -> bool:
-    """Whether the table has the notebook's one key; False where there is no table.
+    """Whether the table exists and has the notebook's key.
 
     Raises:
-        StoreError: AWS cannot be asked.
+        StoreError: AWS does not answer, or refuses.
     """
     found = _describe(DynamoDBStore(table, region=region, endpoint_url=endpoint_url))
     return found is not None and _key_type(found) is not None
@@ -57,7 +55,7 @@ def export(
     endpoint_url: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write a stored run into the table; see `export_samples`."""
+    """Write a stored run to the table; see `export_samples`."""
     report = store.get_run(check_run_id(run_id))
     if report is None:
         raise StoreError(f"No result of a run {run_id!r} is stored.")
@@ -76,9 +74,9 @@ def export_samples(
     endpoint_url: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write the samples of a run into the table, and return how many there are.
+    """Write the samples of a run to the table, and return their number.
 
-    Writing the same run again, after a failure for example, replaces its own items.
+    Writing the same run again, for example after a failure, replaces its own items.
 
     Args:
         report: of the run.
@@ -86,26 +84,26 @@ def export_samples(
         table: with the key `conversation_id`, a number or a text.
         region: AWS region, or None for the environment's.
         endpoint_url: another endpoint, for emulators.
-        overwrite: replace items of other runs, and of the notebook.
+        overwrite: replace items of other runs and of the notebook.
 
     Raises:
-        StoreError: the table is another, an item cannot be stored, or items of others are in the
-            way; then nothing was written. Or AWS failed.
+        StoreError: the table has another key, a sample cannot be stored, or its key is taken by an
+            item that is not of this run; then nothing was written. Or AWS failed.
     """
     store = DynamoDBStore(table, region=region, endpoint_url=endpoint_url)
     found = _describe(store)
     kind = found and _key_type(found)
     if kind is None:
         raise StoreError(
-            f"Table {table!r} was not found, or its key is not {KEY} alone. Name a table with the "
+            f"Table {table!r} was not found, or its key is not {KEY} alone. Use a table with the "
             "published notebook's key, or publish to a table of `ray-detox table create`."
         )
     items = items_of(report, samples, kind)
     run_id = str(report["run_id"])
     if not overwrite:
-        # A look and a write: what another export puts there in between is replaced. awswrangler
-        # writes without conditions.
-        _check_nothing_is_in_the_way(store, run_id, [item[KEY] for item in items], kind)
+        # awswrangler cannot write under a condition, so items that another export adds between this
+        # check and our write are replaced.
+        _check_keys_are_free(store, run_id, [item[KEY] for item in items], kind)
     _write(items, store, region, endpoint_url)
     return len(items)
 
@@ -113,15 +111,15 @@ def export_samples(
 def items_of(
     report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], kind: str
 ) -> list[dict[str, Any]]:
-    """Flat items with the values that awswrangler takes: str, int and Decimal.
+    """Return flat items with values that awswrangler accepts: str, int and Decimal.
 
     Args:
         report: of the run.
         samples: of the run.
-        kind: of the key, `N` or `S`.
+        kind: type of the key, `N` or `S`.
 
     Raises:
-        StoreError: something cannot be stored.
+        StoreError: a sample cannot be stored.
     """
     run = prepare(report, samples)
     items = []
@@ -140,7 +138,7 @@ def items_of(
         size = sum(len(name.encode()) + len(str(value).encode()) for name, value in item.items())
         if size > _MAX_ITEM_BYTES:
             raise StoreError(
-                f"Sample {index} of run {run.run_id!r} takes {size:,} bytes; an item holds "
+                f"Sample {index} of run {run.run_id!r} takes {size:,} bytes; an item holds at most "
                 f"{_MAX_ITEM_BYTES:,}. Nothing was written."
             )
         items.append(item)
@@ -148,10 +146,10 @@ def items_of(
 
 
 def wrangler() -> Any:
-    """The module awswrangler, with its own engine.
+    """Import awswrangler with its Python engine.
 
-    Where Ray is installed it would take Ray for its engine: start a cluster of its own, and
-    refuse sessions. It decides that when it is imported.
+    If Ray is installed, awswrangler would choose Ray as its engine, start a cluster of its own and
+    refuse boto3 sessions. It chooses when it is imported.
     """
     os.environ["WR_ENGINE"] = "python"
     import awswrangler
@@ -161,7 +159,7 @@ def wrangler() -> Any:
 
 
 def _describe(store: DynamoDBStore) -> Any:
-    """DescribeTable's answer, or None where there is no table."""
+    """Return the description of the table, or None if it does not exist."""
     client = store.client
     try:
         return client.describe_table(TableName=store.table)["Table"]
@@ -172,7 +170,7 @@ def _describe(store: DynamoDBStore) -> Any:
 
 
 def _key_type(table: Mapping[str, Any]) -> str | None:
-    """`N` or `S` if the key is the notebook's."""
+    """Return the type of the key, `N` or `S`, if it is the notebook's key; otherwise None."""
     if [key["AttributeName"] for key in table["KeySchema"]] != [KEY]:
         return None
     kinds = {a["AttributeName"]: a["AttributeType"] for a in table["AttributeDefinitions"]}
@@ -180,12 +178,10 @@ def _key_type(table: Mapping[str, Any]) -> str | None:
     return kind if kind in ("N", "S") else None
 
 
-def _check_nothing_is_in_the_way(
-    store: DynamoDBStore, run_id: str, keys: Sequence[Any], kind: str
-) -> None:
+def _check_keys_are_free(store: DynamoDBStore, run_id: str, keys: Sequence[Any], kind: str) -> None:
     others: dict[str, int] = {}
-    for start in range(0, len(keys), _LOOKED_AT):
-        some = [{KEY: {kind: str(key)}} for key in keys[start : start + _LOOKED_AT]]
+    for start in range(0, len(keys), _READ_BATCH):
+        some = [{KEY: {kind: str(key)}} for key in keys[start : start + _READ_BATCH]]
         for item in _get(store, some):
             owner = item.get("run_id", {}).get("S", "")
             if owner != run_id:
@@ -197,7 +193,7 @@ def _check_nothing_is_in_the_way(
         )
         raise StoreError(
             f"Table {store.table!r} has items under the same {KEY}: {whose}. Nothing was written; "
-            "say --overwrite to replace them."
+            "pass --overwrite to replace them."
         )
 
 
@@ -210,9 +206,8 @@ def _get(store: DynamoDBStore, keys: list[dict[str, Any]]) -> Iterator[dict[str,
             "ExpressionAttributeNames": {"#run_id": "run_id"},
         }
     }
-    for attempt in range(_ROUNDS):
-        if attempt:
-            _pause(attempt)
+    for attempt in range(MAX_ATTEMPTS):
+        pause_before(attempt)
         try:
             answer = store.client.batch_get_item(RequestItems=wanted)
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
@@ -235,24 +230,23 @@ def _write(
     calls = 0
 
     def slow_down(**_: Any) -> None:
-        # awswrangler sends what a busy table left again, at once and for ever.
+        # awswrangler itself sends items that a busy table did not take again at once, and for ever.
         nonlocal calls
-        calls += 1
-        if calls > _ROUNDS:
+        if calls == MAX_ATTEMPTS:
             raise too_busy(store.table)
-        if calls > 1:
-            _pause(calls - 1)
+        pause_before(calls)
+        calls += 1
 
     session.events.register("before-call.dynamodb.BatchWriteItem", slow_down)
     before = wr.config.dynamodb_endpoint_url, wr.config.botocore_config
     wr.config.dynamodb_endpoint_url = endpoint_url or before[0]
-    # awswrangler would wait a minute for an answer, six times over.
+    # awswrangler would wait a minute for an answer, and try six times.
     wr.config.botocore_config = dynamodb.PATIENT
     try:
-        for start in range(0, len(items), _WRITTEN):
+        for start in range(0, len(items), _WRITE_BATCH):
             calls = 0
             wr.dynamodb.put_items(
-                items=list(items[start : start + _WRITTEN]),
+                items=list(items[start : start + _WRITE_BATCH]),
                 table_name=store.table,
                 boto3_session=session,
                 use_threads=False,
@@ -266,8 +260,3 @@ def _write(
 def _to_store_error(error: Exception, operation: str, store: DynamoDBStore) -> StoreError:
     region = store.client.meta.region_name
     return to_store_error(error, operation, store.table, region, store.client.meta.endpoint_url)
-
-
-def _pause(attempt: int) -> None:
-    longest = min(5.0, 0.05 * 2**attempt)
-    time.sleep(random.uniform(longest / 2, longest))

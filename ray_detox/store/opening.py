@@ -4,6 +4,7 @@ import os
 
 from ray_detox.store.errors import StoreError
 from ray_detox.store.protocol import ResultStore
+from ray_detox.store.sqlite import SQLiteStore
 
 
 def open_store(
@@ -15,7 +16,7 @@ def open_store(
     *,
     hurried: bool = False,
 ) -> ResultStore:
-    """The store that a run's settings name; nothing is opened or created yet.
+    """Return the store that the settings name; it opens or creates nothing before its first use.
 
     Args:
         kind: `sqlite` or `dynamodb`.
@@ -23,14 +24,16 @@ def open_store(
         table: DynamoDB table.
         region: AWS region; None takes AWS_REGION, AWS_DEFAULT_REGION or the AWS profile's.
         endpoint_url: another DynamoDB endpoint, for emulators.
-        hurried: give up on DynamoDB after two seconds, for readers who would rather be told.
-    """
-    # Imported here: a laptop's run needs no boto3, and its import takes a second.
-    if kind == "sqlite":
-        from ray_detox.store.sqlite import SQLiteStore
+        hurried: give up on DynamoDB after two seconds; for readers who prefer an error to waiting.
 
+    Raises:
+        StoreError: `kind` is neither.
+    """
+    if kind == "sqlite":
         return SQLiteStore(path)
     if kind == "dynamodb":
+        # Imported late: a run that stores results in SQLite needs no boto3, whose import takes a
+        # second.
         from ray_detox.store.dynamodb import DynamoDBStore
 
         return DynamoDBStore(table, region=region, endpoint_url=endpoint_url, hurried=hurried)

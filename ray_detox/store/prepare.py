@@ -1,11 +1,9 @@
-"""Where results of runs are kept: one protocol, two stores.
+"""Prepare a run for a store: check it, and convert it to plain JSON values.
 
-    report, samples, curves --prepare--> plain JSON values --> SQLiteStore    one file
-                                                           '-> DynamoDBStore  one table
+    report, samples, curves --prepare--> PreparedRun --> SQLiteStore    one file
+                                                    '--> DynamoDBStore  one table
 
-A run is stored whole or not at all: everything is checked and converted before the first
-write, and no reader sees a run that is still being written. What a report looks like on a
-screen is `report.py` and `viewer/`.
+A store writes a run completely or not at all, so everything is checked before the first write.
 """
 
 import hashlib
@@ -18,37 +16,19 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from ray_detox.store.errors import BadCursor, StoreError
-from ray_detox.store.opening import open_store
-from ray_detox.store.pages import Page, SampleQuery
-from ray_detox.store.protocol import SCHEMA, SUMMARY_KEYS, ResultStore, check_run_id
-
-__all__ = [
-    "SCHEMA",
-    "SUMMARY_KEYS",
-    "BadCursor",
-    "Page",
-    "PreparedRun",
-    "ResultStore",
-    "SampleQuery",
-    "StoreError",
-    "check_run_id",
-    "open_store",
-    "prepare",
-    "to_text",
-]
-
+from ray_detox.store.errors import StoreError
+from ray_detox.store.protocol import SUMMARY_KEYS, check_run_id
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
-    """A run that has been checked, in plain JSON values."""
+    """A run in plain JSON values, checked."""
 
     run_id: str
     created: str
-    """UTC in one fixed format, so that text order is time order; the report keeps its own."""
+    """UTC in one fixed format, so that stores can sort it as text; the report keeps its own format."""
     report: dict[str, Any]
     samples: dict[int, dict[str, Any]]
     """By index, ascending."""
@@ -56,16 +36,16 @@ class PreparedRun:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything: two runs of one digest are the same run."""
+        """SHA-256 of everything: two runs with the same digest are the same run."""
         text = to_text([self.report, list(self.samples.values()), self.curves])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a list of runs shows of this one."""
+        """The part of the report that a list of runs shows."""
         summary = {key: self.report[key] for key in SUMMARY_KEYS}
         if isinstance(summary["toxicity"], dict):
-            # Half of it by size, and no list draws it.
+            # The histogram is half of the summary's size, and no list draws it.
             summary["toxicity"] = {
                 key: value for key, value in summary["toxicity"].items() if key != "histogram"
             }
@@ -77,13 +57,18 @@ def prepare(
     samples: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]] = (),
 ) -> PreparedRun:
-    """Check and convert a run, so that writing it can no longer fail on a value.
+    """Check and convert a run, so that writing it cannot fail because of a value.
 
     Numbers of numpy and torch become Python's, tuples become lists, and lone surrogates, which
-    no UTF-8 can hold, become U+FFFD.
+    UTF-8 cannot encode, become U+FFFD.
+
+    Args:
+        report: names with JSON values, at least `SUMMARY_KEYS`.
+        samples: names with JSON values, each sample with its own `index`.
+        curves: the metrics of each training step.
 
     Raises:
-        StoreError: names the first thing that cannot be stored.
+        StoreError: names the first value that cannot be stored.
     """
     not_finite: list[str] = []
     plain = _plain(report, "", not_finite)
@@ -96,7 +81,7 @@ def prepare(
     if not_finite:
         raise StoreError(
             f"The report of run {run_id!r} has numbers that are not finite: "
-            f"{', '.join(not_finite)}. Give null where there is no number."
+            f"{', '.join(not_finite)}. Use null if there is no number."
         )
     rows: dict[int, dict[str, Any]] = {}
     for position, sample in enumerate(samples):
@@ -114,7 +99,7 @@ def prepare(
 
 
 def to_text(value: Any) -> str:
-    """JSON text; `json.loads` gives back an equal value, floats to the last bit."""
+    """Encode as JSON text; `json.loads` returns an equal value, floats to the last bit."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -137,10 +122,10 @@ def _plain_sample(sample: Mapping[str, Any], position: int) -> dict[str, Any]:
 
 
 def _plain(value: Any, name: str, not_finite: list[str]) -> Any:
-    """Convert to JSON values; a number that is not finite becomes None and leaves its name."""
+    """Convert to JSON values; a number that is not finite becomes None, its name is appended."""
     if value is None or isinstance(value, bool):
         return value
-    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which need not be installed
+    if type(value).__name__ in ("NAType", "NaTType"):  # pandas may not be installed
         not_finite.append(name)
         return None
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The protocol of result stores, and the names that every store agrees on."""
+"""The protocol of result stores, and the names that all stores share."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,20 +8,20 @@ from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import Page, SampleQuery
 
 SCHEMA = 2
-"""Version of what is stored; a reader refuses versions that it does not know."""
-
+"""Version of the stored format; a reader refuses newer versions."""
 
 SUMMARY_KEYS = ("run_id", "recipe", "status", "created", "n", "verdict", "toxicity")
-"""What every report must have, and what a list of runs shows."""
-
+"""Names that every report must have; a list of runs shows them."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ResultStore(Protocol):
-    """Keeps the report of each run, its samples and its training curves.
+    """Keeps the report, the samples and the training history of each run.
 
-    Example: what a run stores, much shortened.
+    Every reader sees a run only once it is complete.
+
+    Example of a stored run, shortened:
 
         report   {"run_id": "first", "recipe": "lab", "created": "2026-01-31T12:00:00+00:00",
                   "n": 512, "toxicity": {"before": {"mean": 0.41, ...}, ...}, ...}
@@ -38,47 +38,50 @@ class ResultStore(Protocol):
         overwrite: bool = False,
         attempt: str | None = None,
     ) -> bool:
-        """Store a run, whole or not at all.
+        """Store a run completely or not at all.
 
         Args:
             report: JSON values under string keys, with at least `SUMMARY_KEYS`; no NaN.
             samples: JSON values under string keys, each with its own `index`. A number that is
                 not finite is stored as None, and its name is added to the sample's `invalid`.
-            curves: the figures of each training step. A number that is not finite becomes None.
-            overwrite: replace a run of the same id, samples included.
-            attempt: a name of this writer. An attempt of the same name, such as a task that is
-                run again after a crash, may write again what it had written.
+            curves: the metrics of each training step. A number that is not finite becomes None.
+            overwrite: replace a run of the same id, including its samples.
+            attempt: name of this writer. A later attempt of the same name, such as a task that Ray
+                runs again after a crash, may replace what the earlier one wrote.
 
         Returns:
-            True, or False where the very same run was stored already: then nothing is written.
+            True; False if the same run was stored already, in which case nothing is written.
 
         Raises:
-            StoreError: something cannot be stored, the run exists, or the store failed.
+            StoreError: a value cannot be stored, another run has this id, or the store failed.
         """
         ...
 
     def get_run(self, run_id: str) -> dict[str, Any] | None:
-        """The report as it was put; None where there is no such finished run."""
+        """Return the report of a complete run as it was stored; None if there is no such run."""
         ...
 
     def list_runs(self) -> list[dict[str, Any]]:
-        """Of each finished run the `SUMMARY_KEYS` of its report, less the histogram; newest first."""
+        """Return `SUMMARY_KEYS` of the report of each complete run, newest first.
+
+        The toxicity lacks its histogram.
+        """
         ...
 
     def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
-        """The same in pages.
+        """Return one page of `list_runs`.
 
         Raises:
-            BadCursor: the cursor is not from an earlier page.
+            BadCursor: the cursor does not come from an earlier page.
         """
         ...
 
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
-        """The samples of a finished run by index; nothing where there is no such run."""
+        """Return the samples of a complete run by index; none if there is no such run."""
         ...
 
     def get_sample(self, run_id: str, index: int) -> dict[str, Any] | None:
-        """One sample in full; None where there is none."""
+        """Return one sample in full; None if it does not exist."""
         ...
 
     def sample_page(
@@ -88,41 +91,42 @@ class ResultStore(Protocol):
         limit: int = 50,
         cursor: str | None = None,
     ) -> Page | None:
-        """Samples that answer a query, with `toxicity_diff` and `reward_diff`.
+        """Return one page of the samples that match a query, with `toxicity_diff`, `reward_diff`.
 
-        A page may be short, even empty, and still not be the last: the work for one is bounded.
-        Where a store cuts a very long text here, `overflow` has its name; `get_sample` has it whole.
+        A page may be short, or even empty, and still not be the last, because the work for one
+        page is bounded. If a store shortens a very long text, the sample's `overflow` names it, and
+        `get_sample` returns it in full.
 
         Returns:
-            None where there is no such finished run.
+            The page; None if there is no such complete run.
 
         Raises:
-            BadCursor: the cursor is not from an earlier page of the same run and query.
+            BadCursor: the cursor does not come from an earlier page of the same run and query.
         """
         ...
 
     def get_history(self, run_id: str) -> list[dict[str, Any]]:
-        """The figures of each training step; none where there is no such run."""
+        """Return the metrics of each training step; none if there is no such run."""
         ...
 
     def check(self) -> None:
-        """Find out now, and not after hours of training, whether a run could be stored.
+        """Check that a run can be stored, so that a mistake shows before hours of training.
 
         Raises:
-            StoreError: what is missing, and what to do.
+            StoreError: it cannot; the message says what is missing and what to do.
         """
         ...
 
     def close(self) -> None:
-        """Let go of connections; the store opens new ones when it is used again."""
+        """Close connections; the store opens new ones when it is used again."""
         ...
 
 
 def check_run_id(run_id: str) -> str:
-    """Return `run_id` if it can name a run in every store, a file and a URL.
+    """Return `run_id` if it is valid in every store, as a file name and in a URL.
 
     Raises:
-        StoreError: it has other characters than letters, digits, `.`, `_` and `-`, does not
+        StoreError: it has characters other than letters, digits, `.`, `_` and `-`, does not
             start with a letter or digit, or has more than 64 characters.
     """
     if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):

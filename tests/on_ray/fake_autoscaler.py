@@ -1,20 +1,20 @@
-"""What a run asks of `cluster/aws.yaml`, answered by Ray's own autoscaler with nodes of this machine.
+"""A run on the node types of `cluster/aws.yaml`, with Ray's own autoscaler and local nodes.
 
-    python -m tests.on_ray.fake_autoscaler [--json] [FOLDER]     a line for each event, with its second
+    python -m tests.on_ray.fake_autoscaler [--json] [FOLDER]     print a line with the time of each event
 
-    this process     head node, and on it what a run does: wait_for_capacity, RewardPool, RewardClient
-    Ray's monitor    the autoscaler: what waits for room ---> FakeEC2 ---> raylets of this machine
+    this process     head node, and the parts of a run: wait_for_capacity, RewardPool, RewardClient
+    Ray's monitor    the autoscaler: pending resources ---> FakeEC2 ---> local raylets
 
     stage   what happens                                        what the autoscaler should do
-    room    the run waits for what it must have                 add a node for each, and no other
-    start   a reward actor comes up, the worker group is placed nothing
+    room    the run waits for its resources                     add a node for each, and no other
+    start   a reward actor starts, the worker group is placed   nothing
     load    texts wait: 1 actor .. 8                            add a reward node, once 4 are full
     quiet   nothing waits: 8 actors .. 1                        remove the reward node that is empty
-    end     actors and workers go                               remove all
+    end     actors and workers end                              remove all
 
-The worker group is its placement group alone, the reward the pool of a run with the embedded model.
-What is decided is the same on a machine of any speed: the pool asks for one actor at a time, and no
-node is idle for too long while others start, as the times of `aws.yaml` hold until the load has gone.
+The worker group is only a placement group; the reward pool is that of a run with the embedded model. The
+decisions do not depend on the speed of the machine: the pool asks for one actor at a time, and no node
+is idle for too long while others start, because the idle times of `aws.yaml` hold until the load ends.
 Only then are they divided by FASTER.
 """
 
@@ -46,7 +46,7 @@ from ray_detox.records import ScoreRequest
 from ray_detox.resources import Needs
 from ray_detox.runs.storage import write_atomic
 from ray_detox.stages.cluster import admission
-from ray_detox.stages.cluster import nodes as live
+from ray_detox.stages.cluster.nodes import place_actors
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.pool import RewardPool
 from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait_for_raylets
@@ -68,26 +68,26 @@ HERE = [
     "serving.timeout_s=600",
     "reward.terms=[{function: tests.on_ray.reward_terms.pause}]",
 ]
-"""A queue of seconds, and patience with a busy machine."""
+"""Fast scaling, and long timeouts for a busy machine."""
 FASTER = 300
-"""10 minutes of being idle become 2 seconds."""
+"""10 minutes of idle time become 2 seconds."""
 LIMIT_S = 600
 """Longest wait for one thing to happen."""
 SETTLE_S = 4
-"""Some looks of the autoscaler, in which a decision too many would be taken."""
+"""Several rounds of the autoscaler, in which an unwanted decision would show."""
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_FAKE_CLUSTER": "1",
-    # What `ray up` sets on the head.
+    # As `ray up` sets on the head.
     "RAY_enable_autoscaler_v2": "1",
     "RAY_NODE_TYPE_NAME": "head",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-    # A process for each CPU of a node ahead of its use: 20 of them on this machine.
+    # Without these, Ray starts a process for each CPU of a node in advance: 20 on this machine.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # A busy machine is slow, and nothing has died.
+    # On a busy machine a slow process must not count as dead.
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_health_check_failure_threshold": "60",
@@ -101,17 +101,17 @@ ENVIRONMENT = {
 
 
 class Story:
-    """Tells what happens, as lines for people or as JSON.
+    """Prints what happens, as text or as JSON.
 
     Args:
-        as_json: for a program that reads it.
+        as_json: print JSON, for a program.
         log: the autoscaler's decisions.
     """
 
     def __init__(self, as_json: bool, log: Path) -> None:
         self._as_json = as_json
         self._log = log
-        # Ours alone: Ray prints its advice when it likes, in the middle of a line, too.
+        # Only our own lines: Ray prints advice at any time, even in the middle of a line.
         self._out = sys.stdout
         sys.stdout = sys.stderr
         self._began = time.monotonic()
@@ -122,13 +122,13 @@ class Story:
         self.stage = ""
 
     def enter(self, stage: str, text: str) -> None:
-        """What is told from now on belongs to this stage."""
+        """Begin a stage: events from now on belong to it."""
         self.look()
         self.stage = stage
         self._tell("stage", text)
 
     def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> None:
-        """Wait for something, and tell what happens meanwhile."""
+        """Wait for a condition, and print what happens meanwhile."""
         deadline = time.monotonic() + limit_s
         while not condition():
             if time.monotonic() > deadline:
@@ -138,12 +138,12 @@ class Story:
         self.look()
 
     def settle(self) -> None:
-        """Give the autoscaler time for a decision that it should not take."""
+        """Give the autoscaler time for a decision that it should not make."""
         until = time.monotonic() + SETTLE_S
         self.until(lambda: time.monotonic() > until)
 
     def look(self) -> None:
-        """Tell what is new."""
+        """Print what changed."""
         self._look_at_decisions()
         nodes = node_counts()
         changes = [
@@ -164,14 +164,14 @@ class Story:
                 self._tell("pool", text.format(**figures), **figures)
 
     def placed(self, what: str, nodes: list[str]) -> None:
-        """Tell on which nodes something is, by the ids of nodes or their beginnings."""
+        """Print on which nodes something is, given node ids or their prefixes."""
         types = {n["NodeID"][:8]: type_of(n) for n in ray.nodes()}
         where = Counter(node[:8] for node in nodes)
         text = ", ".join(f"{count} on {types[n]} {int(n)}" for n, count in sorted(where.items()))
         self._tell(what, text, where=[[types[n], count] for n, count in sorted(where.items())])
 
     def scores(self, texts: int) -> None:
-        """Tell how many texts were scored."""
+        """Print how many texts were scored."""
         self._tell("scores", f"{texts} texts scored", texts=texts)
 
     def _look_at_decisions(self) -> None:
@@ -197,7 +197,7 @@ class Story:
 
 
 def type_of(node: dict[str, Any]) -> str:
-    """The type that a node says to be of."""
+    """The node type in the labels of a node."""
     return str(node["Labels"].get("ray.io/node-group"))
 
 
@@ -208,7 +208,7 @@ def node_counts() -> dict[str, int]:
 
 
 class Load:
-    """Batches that wait for their scores, as many as there must be for some to find no actor."""
+    """Pending batches, enough of them that some find no free actor."""
 
     BATCH = 80
 
@@ -218,17 +218,17 @@ class Load:
         self.scored = 0
 
     def top_up(self) -> None:
-        """Hand in more for what is done."""
+        """Replace finished batches by new ones."""
         self._take(lambda pending: pending.scores.done())
         while len(self._waiting) < 5:
             self._waiting.append(self.submit(self.BATCH))
 
     def finish(self) -> None:
-        """Wait for what is left."""
+        """Wait for the remaining batches."""
         self._take(lambda pending: True)
 
     def submit(self, texts: int) -> Any:
-        """One batch, of which every chunk takes half a second."""
+        """Submit one batch, of which every chunk takes half a second."""
         rows = [f"text {i}" for i in range(texts)]
         return self._client.submit(
             ScoreRequest(rows, rows, [[1]] * texts, {"seconds": [0.5] * texts})
@@ -244,19 +244,19 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
     """Go through the stages.
 
     Args:
-        story: is told.
+        story: prints the events.
         config: of the run.
-        hurry: lets idle nodes go soon, from now on.
+        hurry: makes the autoscaler remove idle nodes sooner from then on.
     """
-    story.enter("room", "the run waits for what it must have")
+    story.enter("room", "the run waits for its resources")
     need = wait_for_capacity(story, config)
     story.settle()
 
-    story.enter("start", "a reward actor comes up, the worker group is placed")
+    story.enter("start", "a reward actor starts, the worker group is placed")
     worker = {"CPU": need.worker.cpus, "GPU": need.worker.gpus}
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(
-            contextlib.closing(RewardPool(config, need.gpus_per_actor, live.place_actors(need)))
+            contextlib.closing(RewardPool(config, need.gpus_per_actor, place_actors(need)))
         )
         story.pool = pool
         group = placement_group([worker] * config.train.min_workers)
@@ -287,7 +287,7 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
         story.placed("actors", [actor.node for actor in pool.describe()])
         story.scores(load.scored + len(load.submit(8).result().rewards))
 
-        story.enter("end", "workers and actors go")
+        story.enter("end", "workers and actors end")
         story.pool = None
         remove_placement_group(group)
     story.until(lambda: not node_counts())
@@ -295,7 +295,7 @@ def tell_run(story: Story, config: RunConfig, hurry: Callable[[], None]) -> None
 
 
 def wait_for_capacity(story: Story, config: RunConfig) -> Needs:
-    """What a run does first, with the story going on beside it."""
+    """Wait as a run does first, while the story goes on."""
     with ThreadPoolExecutor(1) as beside:
         waiting = beside.submit(admission.wait_for_capacity, config, lambda text: None)
         story.until(waiting.done, LIMIT_S + config.cluster.capacity_timeout_s)
@@ -347,7 +347,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if os.environ.get("RAY_FAKE_CLUSTER") is None:
-        # Ray reads some of it once, when it is imported.
+        # Ray reads some of these once, when it is imported.
         token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
         words = [sys.executable, "-m", "tests.on_ray.fake_autoscaler", *sys.argv[1:]]
         os.execve(sys.executable, words, os.environ | ENVIRONMENT | token)

@@ -1,4 +1,4 @@
-"""The node types of `cluster/aws.yaml` as raylets of this machine, for Ray's autoscaler to start and end.
+"""The node types of `cluster/aws.yaml` as local raylets that Ray's autoscaler starts and ends.
 
 Ray's autoscaler, a process of its own, finds `FakeEC2` by its name; `fake_autoscaler.py` is the
 program around it.
@@ -24,13 +24,13 @@ from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = 80 * 2**20
-"""Bytes for objects on a node; less than that Ray does not take."""
+"""Bytes for objects on a node, the minimum that Ray accepts."""
 COMES_UP_S = 500
-"""Longest wait for a raylet."""
+"""Longest wait for a raylet to start."""
 
 
 def autoscaling_config(faster: float = 1) -> dict[str, Any]:
-    """What Ray's autoscaler is told: the file, with another provider and nothing to run on a node.
+    """Return the settings of Ray's autoscaler: the file with another provider and no commands.
 
     Args:
         faster: divides the times that a node may be idle.
@@ -59,17 +59,17 @@ def autoscaling_config(faster: float = 1) -> dict[str, Any]:
                 "module": "tests.on_ray.fake_ec2.FakeEC2",
                 "head_node_id": FAKE_HEAD_NODE_ID,
                 "launch_multiple": True,
-                "disable_node_updaters": True,  # nothing to be installed over SSH
+                "disable_node_updaters": True,  # no setup over SSH
             },
         }
     )
 
 
 class FakeEC2(FakeMultiNodeProvider):
-    """Ray's own fake provider, for a machine that may be busy."""
+    """Ray's own fake provider, adapted to a busy machine."""
 
     def __init__(self, config: dict[str, Any], cluster_name: str) -> None:
-        # The cluster's port is the one that Ray found free: another might be taken by the time.
+        # Ray chose a free port for the cluster; a fixed one might be in use.
         options = argparse.ArgumentParser()
         options.add_argument("--gcs-address", required=True)
         autoscaler, _ = options.parse_known_args()
@@ -78,14 +78,14 @@ class FakeEC2(FakeMultiNodeProvider):
         wait_for_raylets()
 
     def _next_hex_node_id(self) -> str:
-        # Ray's differ in the last characters only, and the first are what people are shown.
+        # Ray's ids differ only in their last characters, while messages show the first ones.
         self._next_node_id += 1
         return f"{self._next_node_id:08}{'0' * 48}"
 
     def create_node_with_resources_and_labels(
         self, node_config: Any, tags: dict[str, str], count: int, resources: Any, labels: Any
     ) -> None:
-        """Start nodes, as Ray's provider does, with little memory and under the name of their type."""
+        """Start nodes as Ray's provider does, but with little memory and the name of their type."""
         has = {name: amount for name, amount in resources.items() if name != "memory"}
         has["object_store_memory"] = OBJECTS
         with self.lock:
@@ -94,10 +94,10 @@ class FakeEC2(FakeMultiNodeProvider):
 
 
 def wait_for_raylets() -> None:
-    """Have this process give a raylet that it starts the time that it takes on a busy machine.
+    """Make this process wait longer for a raylet that it starts, for busy machines.
 
-    Ray gives it half a minute. One of the autoscaler's that comes a moment later would join all the
-    same, beside the node that is started in its place.
+    Ray waits half a minute. A raylet of the autoscaler that starts later would still join, beside the
+    node that replaced it.
     """
     find = services.get_node
 
@@ -115,16 +115,16 @@ def wait_for_raylets() -> None:
 
 
 def forget_gpus() -> None:
-    """Have a process believe that it was given no GPU, for the nodes have none.
+    """Make a process see no GPU, because the emulated nodes have none.
 
-    Ray runs this at the start of each of its workers: what a reward actor holds is counted as a
-    GPU, and its model is loaded on the CPU.
+    Ray runs this when each of its workers starts. Ray still counts the GPU share of a reward actor,
+    but the actor loads its model on the CPU.
     """
     ray.get_gpu_ids = list
 
 
 def sweep(folder: Path) -> None:
-    """End what is left of the Ray that lives in a folder: nodes outlive the autoscaler that started them."""
+    """Kill all processes of the Ray in a folder: nodes outlive the autoscaler that started them."""
     for process in psutil.process_iter(["cmdline"]):
         if process.pid != os.getpid() and str(folder) in " ".join(process.info["cmdline"] or []):
             with contextlib.suppress(psutil.NoSuchProcess):

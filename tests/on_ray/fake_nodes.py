@@ -1,8 +1,8 @@
-"""A cluster of several nodes on this machine, and commands run against it; a process of its own.
+"""Run commands against a cluster of several local nodes, in a process of its own.
 
 python fake_nodes.py [[WORD, ...], ...]     prints one JSON line for each command
 
-Every command is one of `ray-detox`, and gets the address of the cluster.
+Every command is one of `ray-detox`; the script appends the address of the cluster.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ NODES = [{"num_cpus": 1}, {"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 3}]
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    """Run a command; its code, what it printed, and its seconds."""
+    """Run a command, and return its exit code, output and seconds."""
     out, err = io.StringIO(), io.StringIO()
     began = time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""A run and Ray's autoscaler: which nodes of `cluster/aws.yaml` come, and which go."""
+"""Ray's autoscaler during a run: which nodes of `cluster/aws.yaml` it adds and removes."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 PROGRAM = "tests.on_ray.fake_autoscaler"
 LIMIT_S = 1200
-"""A minute and a half where nothing else runs."""
+"""On an idle machine it takes a minute and a half."""
 
 
 @pytest.fixture(scope="module")
 def story():
-    """What `fake_autoscaler.py` tells, in a process of its own and without this folder's Ray."""
+    """The events of `fake_autoscaler.py`, in a process of its own without the Ray of this folder."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     program = subprocess.Popen(
         [sys.executable, "-m", PROGRAM, "--json", str(folder)],
@@ -41,7 +41,7 @@ def story():
 
 
 def decided(story, what, *stages):
-    """Nodes by type that the autoscaler decided to `add` or to `remove`, in these stages or in all."""
+    """Nodes by type that the autoscaler decided to `add` or `remove`, in some or all stages."""
     counts = Counter()
     for event in story:
         if event["what"] == what and (not stages or event["stage"] in stages):
@@ -53,13 +53,13 @@ def where(story, what, stage):
     return [e["where"] for e in story if e["what"] == what and e["stage"] == stage][-1]
 
 
-def test_a_run_gets_a_node_for_each_worker_and_one_for_its_reward_actor(story):
+def test_the_autoscaler_adds_a_node_per_worker_and_one_for_the_actor(story):
     assert decided(story, "add", "room", "start") == {"train_gpu": 2, "reward_gpu_spot": 1}
     assert where(story, "workers", "start") == [["train_gpu", 1], ["train_gpu", 1]]
     assert where(story, "actors", "start") == [["reward_gpu_spot", 1]]
 
 
-def test_a_queue_adds_one_reward_node_for_the_fifth_actor_and_none_that_trains(story):
+def test_a_queue_adds_a_reward_node_for_the_fifth_actor_only(story):
     load = [event for event in story if event["stage"] == "load"]
     pool = [event for event in load if event["what"] == "pool"]
     (added,) = [event for event in load if event["what"] == "add"]
@@ -72,11 +72,11 @@ def test_a_queue_adds_one_reward_node_for_the_fifth_actor_and_none_that_trains(s
     assert where(story, "actors", "load") == [["reward_gpu_spot", 4], ["reward_gpu_spot", 4]]
 
 
-def test_no_node_goes_while_it_is_needed(story):
+def test_no_node_is_removed_while_it_is_needed(story):
     assert decided(story, "remove", "room", "start", "load") == {}
 
 
-def test_without_a_queue_the_pool_shrinks_and_only_the_node_that_is_empty_goes(story):
+def test_without_a_queue_the_pool_shrinks_and_the_empty_node_is_removed(story):
     wanted = [e["wanted"] for e in story if e["stage"] == "quiet" and e["what"] == "pool"]
 
     assert wanted == sorted(wanted, reverse=True)
@@ -86,7 +86,7 @@ def test_without_a_queue_the_pool_shrinks_and_only_the_node_that_is_empty_goes(s
     assert where(story, "actors", "quiet") == where(story, "actors", "start")
 
 
-def test_after_the_run_everything_goes_that_came(story):
+def test_after_the_run_all_added_nodes_are_removed(story):
     nodes = [event["nodes"] for event in story if event["what"] == "nodes"]
 
     assert decided(story, "remove", "end") == {"train_gpu": 2, "reward_gpu_spot": 1}
@@ -95,7 +95,7 @@ def test_after_the_run_everything_goes_that_came(story):
     assert nodes[-1] == {}
 
 
-def test_no_text_and_no_actor_was_lost_and_the_autoscaler_warned_of_nothing(story):
+def test_no_text_and_no_actor_is_lost_and_the_autoscaler_warns_of_nothing(story):
     pool = [event for event in story if event["what"] == "pool"][-1]
     (scores,) = [event for event in story if event["what"] == "scores"]
 
@@ -104,7 +104,7 @@ def test_no_text_and_no_actor_was_lost_and_the_autoscaler_warned_of_nothing(stor
     assert not [event for event in story if event["what"] == "warning"]
 
 
-def test_the_run_is_started_as_the_readme_says():
+def test_the_story_uses_the_settings_of_the_readme():
     from tests.on_ray.fake_autoscaler import ASKED
 
     text = (ROOT / "cluster/README.md").read_text(encoding="utf-8")

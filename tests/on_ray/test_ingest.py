@@ -1,4 +1,4 @@
-"""Files to prompts with Ray Data: what is read, left out, held out and dealt to the workers."""
+"""Ingest with Ray Data: rows read, left out, held out and split into shards."""
 
 import csv
 import dataclasses
@@ -28,7 +28,7 @@ LANES = 4
 
 @pytest.fixture(scope="module")
 def rows():
-    """Rows of which none is left out."""
+    """Rows that ingest keeps."""
     return [row for row in corpus.rows("ppo", 2 * ROWS) if len(row["dialogue"]) > 200][:ROWS]
 
 
@@ -51,7 +51,7 @@ WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
 
 
 class Prepared:
-    """What `ingest` made of some settings, its shards read as a training worker reads them."""
+    """The result of `ingest` for some settings, with its shards read as a training worker reads them."""
 
     def __init__(self, *settings):
         self.config = load_config(
@@ -73,7 +73,7 @@ def ids(rows):
 
 
 def counted(prepared):
-    """Counts without the examples, which are the first that are found."""
+    """The counts without the examples, which depend on the order of reading."""
     return dataclasses.replace(prepared.counts, examples={})
 
 
@@ -173,10 +173,10 @@ def test_prepared_rows_are_restored_from_their_table():
     assert table["left_out"].null_count == 2
 
 
-# ---- what is left out ------------------------------------------------------------------------
+# ---- rows left out --------------------------------------------------------------------------
 
 
-def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_path, rows, tiny_t5):
+def test_rows_left_out_are_counted_and_named_by_reason(tmp_path, rows, tiny_t5):
     path = tmp_path / "rows.jsonl"
     text = rows[0]["dialogue"]
     bad = {
@@ -201,7 +201,9 @@ def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_pa
 
     counts = found.counts
     expected = {reason: len(some) for reason, some in bad.items()}
-    expected["no dialogue"] += 3  # three lines that are no JSON object, and no empty line
+    expected["no dialogue"] += (
+        3  # three lines that are not JSON objects; the empty line does not count
+    )
     expected["dialogue is not valid Unicode"] += 1  # a line in Latin 1
     assert counts.left_out == expected
     assert counts.read == ROWS + sum(expected.values())
@@ -214,7 +216,7 @@ def test_every_row_that_is_left_out_is_counted_under_its_reason_and_named(tmp_pa
     }
 
 
-def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_t5):
+def test_too_few_rows_are_refused_with_their_counts(tmp_path, rows, tiny_t5):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [*rows[:4], {"dialogue": "short", "summary": ""}])
 
@@ -230,9 +232,7 @@ def test_too_few_rows_are_refused_with_what_became_of_them(tmp_path, rows, tiny_
 # ---- the split -------------------------------------------------------------------------------
 
 
-def test_no_file_order_and_no_number_of_files_changes_the_hashed_split(
-    tmp_path, rows, tiny_t5, hashed
-):
+def test_order_and_number_of_files_do_not_change_the_hashed_split(tmp_path, rows, tiny_t5, hashed):
     shuffled = rows[60:] + rows[:60][::-1]
     for part in range(5):
         write_jsonl(tmp_path / f"{part}.jsonl", shuffled[part::5])
@@ -263,7 +263,7 @@ def test_a_fifth_rounded_up_is_held_out(hashed):
     assert hashed.counts.train == ROWS - HELD_OUT
 
 
-def test_at_most_the_wanted_number_of_held_out_rows_is_kept(tmp_path, rows, tiny_t5, hashed):
+def test_at_most_the_requested_number_of_held_out_rows_is_kept(tmp_path, rows, tiny_t5, hashed):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, rows)
 
@@ -290,9 +290,7 @@ def test_the_last_fifth_of_the_files_is_held_out_on_request(
     assert ids(found.held_out) == sorted(ids(found.held_out))
 
 
-def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
-    tmp_path, rows, tiny_t5
-):
+def test_copies_of_a_dialogue_are_held_out_together(tmp_path, rows, tiny_t5):
     copies = [row | {"summary": text} for row in rows[:50] for text in ("a", "b", "c")]
     write_jsonl(tmp_path / "one.jsonl", copies)
     write_jsonl(tmp_path / "two.jsonl", copies[::-1])
@@ -310,11 +308,11 @@ def test_a_dialogue_that_comes_again_is_not_held_out_here_and_trained_on_there(
     assert one.held_out == two.held_out
 
 
-# ---- shares of the workers -------------------------------------------------------------------
+# ---- prompts of the workers ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
+def test_several_workers_get_the_same_prompts_as_one(hashed, workers):
     alone = PromptShards(hashed.config, dict(enumerate(hashed.shards)), pad_id=0)
     group = [
         PromptShards(
@@ -334,7 +332,7 @@ def test_workers_together_answer_the_prompts_that_one_would(hashed, workers):
         assert [worker.first_row for worker in group] == list(range(0, 8, 8 // workers))
 
 
-def test_an_epoch_answers_every_prompt_of_a_shard_once(hashed):
+def test_an_epoch_covers_every_prompt_of_a_shard_once(hashed):
     alone = PromptShards(hashed.config, dict(enumerate(hashed.shards)), pad_id=0)
     shortest = min(len(shard) for shard in hashed.shards)
 

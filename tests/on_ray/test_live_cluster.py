@@ -1,4 +1,4 @@
-"""A look at a live cluster: this folder's own Ray, and beside it one of three nodes."""
+"""Admission on a live cluster: the Ray of this folder, and beside it a cluster of three nodes."""
 
 import json
 import os
@@ -14,8 +14,7 @@ import ray
 
 from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
-from ray_detox.stages.cluster import admission, probe
-from ray_detox.stages.cluster import nodes as live
+from ray_detox.stages.cluster import admission, nodes, probe
 
 pytestmark = pytest.mark.ray
 
@@ -24,7 +23,7 @@ HERE = Path(__file__).parent
 
 @ray.remote(num_cpus=3)
 class Busy:
-    """Holds what it was given."""
+    """Holds its CPUs until it is killed."""
 
     def ready(self):
         return True
@@ -39,7 +38,7 @@ def busy():
     ray.kill(actor)
 
 
-def test_what_is_busy_is_waited_for_and_not_longer_than_asked(busy):
+def test_busy_nodes_are_waited_for_until_the_capacity_timeout(busy):
     said = []
     began = time.monotonic()
 
@@ -49,11 +48,11 @@ def test_what_is_busy_is_waited_for_and_not_longer_than_asked(busy):
         )
 
     assert 2 <= time.monotonic() - began < 4
-    assert "waiting up to 2 s for room: The run needs 3 CPUs" in said[0]
+    assert "waiting up to 2 s for resources: The run needs 3 CPUs" in said[0]
     assert len(said) == 1
 
 
-def test_room_that_is_made_meanwhile_is_taken(busy):
+def test_a_run_is_admitted_once_resources_are_released(busy):
     killer = threading.Timer(1.5, ray.kill, [busy])
     killer.start()
 
@@ -64,24 +63,26 @@ def test_room_that_is_made_meanwhile_is_taken(busy):
     assert need.cpus == 3
 
 
-def test_nodes_are_asked_for_until_they_are_there_and_no_longer(busy, monkeypatch):
+def test_nodes_are_requested_until_the_probe_passes_and_then_withdrawn(busy, monkeypatch):
     asked = []
-    monkeypatch.setattr(live, "_request", lambda bundles: asked.append([b.cpus for b in bundles]))
+    monkeypatch.setattr(
+        admission, "_request_bundles", lambda bundles: asked.append([b.cpus for b in bundles])
+    )
     killer = threading.Timer(2.5, ray.kill, [busy])
     killer.start()
 
     admission.wait_for_capacity(
         load_config("lab", ["cluster.capacity_timeout_s=30"]),
-        say=lambda text: None,
-        look=lambda: asked.append("looked at"),
+        on_wait=lambda text: None,
+        probe=lambda: asked.append("probed"),
     )
 
     assert asked[:3] == [[1, 1, 1]] * 3
-    assert asked[-2:] == ["looked at", []]
+    assert asked[-2:] == ["probed", []]
     assert asked.count([]) == 1
 
 
-def test_what_no_wait_could_mend_is_refused_at_once(busy):
+def test_a_run_that_can_never_fit_is_refused_at_once(busy):
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match=r"needs 7 CPUs .* and the cluster has 4 CPUs\."):
@@ -92,37 +93,37 @@ def test_what_no_wait_could_mend_is_refused_at_once(busy):
     assert time.monotonic() - began < 3
 
 
-def test_a_cluster_of_this_node_alone_is_not_asked_what_was_looked_at_already():
+def test_a_cluster_of_one_node_is_not_probed_again():
     assert probe.probe_nodes(load_config("lab")) == []
     assert not admission.has_autoscaler()
 
 
-def test_a_node_that_has_just_gone_is_no_fault(monkeypatch):
-    # Ray lists a node for some moments after its end; here one that never was.
+def test_a_node_that_was_just_lost_is_no_fault(monkeypatch):
+    # Ray lists a lost node for some moments; here it lists one that never existed.
     config = load_config("lab", ["cluster.capacity_timeout_s=30"])
-    there = live._alive()
+    there = nodes.alive_nodes()
     listed = [[*there, there[0] | {"NodeID": "1" * 56}], there]
     said = []
 
-    def look():
+    def probe_once():
         with monkeypatch.context() as patch:
-            patch.setattr(live, "_alive", lambda: listed.pop(0))
+            patch.setattr(probe, "alive_nodes", lambda: listed.pop(0))
             try:
                 probe.probe_nodes(config)
             except probe.NodeGoneError as error:
                 said.append(str(error))
                 raise
 
-    need = admission.wait_for_capacity(config, say=lambda text: None, look=look)
+    need = admission.wait_for_capacity(config, on_wait=lambda text: None, probe=probe_once)
 
     assert need.cpus == 3
     assert listed == []
-    assert [sentence[-40:] for sentence in said] == ["(11111111) went away while it was asked."]
+    assert [sentence[-40:] for sentence in said] == ["(11111111) was lost while it was probed."]
 
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """What each of the commands below said: a cluster of nodes with 1, 2 (and 1 GPU) and 3 CPUs."""
+    """Output of each command below, on a cluster of nodes with 1, 2 (and 1 GPU) and 3 CPUs."""
     folder = tmp_path_factory.mktemp("live")
     common = ["check", "--live", "lab", "--output", str(folder / "runs")]
     commands = {
@@ -146,7 +147,7 @@ def checked(tmp_path_factory):
     return dict(zip(commands, results, strict=True))
 
 
-def test_a_cluster_with_room_is_shown_with_every_node_looked_at(checked):
+def test_a_cluster_that_fits_is_shown_with_the_probe_of_every_node(checked):
     said = checked["fits"]
 
     assert said["code"] == 0, said["err"]
@@ -160,12 +161,12 @@ def test_a_cluster_with_room_is_shown_with_every_node_looked_at(checked):
     "what, sentence",
     [
         ("too many", "The run needs 10 CPUs (train.workers=9 with cpus_per_worker=1"),
-        ("too large", "1 of 1 training worker(s) (train.workers=1) with 4 CPUs each would find no"),
+        ("too large", "1 of 1 training worker(s) (train.workers=1) with 4 CPUs each fit on no"),
         ("no storage", "/file', and no checkpoint can be kept there"),
         ("no table", "DynamoDB could not be reached at 127.0.0.1:9"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(checked, what, sentence):
+def test_a_cluster_that_cannot_run_it_is_one_sentence(checked, what, sentence):
     said = checked[what]
 
     assert said["code"] == 2

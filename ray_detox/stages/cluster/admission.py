@@ -1,4 +1,17 @@
-"""Admission: wait until the cluster has the resources for a run, and watch that it keeps them."""
+"""Admission: wait until the cluster has the resources for a run, and watch that it keeps them.
+
+    start --resources free, probe passes---------------------------------------> admitted
+      |                                                                             ^
+      |--busy, or an autoscaler may add nodes--> waiting --resources free, probe----|
+      |                                             |
+      |                                             '--cluster.capacity_timeout_s--> refused
+      '--nothing adds nodes, and idle nodes would be too small--------------------> refused
+
+    admitted --a stage lacks resources for cluster.capacity_timeout_s (nodes lost)--> refused
+
+Refused means a `ConfigError` with the shortfall in one sentence. While a run waits and while it
+trains, `request_resources` tells the autoscaler what it needs. Every wait here has a timeout.
+"""
 
 import ctypes
 import json
@@ -7,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -14,27 +28,25 @@ from ray.exceptions import RayError
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.resources import Bundle, Phase, shortfall, shortfall_beside
-from ray_detox.stages.cluster.nodes import CAPACITY_POLL_S, T, free_nodes
+from ray_detox.stages.cluster.nodes import CAPACITY_POLL_S, free_nodes
 from ray_detox.stages.cluster.probe import NodeGoneError
 
+T = TypeVar("T")
+
 NODE_JOIN_S = 1.0
-"""A node that has just joined is seen by all of Ray within this time."""
-
-
+"""Time within which all of Ray's processes know of a node that has just joined."""
 REQUEST_INTERVAL_S = 5.0
-"""Between two requests for the same nodes; see `wait_for_capacity` on why one is not enough."""
-
-
+"""Interval between two requests for the same nodes; `wait_for_capacity` says why one is not enough."""
 THREAD_END_TIMEOUT_S = 10.0
-"""Longest wait for a thread that was told to end; it may wait within Ray for what is lost."""
+"""Longest wait for a thread that was told to end: it may be inside a call to Ray that hangs."""
 
 
 def has_autoscaler() -> bool:
-    """Whether something may add nodes to this cluster.
+    """Whether an autoscaler may add nodes to this cluster.
 
-    Ray does not tell. What gives it away are names of node types: `ray up` and KubeRay start every
-    node with one, and the older autoscaler reports them; the nodes of `ray start` and `ray.init`
-    have none, and reports call each by its id.
+    Ray has no function for this, so it is inferred from the names of node types: `ray up` and
+    KubeRay start every node with one, and the older autoscaler reports them. Nodes of `ray start`
+    and `ray.init` have none, and reports name each of them by its id.
     """
     if any(node["Labels"].get("ray.io/node-group") for node in ray.nodes()):
         return True
@@ -48,57 +60,63 @@ def has_autoscaler() -> bool:
 
 def wait_for_capacity(
     config: RunConfig,
-    say: Callable[[str], None] = print,
-    look: Callable[[], object] = lambda: None,
+    on_wait: Callable[[str], None] = print,
+    probe: Callable[[], object] = lambda: None,
 ) -> resources.Needs:
-    """Wait until the cluster has what a run needs, and return what that is.
+    """Wait until the cluster has the resources of a run, and return what the run needs.
 
     Args:
         config: of the run.
-        say: is told once, if there is something to wait for.
-        look: at the nodes, once there is room; again where one of them went away meanwhile. Until
-            it has returned, none is removed that has been idle for too long by then, waiting for
-            the others.
+        on_wait: called once with a message if the run has to wait.
+        probe: checks the nodes once the resources are free, such as `probe_nodes`. It is called
+            again if it raises `NodeGoneError`. Until it returns, the request for nodes stands, so
+            the autoscaler does not remove a node that was idle while the others started.
 
     Raises:
-        ConfigError: what is short. At once where no wait could help: nothing adds nodes, and those
-            there are would be too small even if they were idle. Else after `cluster.capacity_timeout_s`.
+        ConfigError: the shortfall. At once if no wait can help, because nothing adds nodes and
+            the existing ones are too small even when idle; otherwise after
+            `cluster.capacity_timeout_s`.
     """
     began, waiting = time.monotonic(), False
     try:
         while True:
             nodes = free_nodes()
+            # GPUs that the settings leave open depend on the nodes, and those may still change.
             need = resources.needs(config, sum(node.total.gpus for node in nodes))
             short = shortfall(need.phases, nodes)
             waited_s = time.monotonic() - began
             if short is None:
                 try:
-                    look()
+                    probe()
                     return need
                 except NodeGoneError:
+                    # Not a fault of the run: the next look no longer lists the node.
                     if waited_s >= config.cluster.capacity_timeout_s:
                         raise
                     time.sleep(CAPACITY_POLL_S)
                     continue
             never = shortfall(need.phases, [node.when_idle() for node in nodes])
             grows = has_autoscaler()
+            # A driver that has just connected may not see all nodes yet, so it does not refuse
+            # a run in its first moments.
             if never and not grows and waited_s >= NODE_JOIN_S:
                 raise ConfigError(never)
             if waited_s >= max(NODE_JOIN_S, config.cluster.capacity_timeout_s):
                 raise ConfigError(short + (_autoscaler_status() if grows else ""))
             if (grows or not never) and not waiting:
                 waiting = True
-                say(
-                    f"{'':<9} waiting up to {config.cluster.capacity_timeout_s:g} s for room: {short}"
+                on_wait(
+                    f"{'':<9} waiting up to {config.cluster.capacity_timeout_s:g} s for resources: "
+                    f"{short}"
                 )
             if waiting:
-                # Again and again: a cluster keeps the last request alone, and where Ray Data has
-                # been used before, an actor that it left asks for nothing every 20 seconds.
+                # Repeated, because Ray keeps only the last request of the whole cluster: an actor
+                # that Ray Data left behind requests nothing every 20 seconds and so cancels ours.
                 _request_capacity(config, need, config.train.min_workers)
             time.sleep(CAPACITY_POLL_S)
     finally:
         if waiting:
-            # What was asked for stands until it is taken back, and would hold nodes for ever.
+            # A request stands until it is withdrawn, and would keep the nodes for ever.
             _request_bundles([])
 
 
@@ -108,31 +126,33 @@ def _request_capacity(config: RunConfig, need: resources.Needs, workers: int) ->
 
 @contextmanager
 def requesting_workers(config: RunConfig, need: resources.Needs) -> Iterator[None]:
-    """Inside, an autoscaler keeps nodes for as many workers as may be, and for the least actors.
+    """Inside, ask the autoscaler for nodes for `train.max_workers` and the least reward actors.
 
-    A group waits for its room before it starts, so nothing of it is ever pending: without this
-    nobody would bring another node for one that was lost, nor those for more workers than the least.
-    Actors above the least are pending until they have a node, which is asking enough.
+    The driver starts a worker group only when its resources are free, so Ray never sees pending
+    workers. Without this request the autoscaler would replace no lost node, and add no node for
+    more workers than the minimum. Reward actors above the minimum are pending until they have a
+    node, so the autoscaler knows of them.
     """
     if not has_autoscaler():
         yield
         return
     over = threading.Event()
 
-    def ask() -> None:
+    def keep_requesting() -> None:
         while not over.is_set():
-            # Where the head is lost, who trains will say so.
+            # If the head is lost, the training stage reports it; this thread need not.
             with suppress(RayError, RuntimeError):
                 _request_capacity(config, need, config.train.max_workers)
             over.wait(REQUEST_INTERVAL_S)
 
-    asking = threading.Thread(target=ask, name="asking-for-workers", daemon=True)
-    asking.start()
+    thread = threading.Thread(target=keep_requesting, name="requesting-workers", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        asking.join(REQUEST_INTERVAL_S)
+        # Joined before the withdrawal, or the thread could repeat its request after it.
+        thread.join(REQUEST_INTERVAL_S)
         with suppress(RayError, RuntimeError):
             _request_bundles([])
 
@@ -144,66 +164,77 @@ def _request_bundles(bundles: list[Bundle]) -> None:
 
 
 def _autoscaler_status() -> str:
-    """What the autoscaler says about nodes that do not come."""
+    """What the autoscaler reports about nodes that have not started, as a sentence to append."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
     except (RayError, RuntimeError, AssertionError):
+        # The older autoscaler has no such status; the shortfall is worth reporting without it.
         return ""
-    said = [
+    reported = [
         f"{launch.count} x {launch.ray_node_type_name} failed: {launch.details}"
         for launch in status.failed_launches
     ]
-    said += [f"{x.count} x {x.ray_node_type_name} is asked for" for x in status.pending_launches]
-    said += [f"a {node.ray_node_type_name} is starting" for node in status.pending_nodes]
-    return f" The autoscaler: {'; '.join(said[:4])}." if said else ""
+    reported += [
+        f"{x.count} x {x.ray_node_type_name} is requested" for x in status.pending_launches
+    ]
+    reported += [f"a {node.ray_node_type_name} is starting" for node in status.pending_nodes]
+    return f" The autoscaler: {'; '.join(reported[:4])}." if reported else ""
 
 
 class CapacityWatchdog:
-    """Notices that a stage waits for room that the cluster no longer has.
+    """Notices that a stage waits for resources that the cluster no longer has.
 
     Args:
         config: of the run.
-        phase: of `Needs.phases`; its reward actors are on their nodes already.
+        phase: of `Needs.phases`; its reward actors are already on their nodes.
     """
 
     def __init__(self, config: RunConfig, phase: Phase) -> None:
         self._config = config
         self._phase = phase
-        self._since = self._looked = time.monotonic()
+        self._last_progress = self._last_check = time.monotonic()
 
     def check(self, something_happened: bool = False) -> None:
-        """Call again and again.
+        """Compare the phase with the nodes; call it repeatedly.
+
+        Args:
+            something_happened: the stage made progress, so it does have resources.
 
         Raises:
-            ConfigError: nothing happened, nor could, for `cluster.capacity_timeout_s`.
+            ConfigError: the resources have been missing for `cluster.capacity_timeout_s`, and the
+                stage made no progress in that time.
         """
         now = time.monotonic()
         if something_happened:
-            self._since = now
-        if now - self._looked < CAPACITY_POLL_S:
+            self._last_progress = now
+        # Each look opens a connection to every node, so it is not made on every call.
+        if now - self._last_check < CAPACITY_POLL_S:
             return
-        self._looked = now
+        self._last_check = now
+        # As if idle: the stage itself holds resources, which it will use or release.
         short = shortfall_beside(self._phase, [node.when_idle() for node in free_nodes()])
         if short is None:
-            self._since = now
-        elif now - self._since > self._config.cluster.capacity_timeout_s:
+            self._last_progress = now
+        elif now - self._last_progress > self._config.cluster.capacity_timeout_s:
             raise ConfigError(short)
 
 
-def run_with_watchdog(work: Callable[[], T], patience: CapacityWatchdog) -> T:
-    """What `work` returns; given up where Ray would wait for ever for nodes that are gone.
+def run_with_watchdog(work: Callable[[], T], watchdog: CapacityWatchdog) -> T:
+    """Run `work` on a thread and return its result; abandon it when the watchdog raises.
+
+    Ray Data waits for ever for resources that were lost, and offers no timeout.
 
     Raises:
-        ConfigError: from `patience`.
+        ConfigError: from `watchdog`.
     """
     ended: Future[T] = Future()
 
     def run() -> None:
         try:
             ended.set_result(work())
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # raised again by the thread that waits
             ended.set_exception(error)
 
     worker = threading.Thread(target=run, daemon=True)
@@ -213,18 +244,20 @@ def run_with_watchdog(work: Callable[[], T], patience: CapacityWatchdog) -> T:
             try:
                 return ended.result(timeout=CAPACITY_POLL_S)
             except TimeoutError:
-                if ended.done():  # it is what the work raised
+                if ended.done():  # `work` itself raised a TimeoutError
                     raise
-                patience.check()
+                watchdog.check()
     except BaseException:
         _end_thread(worker)
         raise
 
 
 def _end_thread(worker: threading.Thread) -> None:
-    """Have a thread leave what it does: were it to call Ray after Ray's shutdown, the process would end.
+    """Raise SystemExit inside a thread and wait until it ends.
 
-    It leaves Ray Data as Ctrl-C would, which ends the threads below it.
+    The thread must not outlive the connection: a call to Ray after `ray.shutdown` would end the
+    whole process. SystemExit leaves Ray Data as Ctrl-C does, which also ends the threads that Ray
+    Data started. Python offers this only through its C API.
     """
     if worker.ident is not None and worker.is_alive():
         thread, reason = ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit)

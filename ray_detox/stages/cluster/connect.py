@@ -1,11 +1,12 @@
-"""Reach a Ray cluster, or start one on this machine; every way that fails ends in one sentence.
+"""Connect to a Ray cluster, or start one on this machine.
 
-    cluster.address   auto, local                  host:port
-    first             GPUs counted                 knock: a second, where ray.init would wait minutes
-    then              ray.init(address="local")    ray.init(address)
-    then              stages/live.py: is there room, and can every node do its part?
+    cluster.address   local, or auto without RAY_ADDRESS     host:port, or auto with RAY_ADDRESS
+    first             count this machine's GPUs              probe the GCS: seconds, not minutes
+    then              ray.init(address="local")              ray.init(address)
+    then              admission.py: wait for the resources and probe every node
 
-Ray is imported inside the functions: it reads how to sign in once, when it is imported.
+Every failure becomes a `ConfigError` of one line. Functions import Ray themselves, because Ray reads
+its environment (authentication, for example) once, when it is imported.
 """
 
 import logging
@@ -21,47 +22,49 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.runs.console import Console
 
 GCS_PROBE_TIMEOUT_S = 5.0
-"""Longest wait for a cluster to say that it is there."""
+"""Longest wait for the head's GCS (global control service) to answer."""
 
 
 @contextmanager
 def cluster(config: RunConfig, console: Console) -> Iterator[resources.Needs]:
-    """Connect to the cluster, or start one here, and see that it has room and can do the run.
+    """Connect to the cluster, or start one here, and wait until it is admitted to run `config`.
 
     Raises:
-        ConfigError: it is not there, too small, or a node of it cannot do its part.
+        ConfigError: the cluster cannot be reached, is too small, or a node failed its probe.
     """
     with connected(config, console):
         from ray_detox.stages.cluster import admission, probe
 
         yield admission.wait_for_capacity(
-            config, say=console.line, look=lambda: probe.probe_nodes(config)
+            config, on_wait=console.line, probe=lambda: probe.probe_nodes(config)
         )
 
 
 @contextmanager
 def connected(config: RunConfig, console: Console) -> Iterator[None]:
-    """Inside, Ray is connected; a connection that was there before is left as it is.
+    """Inside, Ray is connected; keeps a connection that existed before.
 
     Raises:
         ConfigError: the cluster cannot be reached.
     """
-    # The embedded engine, in every process: awswrangler would start a Ray of its own otherwise.
+    # In every process: awswrangler chooses Ray as its engine when Ray is installed, and would start
+    # a cluster of its own.
     os.environ.setdefault("WR_ENGINE", "python")
+    # Ray Train notices a dead worker at its next check. Its own default is two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # A worker that hangs is given up after this long, and not after ten minutes.
+    # Ray Train gives up a worker that hangs after this long. Its own default is ten minutes.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A cluster of our own takes no strangers: a token that only its processes know. Ray reads
-        # this once, when it is imported.
+        # A local cluster listens on ports that other users of this machine can reach, so it gets a
+        # token that only its own processes know. Ray reads it once, when it is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
-    # What dies is told by the run itself, in a line. Ray would print a page for each, past our
-    # console and into the JSON of `--json`; its only switch is this function.
+    # The run itself reports a dead process in one line. Ray would print a page for each, past our
+    # console and into the JSON of `--json`, and replacing this function is the only way to stop it.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if ray.is_initialized():
         yield
@@ -81,13 +84,13 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
 
 
 def is_local(config: RunConfig) -> bool:
-    """True where the run starts a Ray of its own on this machine."""
+    """Whether the run starts a Ray cluster of its own on this machine."""
     address = config.cluster.address
     return address == "local" or (address == "auto" and "RAY_ADDRESS" not in os.environ)
 
 
 def count_gpus() -> int:
-    """GPUs of this machine."""
+    """Return the number of GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
@@ -99,11 +102,11 @@ def _connect(config: RunConfig) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if is_local(config):
         need = resources.needs(config, count_gpus())
-        # Ray hands the path of Python to a shell as it is, and a checkout may lie under one with
-        # a space.
+        # Ray passes the path of Python to a shell without quotes, and the path of a checkout may
+        # contain a space.
         quoted = shlex.quote(sys.executable)
-        # address: or it would join any other Ray on this machine. CPUs are only accounted for,
-        # not bound, so a small machine can run what a larger one would.
+        # address="local", or Ray would join another cluster on this machine. Ray only counts CPUs
+        # and binds no process to them, so a machine with few CPUs can run what asks for more.
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
@@ -115,24 +118,26 @@ def _connect(config: RunConfig) -> None:
     address = config.cluster.address
     if address == "auto":
         address = os.environ["RAY_ADDRESS"]
-    # RAY_ADDRESS=auto, which Ray resolves from its own files.
+    # With RAY_ADDRESS=auto only Ray knows the address: it reads it from its own files.
     if address != "auto":
         _probe_gcs(address)
     try:
         ray.init(address=address, **quiet)
     except (RuntimeError, OSError, ValueError, AssertionError, ray.exceptions.RayError) as error:
-        # Another version of Python, or no node of that cluster on this machine: Ray says which.
+        # For example another version of Python, or no node of that cluster on this machine. Ray's
+        # message says which, but on several lines.
         reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"The Ray cluster at {address} did not take this process: {reason}"
-        ) from (error)
+        raise ConfigError(f"The Ray cluster at {address} refused this process: {reason}") from error
 
 
 def _probe_gcs(address: str) -> None:
-    """See that a Ray of our version answers and lets us in; `ray.init` would try for minutes.
+    """Check that a Ray cluster of our version answers and accepts our token.
+
+    `ray.init` would find the same out, but retries for minutes first.
 
     Raises:
-        ConfigError: nobody is there, no Ray, another version, or it wants a token.
+        ConfigError: nothing answers at the address, something else than Ray does, Ray has another
+            version, or it wants another token.
     """
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal()) or "/" in address:
@@ -142,12 +147,12 @@ def _probe_gcs(address: str) -> None:
     import grpc
     import ray
 
-    # Private, as Ray offers no check with a deadline: the question that its own processes ask.
+    # Private, because Ray offers no check with a timeout. Ray's own processes send this request.
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     try:
-        # No proxy, as in Ray's own connections.
+        # Without an HTTP proxy, as in Ray's own connections.
         with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
             answer = service.CheckAlive(
@@ -156,18 +161,18 @@ def _probe_gcs(address: str) -> None:
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise ConfigError(
-                f"The Ray cluster at {address} wants a token, and has not been shown the right one. "
+                f"The Ray cluster at {address} wants a token, and did not get the right one. "
                 "Set RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or keep the token in "
                 "~/.ray/auth_token."
             ) from error
         reason = (error.details() or error.code().name).rpartition(": ")[2].strip(" .]")
         raise ConfigError(
             f"No Ray cluster answers at {address} ({reason}). Check cluster.address (host:port of "
-            "the head node, 6379 if it was not changed) and that it is running."
+            "the head node; the port is 6379 by default) and that the cluster is running."
         ) from error
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(
-            f"RAY_AUTH_MODE is token, and there is no token to show to the cluster at {address}. "
+            f"RAY_AUTH_MODE is token, but there is no token for the cluster at {address}. "
             "Set RAY_AUTH_TOKEN, or keep the token in ~/.ray/auth_token."
         ) from error
     if answer.ray_version != ray.__version__:

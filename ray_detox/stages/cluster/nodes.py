@@ -1,18 +1,13 @@
-"""A look at the connected cluster before a run takes it: is there room, can every node do its part?
+"""The nodes of the connected cluster: which are alive, what is free on them, which are draining.
 
-    wait_for_capacity   nodes --> room.shortfall --> none: go on
-                                            --> nothing can add nodes, and idle ones would not do: refuse
-                                            --> else wait, cluster.capacity_timeout_s at most
-    probe_nodes     every node at once: look at what the run names, versions, disk
-                                            --> the first fault, with its node
-    free_nodes, draining_nodes              what `stages/workers.py` goes by when nodes come and go
-    requesting_workers                      an autoscaler brings nodes for as many workers as may be
+    alive --drain--> draining --ends--> dead          Ray's view
+      '-----crash or network cut------> dead          up to half a minute before Ray sees it
 
-No wait here is without an end.
+A node counts as usable if Ray lists it as alive, it is not draining, and it accepts a connection.
 """
 
 import socket
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,19 +15,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_detox import resources
 from ray_detox.resources import Bundle, Node, placement
 
-T = TypeVar("T")
-
 CAPACITY_POLL_S = 0.5
+"""Interval between two looks at what is free on the nodes."""
 CONNECT_TIMEOUT_S = 1.0
-"""Longest wait for a node to take a connection."""
-
-
-# ---- room ------------------------------------------------------------------------------------
+"""Longest wait for a node to accept a connection."""
 
 
 def free_nodes() -> list[Node]:
-    """Every node that answers and is not being drained, with what is free on it."""
-    # Private, as the public functions have sums alone, and know no draining.
+    """Return every usable node with what is free on it."""
+    # Private, because Ray's public functions return only sums over all nodes, and include nodes
+    # that are draining.
     from ray._private import state
 
     total, free = state.total_resources_per_node(), state.available_resources_per_node()
@@ -44,20 +36,21 @@ def free_nodes() -> list[Node]:
             node["NodeID"],
         )
         for node in alive_nodes()
-        if node["NodeID"] in total and takes_connections(node)
+        # The two lists are read one after the other, and a node may join in between.
+        if node["NodeID"] in total and accepts_connections(node)
     ]
 
 
 def staying_nodes() -> set[str]:
-    """Ids of the nodes that answer and are not being drained."""
-    return {node["NodeID"] for node in alive_nodes() if takes_connections(node)}
+    """Return the ids of the usable nodes."""
+    return {node["NodeID"] for node in alive_nodes() if accepts_connections(node)}
 
 
 def place_actors(need: resources.Needs) -> list[str]:
-    """Ids of the nodes for the reward actors that a run must have, one for each.
+    """Return a node id for each reward actor that a run must have.
 
-    They come up before the workers do. Ray would put them on any node with room, such as one of the
-    two that alone are large enough for a worker.
+    The actors start before the workers. Left alone, Ray might put them on a node that is the only
+    one large enough for a worker; this placement leaves room for both.
     """
     nodes = free_nodes()
     placed = placement(need.training, nodes)
@@ -67,25 +60,28 @@ def place_actors(need: resources.Needs) -> list[str]:
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Where an actor or a task goes that is to be lost with this process only."""
+    """Return the scheduling strategy for actors and tasks that must stay on this process's node.
+
+    Such an actor is lost only if the driver's node is lost, which ends the run anyway.
+    """
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that are to go."""
+    """Return the ids of the nodes that are about to be removed."""
     from ray._private import state
 
     return set(state.state.get_draining_nodes())
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Ray's records of the nodes that are alive and not being drained."""
+    """Return Ray's records of the nodes that are alive and not draining."""
     draining = draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
-def takes_connections(node: dict[str, Any]) -> bool:
-    """Whether a node takes a connection: Ray lists one that was cut off for half a minute more."""
+def accepts_connections(node: dict[str, Any]) -> bool:
+    """Whether a node accepts a connection: Ray lists a lost node for up to half a minute."""
     try:
         address = (node["NodeManagerAddress"], node["NodeManagerPort"])
         socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
@@ -95,12 +91,9 @@ def takes_connections(node: dict[str, Any]) -> bool:
 
 
 def node_name(node: dict[str, Any]) -> str:
-    """Address of a node with the beginning of its id, for messages."""
+    """Return the address of a node and the beginning of its id, for messages."""
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
-def _bundle(resources: dict[str, float]) -> Bundle:
-    return Bundle(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
-
-
-# ---- nodes -----------------------------------------------------------------------------------
+def _bundle(amounts: dict[str, float]) -> Bundle:
+    return Bundle(amounts.get("CPU", 0.0), amounts.get("GPU", 0.0))
