@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ActorHandle = Any
-"""Ray's handle of a `RewardActor`: Ray makes its methods at run time, so no static type fits. In
-tests of the router, any object."""
+"""Ray's handle of an actor: Ray makes its methods at run time, so no static type fits. In tests of
+the router, any object."""
 
 
 @dataclass(frozen=True, slots=True)

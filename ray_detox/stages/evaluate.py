@@ -24,6 +24,7 @@ from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.records import PreparedRow
 from ray_detox.resources import Needs
+from ray_detox.rewards.messages import ActorHandle
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.storage import Storage, StorageError
 from ray_detox.stages.cluster.admission import CapacityWatchdog
@@ -55,8 +56,8 @@ def measure_shard(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[PreparedRow],
-    directory: Any,
-    progress: Any,
+    directory: ActorHandle,
+    progress: ActorHandle,
 ) -> Examples:
     """Run `evaluation.measure` on some rows, with the trained adapter."""
     import torch
@@ -98,7 +99,7 @@ def run_evaluation(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[PreparedRow],
-    directory: Any,
+    directory: ActorHandle,
     need: Needs,
     on_event: Callable[[PromptsMeasured], None],
     storage: Storage | None = None,

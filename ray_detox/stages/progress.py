@@ -6,10 +6,9 @@
 This module is apart from `train.py` so that the actor's process loads no torch.
 """
 
-from typing import Any
-
 import ray
 
+from ray_detox.rewards.messages import ActorHandle
 from ray_detox.stages.cluster.nodes import on_this_node
 from ray_detox.stages.events import PromptsMeasured, WorkerEvent
 
@@ -45,6 +44,6 @@ class Progress:
         return self._stop
 
 
-def start_progress() -> Any:
+def start_progress() -> ActorHandle:
     """Start a `Progress` on the driver's node, so that it is lost with the driver only."""
     return Progress.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ray import ObjectRef
+
 from ray_detox.config import RunConfig
 from ray_detox.data.files import Source
 from ray_detox.evaluation.examples import PairedExample
@@ -96,7 +98,7 @@ class Session:
             ]
         return data
 
-    def train(self, folder: RunFolder, shards: Sequence[Any]) -> TrainingFacts:
+    def train(self, folder: RunFolder, shards: Sequence[ObjectRef[Any]]) -> TrainingFacts:
         """Train, and leave the trained adapter and all metrics in the run's folder.
 
         Args:

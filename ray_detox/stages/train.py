@@ -34,6 +34,7 @@ import psutil
 import ray
 import ray.train
 import ray.util
+from ray import ObjectRef
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import (
     PlacementGroup,
@@ -56,7 +57,8 @@ from ray_detox.stages.events import (
     WorkerStarted,
 )
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
-from ray_detox.stages.worker import ObjectRef, TrainJob, WorkerResult, train_worker
+from ray_detox.stages.rewards.pool import RewardPool
+from ray_detox.stages.worker import TrainJob, WorkerResult, train_worker
 
 StopReason = Literal["requested", "moved", "resized"]
 """`requested` by a person, `moved` off a node that will be drained, or `resized` to more workers."""
@@ -89,8 +91,8 @@ class TrainingOutcome:
 
 def run_training(
     config: RunConfig,
-    shards: Sequence[ObjectRef],
-    pool: Any,
+    shards: Sequence[ObjectRef[Any]],
+    pool: RewardPool,
     need: Needs,
     writer: CheckpointWriter,
     on_event: Callable[[TrainingEvent], None],
@@ -198,7 +200,7 @@ class WorkerGroup:
         self,
         job: TrainJob,
         need: Needs,
-        pool: Any,
+        pool: RewardPool,
         workers: int,
         writer: CheckpointWriter,
         scratch: str,

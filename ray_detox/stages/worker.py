@@ -15,20 +15,17 @@ from typing import Any, TypeVar
 
 import ray
 import ray.train
+from ray import ObjectRef
 
 from ray_detox.config import RunConfig
 from ray_detox.data.prompts import unpack_rows
 from ray_detox.records import UpdateStats
+from ray_detox.rewards.messages import ActorHandle
 from ray_detox.runs.checkpoint_store import Checkpoint, pack_folder, unpack_folder
 from ray_detox.stages.events import CheckpointTaken, StepDone, WorkerEvent, WorkerStarted
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S
 
 T = TypeVar("T")
-
-Handle = Any
-"""A handle of a Ray actor; Ray gives handles no type."""
-ObjectRef = Any
-"""A reference to a value in Ray's object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +35,13 @@ class TrainJob:
     config: RunConfig
     group: str
     """Name of the group, in all its events."""
-    progress: Handle
+    progress: ActorHandle
     """A `Progress`."""
-    directory: Handle
+    directory: ActorHandle
     """The `RewardDirectory` of the pool."""
-    shards: Sequence[ObjectRef]
+    shards: Sequence[ObjectRef[Any]]
     """References to the Arrow table of each of the `data.shards` shards."""
-    start: ObjectRef | None
+    start: ObjectRef[Any] | None
     """Reference to the files of the checkpoint to resume from; None starts at step 0."""
 
 
@@ -65,7 +62,7 @@ class WorkerResult:
 class RayRuntime:
     """`rl.loop.Runtime` in a Ray Train worker."""
 
-    def __init__(self, progress: Handle, group: str, start: dict[str, bytes] | None) -> None:
+    def __init__(self, progress: ActorHandle, group: str, start: dict[str, bytes] | None) -> None:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
@@ -73,7 +70,7 @@ class RayRuntime:
         self._progress = progress
         self._start = start
 
-    def send(self, event: WorkerEvent) -> ObjectRef:
+    def send(self, event: WorkerEvent) -> ObjectRef[None]:
         """Send an event to the driver, without waiting."""
         return self._progress.put.remote(event)
 
