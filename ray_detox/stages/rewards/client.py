@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from ray import ObjectRef
@@ -130,7 +131,7 @@ class RewardClient:
             # As an event, because the router calls this in the middle of a dispatch.
             self._events.put(lambda: self._router.on_call_failed(call, reason))
         else:
-            self._when_done(ref, lambda answer: self._on_answer(call, answer))
+            self._when_done(ref, partial(self._on_answer, call))
 
     def _on_answer(self, call: Call, answer: Future[tuple[Scores, int]]) -> None:
         error = answer.exception()
@@ -144,7 +145,7 @@ class RewardClient:
 
     def _ping(self, actor: ActorState) -> None:
         ref: ObjectRef[ActorReport] = actor.handle.ping.remote()
-        self._when_done(ref, lambda answer: self._on_heartbeat(actor, answer))
+        self._when_done(ref, partial(self._on_heartbeat, actor))
 
     def _on_heartbeat(self, actor: ActorState, answer: Future[ActorReport]) -> None:
         error = answer.exception()
