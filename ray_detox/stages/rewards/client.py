@@ -20,7 +20,8 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
@@ -38,6 +39,8 @@ REFRESH_S = 1.0
 """Time between two reports to the directory, each of which returns the list of actors."""
 TICK_S = 0.1
 """Time between two checks of the clock while a caller waits for scores."""
+
+T = TypeVar("T")
 
 
 class RewardClient:
@@ -128,7 +131,7 @@ class RewardClient:
             # As an event, because the router calls this in the middle of a dispatch.
             self._events.put(lambda: self._router.on_call_failed(call, reason))
         else:
-            self._when_done(ref, lambda answer: self._on_answer(call, answer))
+            self._when_done(ref, partial(self._on_answer, call))
 
     def _on_answer(self, call: Call, answer: Future[tuple[Scores, int]]) -> None:
         error = answer.exception()
@@ -142,7 +145,7 @@ class RewardClient:
 
     def _ping(self, actor: ActorState) -> None:
         ref: ObjectRef[ActorReport] = actor.handle.ping.remote()
-        self._when_done(ref, lambda answer: self._on_heartbeat(actor, answer))
+        self._when_done(ref, partial(self._on_heartbeat, actor))
 
     def _on_heartbeat(self, actor: ActorState, answer: Future[ActorReport]) -> None:
         error = answer.exception()
@@ -152,7 +155,7 @@ class RewardClient:
         else:
             self._router.on_ping_failed(actor, last_line(error))
 
-    def _when_done(self, ref: ObjectRef[Any], then: Callable[[Future[Any]], None]) -> None:
+    def _when_done(self, ref: ObjectRef[T], then: Callable[[Future[T]], None]) -> None:
         """Queue an event for the end of a call; no thread waits for it."""
         ref.future().add_done_callback(lambda answer: self._events.put(lambda: then(answer)))
 
