@@ -858,8 +858,8 @@ def test_settings_choose_the_store(tmp_path):
 
 def test_the_embedded_store_needs_no_heavy_library():
     program = (
-        "import sys; from ray_detox.store import open_store; open_store('sqlite', 'r.db', '');"
-        "import ray_detox.report;"
+        "import sys; from ray_detox.store.opening import open_store; open_store('sqlite', 'r.db', '');"
+        "import ray_detox.runs.report_text;"
         "assert not {'boto3', 'torch', 'ray', 'numpy'} & set(sys.modules)"
     )
 

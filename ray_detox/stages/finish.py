@@ -6,7 +6,7 @@ import ray
 
 from ray_detox.config import RunConfig
 from ray_detox.evaluation.examples import PairedExample
-from ray_detox.evaluation.summarise import RunFacts
+from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.runs.folder import RunFolder
 
 
@@ -34,7 +34,6 @@ def store_result(
             an attempt write again what it had begun, and nobody else.
         overwrite: replace a stored run of the same id; for runs that were resumed.
     """
-    from ray_detox.evaluation.summarise import rate, summarise
     from ray_detox.runs.publish import publish
     from ray_detox.store.errors import StoreError
 
