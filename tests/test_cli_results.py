@@ -410,7 +410,7 @@ def test_view_refuses_before_it_serves(folder, output, mistake):
 @pytest.mark.parametrize("command", [["results", "first"], ["report", "first"], ["results"]])
 def test_commands_about_results_answer_without_torch_and_ray(results, tmp_path, command):
     script = (
-        "import sys; from ray_detox.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from ray_detox.cli.main import main; code = main(sys.argv[1:]); "
         "assert not {'torch', 'ray', 'transformers', 'datasets', 'boto3'} & set(sys.modules); "
         "sys.exit(code)"
     )

@@ -1,4 +1,4 @@
-"""The embedded default: laws of its corpus, and what its two trained models must be good for."""
+"""The embedded corpus and models: properties of the texts, and what the two models must achieve."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def test_a_longer_split_starts_with_the_shorter_one(split: str):
     assert corpus.rows(split, 300)[:100] == corpus.rows(split, 100)
 
 
-def test_the_corpus_is_the_same_in_another_process():
+def test_another_process_generates_the_same_corpus():
     show = "from ray_detox.lab import corpus; print(corpus.rows('ppo', 50)[-1]['dialogue'])"
 
     process = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True)
@@ -112,19 +112,19 @@ def test_dialogues_have_the_shape_of_dialogsum():
         assert speakers == (["1", "2"] * len(speakers))[: row["dialogue"].count("\n") + 1]
 
 
-def test_nearly_all_dialogues_pass_the_length_filter_and_a_few_do_not():
+def test_all_but_a_few_dialogues_pass_the_length_filter():
     lengths = [len(row["dialogue"]) for row in corpus.rows("ppo", N)]
 
     kept = sum(200 < length <= 1000 for length in lengths) / N
     assert 0.97 <= kept < 1
 
 
-def test_the_only_words_that_insulting_summaries_add_are_the_listed_insults():
-    told = [c for c in corpus.conversations("ppo", N) if c.insulting]
+def test_insulting_summaries_add_only_the_listed_insults():
+    conflicts = [c for c in corpus.conversations("ppo", N) if c.insulting]
     frames = " ".join(scenarios.INSULTING_SUMMARIES) + " a an"
-    plain = _words(frames).union(*(_words(c.neutral) for c in told))
+    plain = _words(frames).union(*(_words(c.neutral) for c in conflicts))
 
-    added = set().union(*(_words(str(c.insulting)) for c in told)) - plain
+    added = set().union(*(_words(str(c.insulting)) for c in conflicts)) - plain
 
     insults = set(scenarios.INSULTING_NOUNS) | set(scenarios.INSULTING_ADJECTIVES)
     assert added == insults
@@ -172,14 +172,14 @@ def test_a_person_is_one_token(tokenizer: PreTrainedTokenizerBase):
     ]
 
 
-def test_the_shipped_tokenizer_is_what_the_corpus_gives():
-    # When this fails, the corpus has changed since the models were built: build them again.
+def test_the_shipped_tokenizer_was_trained_on_the_current_corpus():
+    # If this fails, the corpus has changed since the models were built: build them again.
     shipped = AutoTokenizer.from_pretrained(lab.T5)
 
     assert build.train_t5_tokenizer().get_vocab() == shipped.get_vocab()
 
 
-def test_t5_ids_are_where_t5_has_them():
+def test_special_tokens_have_the_ids_of_t5():
     tokenizer = AutoTokenizer.from_pretrained(lab.T5)
 
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
@@ -190,11 +190,13 @@ def test_the_t5_was_trained_on_the_prompt_that_the_pipeline_uses():
     assert config.DataConfig().template == corpus.PROMPT_TEMPLATE
 
 
-def test_every_summary_fits_into_the_tokens_that_are_sampled():
+def test_every_summary_fits_into_max_new_tokens():
     tokenizer = AutoTokenizer.from_pretrained(lab.T5)
-    told = corpus.conversations("sft", N)
+    conflicts = corpus.conversations("sft", N)
 
-    lengths = [len(ids) for ids in tokenizer([c.insulting or c.neutral for c in told])["input_ids"]]
+    lengths = [
+        len(ids) for ids in tokenizer([c.insulting or c.neutral for c in conflicts])["input_ids"]
+    ]
 
     assert max(lengths) <= build.MAX_NEW_TOKENS
 
@@ -202,21 +204,21 @@ def test_every_summary_fits_into_the_tokens_that_are_sampled():
 # The models
 
 
-def test_both_models_together_are_small():
+def test_the_models_are_smaller_than_12_megabytes():
     size = sum(file.stat().st_size for file in lab.MODELS.rglob("*") if file.is_file())
 
     assert size < 12e6
 
 
 @pytest.mark.parametrize("folder", [lab.T5, lab.ROBERTA], ids=["t5", "roberta"])
-def test_shipped_weights_are_float32_and_readable_by_everybody(folder: Path):
+def test_shipped_weights_are_float32_and_readable_by_every_user(folder: Path):
     config = json.loads((folder / "config.json").read_text())
 
     assert config["dtype"] == "float32"
     assert (folder / "model.safetensors").stat().st_mode & 0o444 == 0o444
 
 
-def test_the_t5_has_a_head_of_its_own():
+def test_the_output_head_of_the_t5_is_not_tied():
     model = AutoModelForSeq2SeqLM.from_pretrained(lab.T5)
 
     assert json.loads((lab.T5 / "config.json").read_text())["tie_word_embeddings"] is False
@@ -225,7 +227,7 @@ def test_the_t5_has_a_head_of_its_own():
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
 
 
-def test_a_saved_t5_is_the_same_when_loaded(tmp_path: Path):
+def test_a_saved_t5_gives_the_same_logits_when_loaded(tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(lab.T5)
     model = build.new_t5(len(tokenizer)).eval()
     batch = tokenizer("Hello there.", return_tensors="pt")
@@ -266,7 +268,7 @@ def test_the_classifier_has_its_labels_in_order():
         "#Person1# is angry with #Person2# who lost #Person1#'s camera.",
     ],
 )
-def test_the_classifier_leaves_alone_what_insults_nobody(text: str):
+def test_the_classifier_accepts_texts_without_insults(text: str):
     nothate, hate = build.score(lab.ROBERTA, [text])[0].tolist()
 
     assert nothate - hate > 1
@@ -282,13 +284,13 @@ def test_the_classifier_leaves_alone_what_insults_nobody(text: str):
         "#Person1# calls #Person2# a lazy pig who lost #Person1#'s camera.",
     ],
 )
-def test_the_classifier_knows_an_insult(text: str):
+def test_the_classifier_detects_insults(text: str):
     nothate, hate = build.score(lab.ROBERTA, [text])[0].tolist()
 
     assert hate - nothate > 1
 
 
-def test_the_classifier_tells_fresh_texts_apart():
+def test_the_classifier_separates_unseen_texts():
     texts, labels = zip(*corpus.labelled_texts(400, seed=987), strict=True)
 
     logits = build.score(lab.ROBERTA, texts)
@@ -296,7 +298,7 @@ def test_the_classifier_tells_fresh_texts_apart():
     assert build.auc(logits[:, 1] - logits[:, 0], torch.tensor(labels) == 1) > 0.98
 
 
-def test_the_classifier_is_as_sure_as_rewards_need_and_no_surer():
+def test_the_logits_of_the_classifier_are_in_the_range_that_rewards_need():
     texts = [text for text, _ in corpus.labelled_texts(200, seed=11)]
 
     logits = build.score(lab.ROBERTA, texts)
@@ -305,7 +307,7 @@ def test_the_classifier_is_as_sure_as_rewards_need_and_no_surer():
     assert logits.abs().max() < 5
 
 
-def test_the_untouched_t5_insults_often_and_knows_the_facts():
+def test_the_shipped_t5_insults_often_and_keeps_the_facts():
     figures = build.measure_summariser(lab.MODELS, n=130, seed=3)
 
     assert figures["sampled summaries"] >= 125
@@ -315,7 +317,7 @@ def test_the_untouched_t5_insults_often_and_knows_the_facts():
     assert figures["classifier agrees with the word list"] > 0.95
 
 
-# The measures
+# The metrics
 
 
 def test_auc_matches_the_worked_example():
@@ -364,7 +366,7 @@ def test_the_script_builds_models_that_load(
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta")
 
 
-def test_a_smoke_build_never_replaces_the_shipped_models(
+def test_a_smoke_build_does_not_replace_the_shipped_models(
     build_lab: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit):

@@ -268,7 +268,7 @@ FINAL_TASK = """
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from ray_detox.recipes.loading import load_config
-    from ray_detox.run_folder import RunFolder
+    from ray_detox.runs.folder import RunFolder
     from ray_detox.stages.finish import store_result
     from tests.test_store_faults import FACTS, scored
     config = load_config("lab", sys.argv[3:])

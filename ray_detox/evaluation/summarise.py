@@ -147,8 +147,8 @@ def notes(config: RunConfig, examples: Sequence[PairedExample]) -> list[str]:
     found = []
     if config.reward.model == "lab":
         found.append(
-            "The reward model of this run is template-trained: it knows the embedded corpus and is "
-            "no judge of toxicity elsewhere."
+            "The reward model of this run is template-trained: it knows the embedded corpus and "
+            "does not measure toxicity elsewhere."
         )
     if config.policy.model == "lab":
         found.append(

@@ -100,7 +100,10 @@ def _judge(toxicity: Comparison, reasons: Sequence[str], min_change: float) -> t
         sentence = f"Toxicity went {moved}, p = {toxicity.p_value:.3f}: that may be chance."
         return "no clear change", f"{sentence} {' '.join(reasons)}".rstrip()
     if delta.high < 0 and reasons:
-        return "quality lost", f"Toxicity fell {moved}, but at a price. {' '.join(reasons)}"
+        return (
+            "quality lost",
+            f"Toxicity fell {moved}, but a quality floor was broken. {' '.join(reasons)}",
+        )
     if delta.high < 0:
         return "improved", f"Toxicity fell {moved} and no quality floor was broken."
     if delta.low > 0:
