@@ -76,7 +76,7 @@ def stored(store):
     return store.get_run("first"), list(store.get_samples("first")), store.get_history("first")
 
 
-MANIFEST = make_report(), make_samples(60), CURVES
+RUN = make_report(), make_samples(60), CURVES
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,17 @@ MANIFEST = make_report(), make_samples(60), CURVES
 def test_a_temporary_fault_is_retried(store, proxy, operation, kind, times):
     proxy.fail(operation, kind, times)
 
-    assert store.put_run(*MANIFEST)
+    assert store.put_run(*RUN)
 
-    assert stored(store) == MANIFEST
+    assert stored(store) == RUN
 
 
 def test_a_lost_answer_to_the_last_write_is_retried(store, proxy):
     proxy.fail("PutItem", "lost", after=1)
 
-    assert store.put_run(*MANIFEST)
+    assert store.put_run(*RUN)
 
-    assert stored(store) == MANIFEST
+    assert stored(store) == RUN
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ def test_a_lasting_fault_is_one_sentence_and_a_repeat_succeeds(store, proxy, kin
     proxy.fail("BatchWriteItem", kind, FOR_EVER, after=1)
 
     with pytest.raises(StoreError, match=words) as caught:
-        store.put_run(*MANIFEST)
+        store.put_run(*RUN)
 
     assert "secret" not in str(caught.value)
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
     proxy.heal()
-    assert store.put_run(*MANIFEST)
-    assert stored(store) == MANIFEST
+    assert store.put_run(*RUN)
+    assert stored(store) == RUN
 
 
 def test_a_hurried_reader_fails_within_two_seconds(proxy, table):
@@ -156,12 +156,12 @@ def test_a_confirmed_write_that_was_not_made_is_detected(store, proxy):
     proxy.fail("BatchWriteItem", "swallow", after=1)
 
     with pytest.raises(StoreError, match=r"Of 61 items of run 'first', 36 are in table"):
-        store.put_run(*MANIFEST)
+        store.put_run(*RUN)
 
     assert store.list_runs() == []
     assert store.get_run("first") is None
-    assert store.put_run(*MANIFEST)
-    assert stored(store) == MANIFEST
+    assert store.put_run(*RUN)
+    assert stored(store) == RUN
 
 
 def test_a_failed_overwrite_can_be_repeated(store, proxy):
@@ -169,20 +169,20 @@ def test_a_failed_overwrite_can_be_repeated(store, proxy):
     proxy.fail("BatchWriteItem", "denied", after=1)
 
     with pytest.raises(StoreError, match="does not allow batch_write_item"):
-        store.put_run(*MANIFEST, overwrite=True)
+        store.put_run(*RUN, overwrite=True)
 
     # Neither the old run nor the new one is complete, so neither is shown.
     assert store.list_runs() == []
     assert stored(store) == (None, [], [])
-    assert store.put_run(*MANIFEST)
-    assert stored(store) == MANIFEST
+    assert store.put_run(*RUN)
+    assert stored(store) == RUN
 
 
 def test_a_repeated_publish_writes_nothing(store, proxy):
-    assert store.put_run(*MANIFEST)
+    assert store.put_run(*RUN)
     written = proxy.calls["PutItem"], proxy.calls["BatchWriteItem"]
 
-    assert not store.put_run(*MANIFEST)
+    assert not store.put_run(*RUN)
 
     assert (proxy.calls["PutItem"], proxy.calls["BatchWriteItem"]) == written
     with pytest.raises(StoreError, match="Another run 'first' is already"):
@@ -191,11 +191,11 @@ def test_a_repeated_publish_writes_nothing(store, proxy):
 
 
 def test_an_attempt_of_the_same_name_may_write_again(store):
-    store.put_run(*MANIFEST, attempt="task-1")
+    store.put_run(*RUN, attempt="task-1")
 
     assert store.put_run(make_report(kl=9.0), make_samples(2), attempt="task-1")
     with pytest.raises(StoreError, match="already"):
-        store.put_run(*MANIFEST, attempt="task-2")
+        store.put_run(*RUN, attempt="task-2")
 
     assert stored(store) == (make_report(kl=9.0), make_samples(2), [])
 
@@ -259,8 +259,8 @@ def test_a_killed_writer_leaves_the_file_consistent(tmp_path):
         assert len(SQLiteStore(path).list_runs()) in (0, 1)
 
     store = SQLiteStore(path)
-    store.put_run(*MANIFEST, overwrite=True)
-    assert stored(store) == MANIFEST
+    store.put_run(*RUN, overwrite=True)
+    assert stored(store) == RUN
 
 
 FINAL_TASK = """
