@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_detox.config import ConfigError, RunConfig
+from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
+
+if TYPE_CHECKING:
+    from ray_detox.config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class RunFolder:
                 f"ray-detox run --resume {self.run_id}."
             )
 
-    def read_config(self) -> RunConfig:
+    def read_config(self) -> "RunConfig":
         """The settings the run was started with.
 
         Raises:

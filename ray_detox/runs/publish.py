@@ -9,16 +9,18 @@
 What a run's files are is `run_folder.py`, what a table holds is `store/`.
 """
 
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ray_detox.config import ResultsConfig
 from ray_detox.runs.folder import RunFolder
 from ray_detox.store.errors import StoreError
 from ray_detox.store.opening import open_store
 from ray_detox.store.protocol import ResultStore
 
+if TYPE_CHECKING:
+    from ray_detox.config import ResultsConfig
 
-def store_of(results: ResultsConfig, folder: RunFolder, *, hurried: bool = False) -> ResultStore:
+
+def store_of(results: "ResultsConfig", folder: RunFolder, *, hurried: bool = False) -> ResultStore:
     """The store that the settings name; nothing is opened or created yet."""
     return open_store(
         results.store,
@@ -31,7 +33,7 @@ def store_of(results: ResultsConfig, folder: RunFolder, *, hurried: bool = False
 
 
 def publish(
-    results: ResultsConfig,
+    results: "ResultsConfig",
     folder: RunFolder,
     *,
     attempt: str | None = None,
@@ -72,7 +74,7 @@ def publish(
         store.close()
 
 
-def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> None:
+def check_store(results: "ResultsConfig", folder: RunFolder, *, new_run: bool) -> None:
     """Find out before training whether the run can be stored under its id.
 
     Raises:
@@ -81,7 +83,7 @@ def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> 
     """
     if _is_notebook_table(results):
         # Its items are told apart by their own run_id; the whole run goes into the embedded store.
-        results = replace(results, store="sqlite")
+        results = results.replace(store="sqlite")
     store = store_of(results, folder)
     try:
         # A file that is not there yet is made by the run, and not by a mistake in its settings.
@@ -93,7 +95,7 @@ def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> 
         store.close()
 
 
-def _is_notebook_table(results: ResultsConfig) -> bool:
+def _is_notebook_table(results: "ResultsConfig") -> bool:
     if results.store != "dynamodb":
         return False
     from ray_detox.store import notebook
