@@ -192,7 +192,8 @@ def _ingest(
 
     with console.stage("ingest", _of(config.data.path, "prompts")) as made:
         patience = admission.CapacityWatchdog(config, need.preparation)
-        data = admission.run_with_watchdog(lambda: ingest.ingest(config, source), patience)
+        with console.bar(None, "rows"):
+            data = admission.run_with_watchdog(lambda: ingest.ingest(config, source), patience)
         made += _describe_rows(data.counts)
     with console.stage(
         "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
@@ -260,7 +261,8 @@ def _train(
     def on_event(event: Mapping[str, Any]) -> None:
         if event["kind"] == "step":
             metrics.add(dict(event["stats"]) | {"pool": pool.metrics()})
-            console.line(step_line(event["stats"], config.train.steps))
+            console.line(step_line(event["stats"], config.train.steps, console.width))
+            bar.move_to(event["stats"]["step"])
         elif event["kind"] == "worker":
             said(
                 f"worker {event['rank']} on node {event['node'][:8]}, {event['device']}, "
@@ -271,8 +273,10 @@ def _train(
         elif event["kind"] == "lost":
             said(f"{event['cause']}; the newest checkpoint is that of step {event['step']}")
 
+    begun = 0 if writer.newest is None else writer.newest.step
     with (
         console.stage("train", _describe_training(config, need)) as made,
+        console.bar(config.train.steps, "steps", done=begun, lines=False) as bar,
         closing(writer),
         closing(metrics),
         stop_on_signal(console) as stop,

@@ -232,16 +232,28 @@ def _have(nodes: Iterable[Node], kind: str) -> str:
     return _amount(total, kind) + (f", of which {free:g} free" if free < total else "")
 
 
-def table(phases: Iterable[Phase], nodes: Sequence[Node] | None = None) -> str:
-    """The accounting for people: what is held when, and where nodes are given, what they have."""
+def table(
+    phases: Iterable[Phase], nodes: Sequence[Node] | None = None, width: int | None = None
+) -> str:
+    """Show the accounting: what each phase holds and, if nodes are given, what they have.
+
+    Args:
+        phases: the phases of a run.
+        nodes: the nodes of the cluster.
+        width: columns of the terminal; None if there is none. A narrow one gets each phase's name
+            on a line of its own.
+    """
     phases = list(phases)
     rows: list[tuple[str, ...]] = [("", "count", "CPUs each", "GPUs each", "CPUs", "GPUs")]
+    narrow = width is not None and width < 77
     for phase in phases:
+        if narrow:
+            rows.append((f"{phase.name}:", "", "", "", "", ""))
         for part in (phase.main, phase.actors):
             sums = [f"{part.least * part.each.of(kind):g}" for kind in KINDS]
             each = [f"{part.each.of(kind):g}" for kind in KINDS]
             name = f"{phase.name + ':' if part is phase.main else '':<13}{part.what}"
-            rows.append((name, part.count, *each, *sums))
+            rows.append((f"  {part.what}" if narrow else name, part.count, *each, *sums))
     need = [max(phase.least(kind) for phase in phases) for kind in KINDS]
     most = [max(phase.most(kind) for phase in phases) for kind in KINDS]
     rows.append(("need", "", "", "", *(f"{amount:g}" for amount in need)))
@@ -251,9 +263,11 @@ def table(phases: Iterable[Phase], nodes: Sequence[Node] | None = None) -> str:
         for name, which in (("have", "total"), ("free", "free")):
             sums = [f"{_sum(getattr(n, which).of(kind) for n in nodes):g}" for kind in KINDS]
             rows.append((name, "", "", "", *sums))
+    widths = (18, 7, 10, 10, 6, 6) if narrow else (32, 7, 11, 11, 8, 8)
     return "\n".join(
-        f"{name:<32}{count:>7}{cpus:>11}{gpus:>11}{all_cpus:>8}{all_gpus:>8}"
-        for name, count, cpus, gpus, all_cpus, all_gpus in rows
+        f"{name:<{widths[0]}}"
+        + "".join(f"{cell:>{columns}}" for cell, columns in zip(cells, widths[1:], strict=True))
+        for name, *cells in rows
     )
 
 

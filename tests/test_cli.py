@@ -132,9 +132,10 @@ def with_pickled_weights(model: Path, folder: Path) -> Path:
         (["data.template=Summarise"], "expected text that contains {dialogue}"),
         # Sizes that contradict each other
         (["ppo.minibatches=3"], "does not divide into ppo.minibatches (3). Use a multiple, such as 63"),
-        (["train.workers=17"], "train.workers (17) are more than data.shards (16)"),
-        (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is no multiple of data.shards (16)"),
-        (["sampling.lowest_limit=64"], "sampling.highest_limit (48) is less than sampling.lowest_limit (64)"),
+        (["train.workers=17"], "train.workers (17) is more than data.shards (16)"),
+        (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is not a multiple of data.shards (16)"),
+        (["sampling.max_new_tokens=48..16"], "a whole number of at least 1, or a range such as 1..4"),
+        (["sampling.min_new_tokens=48"], "expected less than sampling.max_new_tokens (48)"),
         (["data.min_chars=1000"], "data.max_chars (1000) leaves no length above data.min_chars (1000)"),
     ],
 )  # fmt: skip
@@ -429,7 +430,7 @@ def test_an_adapter_of_the_same_model_is_taken(adapter, tiny_t5):
 @pytest.mark.parametrize(
     "term, sentence",
     [
-        ("{function: shorter}", "'shorter' is no import path"),
+        ("{function: shorter}", "'shorter' is not an import path"),
         ("{function: nowhere.f}", "nowhere.f cannot be imported"),
         ("{function: json.f}", "json.f cannot be imported"),
         ("{function: math.pi}", "math.pi is no function"),
@@ -731,7 +732,7 @@ def test_check_refuses_what_a_run_would_refuse(capsys, output, tmp_path, verb):
 
 def in_process(*words, cwd, code="", **environment):
     """Run a command in a fresh process, then `code` in the same."""
-    script = f"import sys; from ray_detox.cli import main; code = main(sys.argv[1:]); {code}\n"
+    script = f"import sys; from ray_detox.cli.main import main; code = main(sys.argv[1:]); {code}\n"
     return subprocess.run(
         [sys.executable, "-c", script + "sys.exit(code)", *map(str, words)],
         cwd=cwd,

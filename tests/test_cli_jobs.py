@@ -33,7 +33,7 @@ SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """Submit with a mistake; the sentence it is refused with."""
-    monkeypatch.setattr(cli_jobs, "ANSWER_S", 0.5)
+    monkeypatch.setattr(cli_jobs, "HTTP_TIMEOUT_S", 0.5)
 
     def submit(*words: str) -> str:
         assert cli.main(["submit", *words]) == cli.MISTAKE
@@ -79,7 +79,8 @@ def test_who_accepts_and_says_nothing_is_not_waited_for(refused):
 
 
 @pytest.mark.parametrize(
-    ("version", "sentence"), [("2.9.0", "The cluster runs Ray 2.9.0"), (None, "no job server of")]
+    ("version", "sentence"),
+    [("2.9.0", "The cluster runs Ray 2.9.0"), (None, "is not a job server of Ray")],
 )
 def test_another_server_and_another_ray_are_told_apart(refused, version, sentence):
     class Server(BaseHTTPRequestHandler):

@@ -24,7 +24,7 @@ def test_a_step_is_one_line_in_fixed_order_with_units():
 
     assert step_line(figures, 200) == (
         "step   7/200 | score +2.31 | toxicity 0.03 | kl  0.43 nat | clip   7% "
-        "| value explained +0.62 | length  31 | 5.1 s"
+        "| explained variance +0.62 | length  31 | 5.1 s"
     )
 
 

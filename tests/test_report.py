@@ -69,7 +69,7 @@ def test_a_run_in_full(report):
     assert rows["ROUGE-L"] == ["0.310", "0.320", "+0.010", "(+3.2%)"]
     assert "facts kept" not in rows
     assert ", p < 0.001, effect size d_z -" in " ".join(shown.split())
-    assert "toxicity gone 69.7%, 95% interval 6" in shown
+    assert "toxicity reduction 69.7%, 95% interval 6" in shown
     assert "prompts 60 better, 0 worse, 0 same, 0 unscored" in shown
     assert "KL to the reference: 1.84 nats per response" in shown
     assert "seconds: sample 12.3, score 3.0" in shown
@@ -151,7 +151,7 @@ def test_figures_that_do_not_exist_are_left_out(report):
 
     shown = text.describe_run(report)
 
-    assert "toxicity gone" not in shown
+    assert "toxicity reduction" not in shown
     assert "-0.000" not in shown
 
 

@@ -122,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("evaluate", _evaluate, "Measure a run's adapter again, also with changed settings.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")
     sub.add_argument(
-        "words", nargs="*", default=(), metavar="SETTING", help="changed settings, section.name=value"
+        "words",
+        nargs="*",
+        default=(),
+        metavar="SETTING",
+        help="changed settings, section.name=value",
     )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_output(sub)
@@ -295,5 +299,7 @@ def _export(args: argparse.Namespace) -> int:
     from ray_detox.models.loading import export_model
 
     export_model(config.policy, folder.adapter, args.folder)
-    print(f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained.")
+    print(
+        f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."
+    )
     return 0

@@ -7,10 +7,9 @@ same.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from ray_detox.config import DataConfig
 
@@ -95,4 +94,4 @@ def unpack(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def held_out_count(rows: int, fraction: float) -> int:
     """Rows held out of `rows`: rounded up, as scikit-learn and `datasets` split."""
     # Rounded first, or 0.07 * 100 in binary would come out just above 7 and count as 8.
-    return int(np.ceil(round(rows * fraction, 9)))
+    return math.ceil(round(rows * fraction, 9))

@@ -158,11 +158,11 @@ def _table(report: Mapping[str, Any], width: int) -> str:
     if not rows:
         return ""
     lines = [("", "before", "after", "change", ""), *(_row(*row) for row in rows)]
-    label, number, gap = (20, 11, 3) if width >= 67 else (19, 9, 1)
-    number = min(number, (width - label) // 3)
+    first, column, gap = (20, 11, 3) if width >= 67 else (19, 9, 1)
+    column = min(column, (width - first) // 3)
     texts = []
     for name, *cells, percent in lines:
-        line = f"{name:<{label}}{''.join(f'{cell:>{number}}' for cell in cells)}"
+        line = f"{name:<{first}}{''.join(f'{cell:>{column}}' for cell in cells)}"
         # On a narrow terminal the percentage is what a reader can do without.
         fits = percent and len(line) + gap + len(percent) <= width
         texts.append(f"{line}{' ' * gap}{percent}" if fits else line)
