@@ -1,4 +1,4 @@
-"""The core stands by itself: PPO runs where Ray cannot be imported."""
+"""PPO, results and statistics run in a process in which Ray cannot be imported."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_results_and_statistics_need_no_torch():
     assert ended.returncode == 0, ended.stderr
 
 
-def test_the_actors_that_only_pass_things_on_load_no_torch():
+def test_actors_without_a_model_load_no_torch():
     code = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['ray.train'] = sys.modules['ray.data'] = None\n"

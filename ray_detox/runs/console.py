@@ -43,7 +43,7 @@ def step_line(stats: Mapping[str, Any], steps: int, width: int | None = None) ->
         "length": f"length {stats['length']:3.0f}",
         "seconds": f"{stats['seconds']:.1f} s",
     }
-    for name in ("explained variance", "clip", "length", "score"):
+    for name in ("explained variance", "clip", "length", "score", "kl"):
         if width is None or len(" | ".join(parts.values())) <= width:
             break
         del parts[name]

@@ -15,7 +15,7 @@ from ray_detox.runs.printable import printable as printable  # also imported fro
 WIDTH = 100
 """Columns of a report in a file, and most columns on a terminal: longer lines are hard to read."""
 
-_NARROWEST = 40
+_NARROWEST = 46
 _MOST_COLUMNS_OF_TEXT = 600
 
 
@@ -63,29 +63,32 @@ def list_line(summary: Mapping[str, Any]) -> str:
 def list_table(summaries: Sequence[Mapping[str, Any]], width: int) -> str:
     """Describe runs in a table with a header that fits a terminal.
 
-    Columns are as wide as what they hold. If that is too much, the table first does without the
-    number of prompts, the recipe and the time of day, and then cuts long run ids.
+    Columns are as wide as their content. If that is too much, the table does without the number
+    of prompts, the recipe and the time of day, and cuts long run ids; if even that is too much,
+    without the date and the toxicity.
     """
-    heads = ("created (UTC)", "run", "recipe", "prompts", "toxicity", "verdict")
-    columns = [list(column) for column in zip(heads, *map(_cells, summaries), strict=True)]
+    names = ("created (UTC)", "run", "recipe", "prompts", "toxicity", "verdict")
+    cells = zip(names, *map(_cells, summaries), strict=True)
+    columns = {name: [name, *texts] for name, *texts in cells}
 
-    def total() -> int:
-        return sum(max(map(_columns, column)) + 2 for column in columns) - 2
+    def excess(longest_id: int | None = None) -> int:
+        widths = {name: max(map(_columns, texts)) for name, texts in columns.items()}
+        widths["run"] = min(widths["run"], longest_id or widths["run"])
+        return sum(widths.values()) + 2 * (len(widths) - 1) - width
 
-    for head in ("prompts", "recipe", "created (UTC)"):
-        if total() <= width:
-            break
-        position = next(i for i, column in enumerate(columns) if column[0] == head)
-        if head == "created (UTC)":
-            columns[position] = ["created", *(text[:10] for text in columns[position][1:])]
-        else:
-            del columns[position]
-    excess = max(0, total() - width)
-    widths = [max(map(_columns, column)) for column in columns]
-    widths[1] = max(8, widths[1] - excess)
-    return "\n".join(
-        "  ".join(map(_fit, row, widths)).rstrip() for row in zip(*columns, strict=True)
-    )
+    for name in ("prompts", "recipe"):
+        if excess() > 0:
+            del columns[name]
+    if excess() > 0:
+        date = columns["created (UTC)"]
+        columns["created (UTC)"] = ["created", *(text[:10] for text in date[1:])]
+    for name in ("created (UTC)", "toxicity"):
+        if excess(longest_id=12) > 0:
+            del columns[name]
+    widths = {name: max(map(_columns, texts)) for name, texts in columns.items()}
+    widths["run"] = max(4, widths["run"] - max(0, excess()))
+    rows = zip(*columns.values(), strict=True)
+    return "\n".join("  ".join(map(_fit, row, widths.values())).rstrip() for row in rows)
 
 
 def _heading(report: Mapping[str, Any], width: int) -> str:
@@ -159,7 +162,6 @@ def _table(report: Mapping[str, Any], width: int) -> str:
         return ""
     lines = [("", "before", "after", "change", ""), *(_row(*row) for row in rows)]
     first, column, gap = (20, 11, 3) if width >= 67 else (19, 9, 1)
-    column = min(column, (width - first) // 3)
     texts = []
     for name, *cells, percent in lines:
         line = f"{name:<{first}}{''.join(f'{cell:>{column}}' for cell in cells)}"
@@ -194,7 +196,7 @@ def _metrics(report: Mapping[str, Any], width: int) -> str:
     kl = report.get("kl")
     kl = _mean(_mapping(kl).get("after", kl))
     if _is_number(kl):
-        lines.append(f"KL to the reference: {kl:.2f} nats per response")
+        lines.append(_paragraph(f"KL to the reference: {kl:.2f} nats per response", width))
     return "\n".join(lines)
 
 
@@ -272,7 +274,7 @@ def _example(title: str, sample: Mapping[str, Any], width: int) -> str:
     for side in ("before", "after"):
         toxicity = _number(sample.get(f"toxicity_{side}"))
         text = _text(sample.get(f"response_{side}") or "(empty)")
-        columns.append([f"{side}, toxicity {toxicity}", *_wrap(text, half)])
+        columns.append([*_wrap(f"{side}, toxicity {toxicity}", half), *_wrap(text, half)])
     for i in range(max(map(len, columns))):
         left, right = (column[i] if i < len(column) else "" for column in columns)
         lines.append(f"{left}{' ' * (half - _columns(left))} | {right}".rstrip())
