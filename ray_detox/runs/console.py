@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on.
+"""Progress of a run, as lines and bars for people.
 
     stream                     long stage                      lines
     a terminal                 a bar with rate and time left   printed above the bar

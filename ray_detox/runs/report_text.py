@@ -118,7 +118,7 @@ def _cells(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _standing(summary: Mapping[str, Any]) -> str:
-    """The name of the verdict, or the run's status if it has none."""
+    """Return the name of the verdict, or the run's status if it has none."""
     verdict = summary.get("verdict")
     name = verdict.get("name") if isinstance(verdict, Mapping) else verdict
     return printable(name or summary.get("status") or "")
@@ -172,7 +172,7 @@ def _table(report: Mapping[str, Any], width: int) -> str:
 
 
 def _row(name: str, before: Any, after: Any, kind: str) -> tuple[str, str, str, str, str]:
-    """The cells of a row: name, before, after, change, and the change in percent.
+    """Return the cells of a row: name, before, after, change, and the change in percent.
 
     Kinds: a `level` (a logit, a spread) has no zero that a percentage could refer to, an `amount`
     has one, and a `share` changes in points.
