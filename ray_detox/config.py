@@ -20,10 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-
-class ConfigError(ValueError):
-    """A setting is not valid; the message is one sentence for the person who wrote it."""
-
+from ray_detox.errors import ConfigError as ConfigError  # also imported from here
 
 # ---- types of settings -----------------------------------------------------------------------
 

@@ -249,16 +249,28 @@ def _have(nodes: Iterable[Node], kind: str) -> str:
     return _amount(total, kind) + (f", of which {free:g} free" if free < total else "")
 
 
-def table(phases: Iterable[Phase], nodes: Sequence[Node] | None = None) -> str:
-    """Format what each phase holds, what the run needs and, if given, what the nodes have."""
+def table(
+    phases: Iterable[Phase], nodes: Sequence[Node] | None = None, width: int | None = None
+) -> str:
+    """Format what each phase holds, what the run needs and, if given, what the nodes have.
+
+    Args:
+        phases: the phases of a run.
+        nodes: the nodes of the cluster.
+        width: columns of the terminal; None if there is none. A narrow one gets each phase's name
+            on a line of its own.
+    """
     phases = list(phases)
     rows: list[tuple[str, ...]] = [("", "count", "CPUs each", "GPUs each", "CPUs", "GPUs")]
+    narrow = width is not None and width < 77
     for phase in phases:
+        if narrow:
+            rows.append((f"{phase.name}:", "", "", "", "", ""))
         for group in (phase.main, phase.actors):
             sums = [f"{group.min_count * group.bundle.amount(kind):g}" for kind in KINDS]
             each = [f"{group.bundle.amount(kind):g}" for kind in KINDS]
             name = f"{phase.name + ':' if group is phase.main else '':<13}{group.name}"
-            rows.append((name, group.count, *each, *sums))
+            rows.append((f"  {group.name}" if narrow else name, group.count, *each, *sums))
     need = [max(phase.needed(kind) for phase in phases) for kind in KINDS]
     most = [max(phase.usable(kind) for phase in phases) for kind in KINDS]
     rows.append(("need", "", "", "", *(f"{amount:g}" for amount in need)))
@@ -268,9 +280,11 @@ def table(phases: Iterable[Phase], nodes: Sequence[Node] | None = None) -> str:
         for name, which in (("have", "total"), ("free", "free")):
             sums = [f"{_sum(getattr(n, which).amount(kind) for n in nodes):g}" for kind in KINDS]
             rows.append((name, "", "", "", *sums))
+    widths = (18, 7, 10, 10, 6, 6) if narrow else (32, 7, 11, 11, 8, 8)
     return "\n".join(
-        f"{name:<32}{count:>7}{cpus:>11}{gpus:>11}{all_cpus:>8}{all_gpus:>8}"
-        for name, count, cpus, gpus, all_cpus, all_gpus in rows
+        f"{name:<{widths[0]}}"
+        + "".join(f"{cell:>{columns}}" for cell, columns in zip(cells, widths[1:], strict=True))
+        for name, *cells in rows
     )
 
 

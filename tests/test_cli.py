@@ -1,7 +1,7 @@
-"""The command line: every mistake ends in one sentence and exit code 2, and nothing has started.
+"""The command line: a mistake gives one line and exit code 2 before anything has started.
 
-Commands run in this process with Ray made unimportable; where the state of a fresh process is
-the point, in one of their own.
+Commands run in this process with Ray made unimportable, or in a new process if the test is about
+the state of a new process.
 """
 
 import json
@@ -26,6 +26,7 @@ from ray_detox.cli import main as cli
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
 from ray_detox.runs.folder import RunFolder
 from ray_detox.stages import errors
+from tests.pseudo_terminal import on_terminal
 
 LONG = "#Person1#: Did you see the match?\n#Person2#: I did, and what a match it was!\n" * 4
 ROWS = [{"dialogue": f"{LONG}{i}", "summary": "A match."} for i in range(3)]
@@ -33,7 +34,7 @@ ROWS = [{"dialogue": f"{LONG}{i}", "summary": "A match."} for i in range(3)]
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
-    """Whatever a command does here, it does without Ray."""
+    """Make Ray unimportable."""
     monkeypatch.setitem(sys.modules, "ray", None)
 
 
@@ -44,7 +45,7 @@ def output(tmp_path):
 
 @pytest.fixture
 def mistake(capsys, output):
-    """`mistake(*words)`: the sentence that a command ends with, before it has done anything."""
+    """`mistake(*words)`: run a command that must be refused, and return its error line."""
 
     def run(*words, verb="run"):
         before = files(output)
@@ -65,7 +66,7 @@ def mistake(capsys, output):
 
 @pytest.fixture
 def stored_run(output):
-    """`stored_run(name, *settings)`: the folder of a run that has begun and is not done."""
+    """`stored_run(name, *settings)`: the folder of a run that has started and not finished."""
 
     def make(name="first", *settings):
         folder = RunFolder(output, name)
@@ -94,7 +95,7 @@ def write_rows(folder, kind, rows):
 
 
 def save_description(folder, **settings):
-    """A model's folder as far as its config.json."""
+    """Create the folder of a model with nothing but its config.json."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
@@ -132,9 +133,10 @@ def with_pickled_weights(model: Path, folder: Path) -> Path:
         (["data.template=Summarise"], "expected text that contains {dialogue}"),
         # Sizes that contradict each other
         (["ppo.minibatches=3"], "does not divide into ppo.minibatches (3). Use a multiple, such as 63"),
-        (["train.workers=17"], "train.workers (17) are more than data.shards (16)"),
-        (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is no multiple of data.shards (16)"),
-        (["sampling.lowest_limit=64"], "sampling.highest_limit (48) is less than sampling.lowest_limit (64)"),
+        (["train.workers=17"], "train.workers (17) is more than data.shards (16)"),
+        (["ppo.prompts_per_step=24"], "ppo.prompts_per_step (24) is not a multiple of data.shards (16)"),
+        (["sampling.max_new_tokens=48..16"], "a whole number of at least 1, or a range such as 1..4"),
+        (["sampling.min_new_tokens=48"], "expected less than sampling.max_new_tokens (48)"),
         (["data.min_chars=1000"], "data.max_chars (1000) leaves no length above data.min_chars (1000)"),
     ],
 )  # fmt: skip
@@ -142,7 +144,7 @@ def test_a_wrong_setting_is_refused(mistake, words, sentence):
     assert sentence in mistake(*words)
 
 
-def test_a_recipe_that_is_no_yaml_is_refused(mistake, tmp_path):
+def test_a_recipe_that_is_not_yaml_is_refused(mistake, tmp_path):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("ppo: [1\n")
 
@@ -180,7 +182,7 @@ def test_settings_may_stand_before_and_after_options(monkeypatch, output, capsys
         ([], "required: COMMAND"),
     ],
 )
-def test_words_that_are_no_command_are_refused(capsys, words, sentence):
+def test_an_invalid_command_is_refused(capsys, words, sentence):
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
 
@@ -191,7 +193,7 @@ def test_words_that_are_no_command_are_refused(capsys, words, sentence):
 # ---- data ------------------------------------------------------------------------------------
 
 
-def test_data_that_are_not_there_are_refused(mistake, tmp_path):
+def test_missing_data_are_refused(mistake, tmp_path):
     sentence = mistake("lab", f"data.path={tmp_path}/none.parquet")
 
     assert "data.path is" in sentence
@@ -209,7 +211,7 @@ def test_a_missing_column_is_refused(mistake, tmp_path, kind):
     assert "has no column 'gist'; its columns are dialogue, summary" in summary
 
 
-def test_data_of_which_nothing_is_left_are_refused_with_the_count(mistake, tmp_path):
+def test_data_without_a_usable_row_are_refused_with_counts(mistake, tmp_path):
     path = write_rows(tmp_path, "jsonl", [*ROWS, {"dialogue": "", "summary": ""}])
 
     sentence = mistake("lab", f"data.path={path}", "data.min_chars=500")
@@ -221,20 +223,20 @@ def test_data_of_which_nothing_is_left_are_refused_with_the_count(mistake, tmp_p
 # ---- models ----------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_there_is_refused(mistake):
+def test_a_missing_model_is_refused(mistake):
     for setting in ("policy.model", "reward.model"):
         assert f"{setting} is '/nowhere', and no such folder is here" in mistake(
             "lab", f"{setting}=/nowhere"
         )
 
 
-def test_a_folder_that_holds_no_model_is_refused(mistake, tmp_path):
+def test_a_folder_without_a_model_is_refused(mistake, tmp_path):
     for setting in ("policy.model", "reward.model"):
         assert "no config.json is in that folder" in mistake("lab", f"{setting}={tmp_path}")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "caf\xe9"])
-def test_a_description_that_is_no_json_object_is_refused(mistake, tmp_path, content):
+def test_a_model_description_that_is_not_a_json_object_is_refused(mistake, tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
 
     for setting in ("policy.model", "reward.model"):
@@ -243,7 +245,7 @@ def test_a_description_that_is_no_json_object_is_refused(mistake, tmp_path, cont
         assert "config.json" in sentence
 
 
-def test_a_causal_model_is_no_policy(mistake, tmp_path):
+def test_a_causal_model_is_refused_as_a_policy(mistake, tmp_path):
     model = save_description(tmp_path / "gpt", model_type="gpt2", architectures=["GPT2LMHeadModel"])
 
     sentence = mistake("lab", f"policy.model={model}")
@@ -251,19 +253,19 @@ def test_a_causal_model_is_no_policy(mistake, tmp_path):
     assert "a GPT2LMHeadModel; expected an encoder-decoder such as google/flan-t5-base" in sentence
 
 
-def test_a_classifier_is_no_policy(mistake, tiny_roberta):
+def test_a_classifier_is_refused_as_a_policy(mistake, tiny_roberta):
     assert "a RobertaForSequenceClassification; expected an encoder-decoder" in mistake(
         "lab", f"policy.model={tiny_roberta}"
     )
 
 
-def test_an_encoder_decoder_is_no_reward_model(mistake, tiny_t5):
+def test_an_encoder_decoder_is_refused_as_a_reward_model(mistake, tiny_t5):
     assert "a T5ForConditionalGeneration; expected a sequence classifier" in mistake(
         "lab", f"reward.model={tiny_t5}"
     )
 
 
-def test_a_causal_model_is_no_reward_model(mistake, tmp_path):
+def test_a_causal_model_is_refused_as_a_reward_model(mistake, tmp_path):
     model = save_description(tmp_path / "gpt", model_type="gpt2", architectures=["GPT2LMHeadModel"])
 
     assert "a GPT2LMHeadModel; expected a sequence classifier" in mistake(
@@ -271,7 +273,7 @@ def test_a_causal_model_is_no_reward_model(mistake, tmp_path):
     )
 
 
-def test_a_label_that_the_classifier_lacks_is_refused_with_those_it_has(mistake):
+def test_an_unknown_label_is_refused_with_the_known_ones(mistake):
     sentence = mistake("lab", "reward.label=kind")
 
     assert "has no label 'kind'; its labels are 'nothate', 'hate'" in sentence
@@ -309,7 +311,7 @@ def test_a_model_without_a_tokenizer_is_refused(mistake, tmp_path, tiny_t5):
     assert "and no tokenizer is in it" in mistake("lab", f"policy.model={folder}")
 
 
-def test_a_tokenizer_that_is_broken_is_refused(mistake, tmp_path, tiny_t5):
+def test_a_broken_tokenizer_is_refused(mistake, tmp_path, tiny_t5):
     folder = tmp_path / "t5"
     shutil.copytree(tiny_t5, folder)
     (folder / "tokenizer.json").write_text("{}")
@@ -317,7 +319,7 @@ def test_a_tokenizer_that_is_broken_is_refused(mistake, tmp_path, tiny_t5):
     assert "no tokenizer can be loaded from it" in mistake("lab", f"policy.model={folder}")
 
 
-def test_lora_targets_that_match_nothing_are_refused_with_those_there_are(mistake):
+def test_lora_targets_that_match_nothing_are_refused_with_the_layers_that_exist(mistake):
     sentence = mistake("lab", "policy.lora_targets=[q, query_key_value]")
 
     assert "names 'query_key_value', and lab has no linear layer of that name" in sentence
@@ -339,7 +341,7 @@ INSTEAD = {
 
 
 @pytest.mark.parametrize("setting", HUB)
-def test_a_hub_id_without_network_is_refused_with_what_to_give_instead(
+def test_a_hub_id_without_network_is_refused_with_the_alternatives(
     mistake, monkeypatch, tmp_path, setting
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -371,7 +373,7 @@ def adapter(tmp_path, tiny_t5):
     return make
 
 
-def test_an_adapter_that_is_not_there_is_refused(mistake, tmp_path):
+def test_a_missing_adapter_is_refused(mistake, tmp_path):
     missing = mistake("lab", "policy.adapter=/nowhere")
     empty = mistake("lab", f"policy.adapter={tmp_path}")
 
@@ -390,7 +392,7 @@ def test_an_adapter_of_another_kind_is_refused(mistake, adapter, described, kind
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"peft_type": "LORAX"}'])
-def test_an_adapter_that_is_not_described_is_refused(mistake, adapter, content):
+def test_an_adapter_with_an_unreadable_description_is_refused(mistake, adapter, content):
     folder = adapter()
     (folder / "adapter_config.json").write_text(content)
 
@@ -417,7 +419,7 @@ def test_an_adapter_of_another_model_is_refused_with_the_first_difference(mistak
     assert "lora_A.weight is (4, 32), expected (4, " in sentence
 
 
-def test_an_adapter_of_the_same_model_is_taken(adapter, tiny_t5):
+def test_an_adapter_of_the_same_model_is_accepted(adapter, tiny_t5):
     words = [f"policy.model={tiny_t5}", f"policy.adapter={adapter()}"]
 
     assert cli.main(["check", "lab", *words]) == 0
@@ -429,7 +431,7 @@ def test_an_adapter_of_the_same_model_is_taken(adapter, tiny_t5):
 @pytest.mark.parametrize(
     "term, sentence",
     [
-        ("{function: shorter}", "'shorter' is no import path"),
+        ("{function: shorter}", "'shorter' is not an import path"),
         ("{function: nowhere.f}", "nowhere.f cannot be imported"),
         ("{function: json.f}", "json.f cannot be imported"),
         ("{function: math.pi}", "math.pi is not a function"),
@@ -463,7 +465,7 @@ def test_a_file_in_the_way_of_the_output_folder_is_refused(mistake, output):
         ("{file}/below", "{file} is not a folder you may write to"),
     ],
 )
-def test_a_place_where_no_checkpoint_can_be_kept_is_refused(mistake, tmp_path, storage, reason):
+def test_a_storage_that_cannot_keep_checkpoints_is_refused(mistake, tmp_path, storage, reason):
     (tmp_path / "file").write_text("here first")
     place = storage.format(file=tmp_path / "file")
 
@@ -490,14 +492,14 @@ def test_a_run_id_that_exists_is_refused(mistake, stored_run):
 
 
 @pytest.mark.parametrize("name", ["../first", "a/b", "a b", ".hidden", "x" * 65, "é", ""])
-def test_a_run_id_that_could_name_no_file_is_refused(mistake, name):
+def test_a_run_id_that_is_not_a_file_name_is_refused(mistake, name):
     assert "cannot be used. Take 1 to 64 letters, digits" in mistake("lab", f"--run-id={name}")
 
 
 # ---- more than there is ----------------------------------------------------------------------
 
 
-def test_more_gpus_than_there_are_are_refused_at_once(mistake):
+def test_more_gpus_than_exist_are_refused_at_once(mistake):
     sentence = mistake("lab", "cluster.gpus_per_worker=64", "serving.gpus_per_actor=0.5")
 
     assert "The run needs 128.5 GPUs (train.workers=2 with gpus_per_worker=64" in sentence
@@ -507,7 +509,7 @@ def test_more_gpus_than_there_are_are_refused_at_once(mistake):
 # ---- runs that exist -------------------------------------------------------------------------
 
 
-def test_an_unknown_run_is_refused_with_those_there_are(mistake, stored_run):
+def test_an_unknown_run_is_refused_with_the_known_ones(mistake, stored_run):
     nothing = mistake("--resume", "first")
     stored_run("first")
     other = mistake("--resume", "frist")
@@ -540,7 +542,7 @@ def test_a_resumed_run_keeps_its_recipe_and_name(mistake, stored_run):
     )
 
 
-def test_a_resumed_run_takes_other_changes(monkeypatch, stored_run, output):
+def test_a_resumed_run_accepts_other_changes(monkeypatch, stored_run, output):
     seen = []
 
     def run(config, folder, console, *, resume):
@@ -558,9 +560,7 @@ def test_a_resumed_run_takes_other_changes(monkeypatch, stored_run, output):
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
-def test_a_run_without_an_adapter_can_be_neither_measured_nor_exported(
-    mistake, stored_run, tmp_path, verb
-):
+def test_a_run_without_an_adapter_is_not_evaluated_or_exported(mistake, stored_run, tmp_path, verb):
     stored_run("first")
     words = ["first", tmp_path / "model"] if verb == "export" else ["first"]
 
@@ -572,13 +572,13 @@ def test_a_run_without_an_adapter_can_be_neither_measured_nor_exported(
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
-def test_a_run_that_is_not_there_can_be_neither_measured_nor_exported(mistake, tmp_path, verb):
+def test_an_unknown_run_is_not_evaluated_or_exported(mistake, tmp_path, verb):
     words = ["first", tmp_path / "model"] if verb == "export" else ["first"]
 
     assert "No run 'first' in" in mistake(*words, verb=verb)
 
 
-def test_an_export_overwrites_no_folder(mistake, stored_run, tmp_path):
+def test_export_does_not_overwrite_a_folder(mistake, stored_run, tmp_path):
     folder = stored_run("first")
     folder.adapter.mkdir()
     (folder.adapter / "adapter_config.json").write_text("{}")
@@ -603,7 +603,7 @@ def test_an_export_overwrites_no_folder(mistake, stored_run, tmp_path):
         (KeyboardInterrupt(signal.SIGTERM), 143, "ray-detox: stopped."),
     ],
 )
-def test_a_run_that_ends_early_says_how_to_go_on(
+def test_a_run_that_ends_early_prints_the_command_to_resume_it(
     monkeypatch, capsys, output, ending, code, said
 ):  # fmt: skip
     def run(config, folder, console, *, resume):
@@ -620,7 +620,7 @@ def test_a_run_that_ends_early_says_how_to_go_on(
     assert f"ray-detox run --resume first --output {output}" in printed.out + printed.err
 
 
-def test_another_python_and_a_missing_package_are_named(monkeypatch, capsys, output):
+def test_an_unsupported_python_and_a_missing_package_are_reported(monkeypatch, capsys, output):
     monkeypatch.setattr(sys, "version_info", (3, 10, 2, "final", 0))
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("ray_detox", run_name="__main__")
@@ -677,7 +677,7 @@ def test_check_shows_every_setting_and_touches_nothing(capsys, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_says_what_would_be_fetched(capsys):
+def test_check_lists_the_files_to_fetch(capsys):
     cli.main(["check", "seed", "policy.revision=abc", "data.path=s3://bucket/rows.parquet"])
 
     out = capsys.readouterr().out
@@ -694,7 +694,7 @@ def test_check_of_the_embedded_recipe_fetches_nothing(capsys):
     assert "to be fetched" not in out
 
 
-def test_what_check_shows_is_a_recipe(capsys, tmp_path):
+def test_the_output_of_check_is_a_recipe(capsys, tmp_path):
     cli.main(["check", "seed", "seed=5"])
     recipe = tmp_path / "seed.yaml"
     recipe.write_text(capsys.readouterr().out.partition("---\n")[0])
@@ -718,7 +718,7 @@ def test_a_live_check_finds_missing_gpus_before_ray_is_started(mistake):
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])
-def test_check_refuses_what_a_run_would_refuse(capsys, output, tmp_path, verb):
+def test_check_refuses_the_mistakes_that_run_refuses(capsys, output, tmp_path, verb):
     words = ["lab", f"data.path={tmp_path}/none.csv"]
     words += ["--output", str(output)] if verb == "run" else []
 
@@ -726,12 +726,12 @@ def test_check_refuses_what_a_run_would_refuse(capsys, output, tmp_path, verb):
     assert "no such file is here" in capsys.readouterr().err
 
 
-# ---- in a process of its own -----------------------------------------------------------------
+# ---- in a new process ------------------------------------------------------------------------
 
 
 def in_process(*words, cwd, code="", **environment):
     """Run a command in a fresh process, then `code` in the same."""
-    script = f"import sys; from ray_detox.cli import main; code = main(sys.argv[1:]); {code}\n"
+    script = f"import sys; from ray_detox.cli.main import main; code = main(sys.argv[1:]); {code}\n"
     return subprocess.run(
         [sys.executable, "-c", script + "sys.exit(code)", *map(str, words)],
         cwd=cwd,
@@ -742,20 +742,60 @@ def in_process(*words, cwd, code="", **environment):
     )
 
 
-HEAVY = (
-    "assert not {'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules), set(sys.modules)"
-)
+HEAVY = "{'torch', 'ray', 'pandas', 'transformers', 'datasets', 'tqdm', 'rich', 'numpy'}"
 
 
-def test_check_answers_without_torch_and_ray(tmp_path):
-    done = in_process("check", "flan-t5-base", cwd=tmp_path, code=HEAVY)
+def test_check_answers_without_heavy_imports(tmp_path):
+    code = f"assert not {HEAVY} & set(sys.modules), set(sys.modules)"
+
+    done = in_process("check", "flan-t5-base", cwd=tmp_path, code=code)
 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "google/flan-t5-base" in done.stdout
 
 
-def test_a_mistake_in_a_process_of_its_own_is_one_line_and_ray_is_never_imported(tmp_path):
+def test_help_answers_without_heavy_imports(tmp_path):
+    script = (
+        "import sys\nfrom ray_detox.cli.main import main\n"
+        "try:\n    main(['run', '--help'])\nexcept SystemExit as ended:\n    code = ended.code\n"
+        f"assert not ({HEAVY} | {{'pydantic', 'yaml', 'asyncio'}}) & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "flan-t5-base, lab, seed" in done.stdout
+
+
+def test_check_fits_a_narrow_terminal():
+    needs = on_terminal("-m", "ray_detox", "check", "flan-t5-base", columns=60).partition("---")[2]
+
+    table = needs.partition("each step")[0].splitlines()
+    assert max(map(len, table)) <= 60
+    assert any(re.fullmatch(r"  training worker +\d+ +1 +0 +\d+ +0", line) for line in table)
+
+
+def test_check_shows_a_recipe_in_any_encoding(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("description: café 汉字\n", encoding="utf-8")
+
+    done = in_process("check", recipe, cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout.partition("---\n")[0])["description"] == "café 汉字"
+
+
+def test_an_error_cannot_steer_the_terminal(mistake, tmp_path):
+    path = write_rows(tmp_path, "csv", [{"a\x1b[2Jb": "x"}])
+
+    assert "its columns are a\\x1b[2Jb" in mistake("lab", f"data.path={path}")
+
+
+def test_a_mistake_in_a_new_process_is_one_line_and_ray_is_not_imported(tmp_path):
     done = in_process(
         "run", "lab", "policy.lora_targets=[nothing]", "--output", tmp_path / "runs",
         cwd=tmp_path, code="assert 'ray' not in sys.modules",
@@ -768,10 +808,10 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_and_ray_is_never_imported
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_that_does_not_answer_is_a_mistake_of_one_line(tmp_path):
+def test_a_hub_that_does_not_answer_is_reported_in_one_line(tmp_path):
     done = in_process(
         "run", "lab", "policy.model=google/flan-t5-base", "--output", tmp_path / "runs",
-        # A port of this machine where nobody listens
+        # A port of this machine on which nothing listens
         cwd=tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(tmp_path / "hf"),
     )  # fmt: skip
@@ -783,7 +823,7 @@ def test_a_hub_that_does_not_answer_is_a_mistake_of_one_line(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_hub_model_with_pickled_weights_alone_is_refused_before_it_is_fetched(
+def test_a_hub_model_with_only_pickled_weights_is_refused_before_the_download(
     monkeypatch, mistake, tiny_roberta
 ):
     described = tiny_roberta
@@ -797,7 +837,7 @@ def test_a_hub_model_with_pickled_weights_alone_is_refused_before_it_is_fetched(
         return folder
 
     monkeypatch.setattr("ray_detox.models.sources._from_hub", only_description)
-    # What the hub would fetch of a repository without safetensors: nothing.
+    # The hub fetches nothing of a repository without safetensors.
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **asked: [])
 
     sentence = mistake("lab", "reward.model=someone/classifier")
@@ -806,9 +846,7 @@ def test_a_hub_model_with_pickled_weights_alone_is_refused_before_it_is_fetched(
     assert "set reward.revision to one that has" in sentence
 
 
-def test_an_evaluation_that_fails_while_it_runs_is_told_in_one_line(
-    monkeypatch, stored_run, output, capsys
-):
+def test_a_failed_evaluation_is_reported_in_one_line(monkeypatch, stored_run, output, capsys):
     def fails(*args):
         raise errors.StageError("ValueError: The reward term gave nothing.")
 

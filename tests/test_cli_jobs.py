@@ -1,4 +1,4 @@
-"""`ray-detox submit`: what it refuses before anything is sent, and whole runs through a real head."""
+"""`ray-detox submit`: the mistakes it refuses before sending, and whole runs on a real head."""
 
 import contextlib
 import json
@@ -32,8 +32,8 @@ SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Submit with a mistake; the sentence it is refused with."""
-    monkeypatch.setattr(cli_jobs, "ANSWER_S", 0.5)
+    """`refused(*words)`: submit with a mistake, and return the error line."""
+    monkeypatch.setattr(cli_jobs, "HTTP_TIMEOUT_S", 0.5)
 
     def submit(*words: str) -> str:
         assert cli.main(["submit", *words]) == cli.MISTAKE
@@ -65,23 +65,24 @@ def refused(capsys, monkeypatch):
         (["lab", "--address", "http://127.0.0.1:9"], "No job server answers at http://127.0.0.1:9"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_sent(refused, words, sentence):
+def test_a_mistake_is_refused_before_anything_is_sent(refused, words, sentence):
     said = refused(*words)
 
     assert sentence in said
     assert "hf_x" not in said
 
 
-def test_who_accepts_and_says_nothing_is_not_waited_for(refused):
+def test_a_server_that_never_answers_is_refused_after_the_timeout(refused):
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert f"No job server answers at {address}" in refused("lab", "--address", address)
 
 
 @pytest.mark.parametrize(
-    ("version", "sentence"), [("2.9.0", "The cluster runs Ray 2.9.0"), (None, "no job server of")]
+    ("version", "sentence"),
+    [("2.9.0", "The cluster runs Ray 2.9.0"), (None, "is not a job server of Ray")],
 )
-def test_another_server_and_another_ray_are_told_apart(refused, version, sentence):
+def test_another_server_and_another_ray_version_are_refused(refused, version, sentence):
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = {"/api/version": {"ray_version": version}, "/api/jobs/": []}
@@ -101,7 +102,7 @@ def test_another_server_and_another_ray_are_told_apart(refused, version, sentenc
         server.server_close()
 
 
-def test_the_package_and_what_was_named_are_sent_and_nothing_else(tmp_path):
+def test_only_the_package_and_the_named_files_are_sent(tmp_path):
     (tmp_path / "mine" / "__pycache__").mkdir(parents=True)
     (tmp_path / "mine" / "rewards.py").write_text("x = 1")
     (tmp_path / "mine" / "__pycache__" / "rewards.pyc").write_text("")
@@ -125,7 +126,7 @@ def test_the_package_and_what_was_named_are_sent_and_nothing_else(tmp_path):
     assert size == sum(path.stat().st_size for path in sent.rglob("*") if path.is_file())
 
 
-def test_what_cannot_be_sent_is_named(tmp_path, monkeypatch):
+def test_files_that_cannot_be_sent_are_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 3000)
     sent = tmp_path / "sent"
     sent.mkdir()
@@ -139,7 +140,7 @@ def test_what_cannot_be_sent_is_named(tmp_path, monkeypatch):
 
 
 class Server:
-    """A job server whose log breaks off, and whose job has ended with `job`."""
+    """A job server whose log stream breaks `breaks` times; its job has ended with `job`."""
 
     def __init__(self, job: SimpleNamespace, breaks: int) -> None:
         self.job, self.breaks = job, breaks
@@ -159,7 +160,7 @@ class Server:
 
 
 def follow(server: Server, *words: str) -> int:
-    """The exit code of following a job, in a thread: the tests' own may have an event loop."""
+    """Follow a job in a thread, as pytest's own may have an event loop; return the exit code."""
     args = cli._parser().parse_args(["submit", *words])
     with ThreadPoolExecutor(1) as elsewhere:
         return elsewhere.submit(cli_jobs._follow, server, "r", "r", args).result(60)
@@ -176,7 +177,7 @@ def follow(server: Server, *words: str) -> int:
         ("STOPPED", 143, 143, "stopped; go on with ray-detox submit --resume r"),
     ],
 )
-def test_the_log_is_printed_once_and_the_drivers_code_passed_on(
+def test_the_log_is_printed_once_and_the_exit_code_is_the_drivers(
     monkeypatch, capsys, status, driver, code, sentence
 ):
     monkeypatch.delenv("RAY_DETOX_SUBMIT", raising=False)
@@ -192,7 +193,16 @@ def test_the_log_is_printed_once_and_the_drivers_code_passed_on(
     assert ("--resume" in printed) == bool(sentence)
 
 
-def test_a_job_server_that_stays_away_is_not_waited_for(monkeypatch, capsys):
+def test_a_log_cannot_steer_the_terminal(capsys):
+    log = cli_jobs._Log()
+
+    log.print_new("step 1\x1b[2J\r\n")
+    log.print_new("step 1\x1b[2J\r\nhalf\rdone")
+
+    assert capsys.readouterr().out == "step 1\\x1b[2J\nhalf\ndone"
+
+
+def test_following_ends_when_the_job_server_stays_away(monkeypatch, capsys):
     monkeypatch.setattr(cli_jobs, "LOST_S", 0.0)
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
@@ -208,7 +218,7 @@ def test_a_job_server_that_stays_away_is_not_waited_for(monkeypatch, capsys):
 
 
 class Head:
-    """A head started by scripts/head.sh, and scripts/submit.sh as a person calls it."""
+    """A head started by scripts/head.sh, and scripts/submit.sh as a user calls it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -274,7 +284,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # Short, for the paths of Ray's sockets may have 107 characters.
+    # A short path: the paths of Ray's sockets may have 107 characters at most.
     home = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
     head = Head(home)
     yield head
@@ -282,7 +292,7 @@ def head() -> Iterator[Head]:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path):
+def test_a_run_with_own_files_is_submitted_stopped_and_resumed(head, tmp_path):
     (tmp_path / "own_rewards.py").write_text(
         "def brief(prompts, completions, **_):\n    return [-len(c) / 100 for c in completions]\n"
     )
@@ -314,7 +324,7 @@ def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path)
     assert code == 2
     assert "A job has had run 'own' (stopped)" in err
 
-    # It goes on where it was, to an end that has come nearer; followed from the beginning of its log.
+    # It resumes at its step, with fewer steps to go; the log is followed from its beginning.
     folder = head.home / "runs" / "own"
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     code, out, err = head.submitted("--resume", "own", f"train.steps={done + 2}", "--no-wait", *own)
@@ -335,7 +345,7 @@ def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path)
     assert (report["status"], report["n"]) == ("complete", 8)
 
 
-def test_the_drivers_own_refusal_comes_through(head):
+def test_a_refusal_by_the_driver_is_passed_on(head):
     code, out, _ = head.submitted("lab", "serving.gpus_per_actor=1", "--run-id", "greedy")
 
     assert code == 2
@@ -343,7 +353,7 @@ def test_the_drivers_own_refusal_comes_through(head):
     assert "--resume" not in out
 
 
-def test_a_job_that_is_stopped_before_training_says_so(head):
+def test_a_job_that_is_stopped_before_training_reports_it(head):
     process = head.submit("lab", *SMALL, "--run-id", "early", bufsize=1)
     for line in process.stdout:
         if line.startswith("ingest"):

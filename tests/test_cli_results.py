@@ -1,4 +1,4 @@
-"""The commands about results: what they print, what they refuse, and that they need no torch."""
+"""The commands about results: their output, the mistakes they refuse, and no import of torch."""
 
 import json
 import os
@@ -21,11 +21,12 @@ from ray_detox.runs.folder import RunFolder
 from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.sqlite import SQLiteStore
 from tests.faultproxy import FOR_EVER, FaultProxy
+from tests.pseudo_terminal import on_terminal, screen
 
 
 @pytest.fixture
 def aws(monkeypatch):
-    """The address of an AWS that lives in this process."""
+    """The address of an AWS emulator in this process."""
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
@@ -45,7 +46,7 @@ def output(tmp_path):
 
 @pytest.fixture
 def mistake(capsys, output):
-    """Give a command that must be refused; the sentence it was refused with."""
+    """`mistake(*words)`: run a command that must be refused, and return its error line."""
 
     def refused(*words):
         code = cli.main([*map(str, words)])
@@ -102,13 +103,13 @@ def test_results_prints_the_stored_report(results, capsys):
     assert "Toxicity fell." in as_text
 
 
-def test_results_of_an_unknown_run_are_refused(mistake, results):
+def test_results_refuses_an_unknown_run(mistake, results):
     assert "No result of a run 'third' is stored" in mistake(
         "results", "third", "--output", results
     )
 
 
-def test_results_where_nothing_ran_are_refused(mistake, output):
+def test_results_refuses_a_folder_without_results(mistake, output):
     assert f"No results in {output} yet" in mistake("results", "first", "--output", output)
     assert f"No results in {output} yet" in mistake("results", "--output", output)
 
@@ -135,7 +136,7 @@ SAMPLE = {
 
 @pytest.fixture
 def folder(output):
-    """The files of a finished run that no store has."""
+    """The files of a finished run that is in no store."""
     folder = RunFolder(output, "third")
     folder.write_result(make_report("third"), [PairedExample.from_json(SAMPLE)])
     (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
@@ -143,7 +144,7 @@ def folder(output):
     return folder
 
 
-def test_publish_stores_a_run_from_its_files_and_a_repeat_writes_nothing(folder, output, capsys):
+def test_publish_stores_a_run_from_its_files_once(folder, output, capsys):
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
     first = capsys.readouterr().out
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
@@ -166,14 +167,14 @@ def test_publish_replaces_a_run_only_with_overwrite(folder, output, mistake):
     assert SQLiteStore(folder.store_path).get_run("third")["recipe"] == "seed"
 
 
-def test_publish_refuses_what_has_no_result(output, mistake):
+def test_publish_refuses_a_run_without_a_result(output, mistake):
     assert "No run 'none'" in mistake("publish", "none", "--output", output)
 
     folder = RunFolder(output, "begun")
     folder.path.mkdir(parents=True)
     (folder.path / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
     assert "no result yet" in mistake("publish", "begun", "--output", output)
-    assert "no setting of results" in mistake(
+    assert "is not a setting of results" in mistake(
         "publish", "begun", "ppo.epochs=1", "--output", output
     )
 
@@ -184,7 +185,7 @@ def test_a_damaged_result_is_named(folder, output, mistake):
     assert "samples.jsonl cannot be read" in mistake("publish", "third", "--output", output)
 
 
-def test_a_table_is_made_checked_and_published_to(folder, output, aws, capsys, mistake):
+def test_a_table_is_created_checked_and_published_to(folder, output, aws, capsys, mistake):
     words = ["results.store=dynamodb", "results.table=made", f"results.endpoint_url={aws}"]
 
     assert "'made' was not found" in mistake("table", "check", *words)
@@ -214,9 +215,9 @@ def make_notebook_table(aws, name, key="conversation_id"):
 
 @pytest.fixture
 def no_run(mistake, output, monkeypatch):
-    """Give settings with which a run must not start; the sentence it was refused with."""
+    """`no_run(*words)`: start a run that must be refused, and return its error line."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    # Refused once is refused.
+    # One attempt, so that a refusal takes no time.
     at_once = Config(connect_timeout=3, read_timeout=30, retries={"total_max_attempts": 1})
     monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", at_once)
 
@@ -231,9 +232,7 @@ def no_run(mistake, output, monkeypatch):
 IN_TABLE = ("results.store=dynamodb", "results.table=checked")
 
 
-def test_what_is_wrong_with_credentials_region_and_endpoint_is_found_before_training(
-    no_run, aws, monkeypatch
-):
+def test_wrong_credentials_region_and_endpoint_are_found_before_training(no_run, aws, monkeypatch):
     at = f"results.endpoint_url={aws}"
     assert "could not be reached at 127.0.0.1:9" in no_run(
         *IN_TABLE, "results.endpoint_url=http://127.0.0.1:9"
@@ -261,7 +260,7 @@ def test_what_is_wrong_with_credentials_region_and_endpoint_is_found_before_trai
         ("hang", "be reached"),
     ],
 )
-def test_what_aws_refuses_is_found_before_training(no_run, aws, monkeypatch, kind, words):
+def test_a_refusal_by_aws_is_found_before_training(no_run, aws, monkeypatch, kind, words):
     if kind == "hang":
         soon = Config(read_timeout=0.5, retries={"total_max_attempts": 1})
         monkeypatch.setattr("ray_detox.store.dynamodb.PATIENT", soon)
@@ -318,7 +317,7 @@ def test_a_stored_run_is_exported_to_the_notebooks_table(folder, output, aws, ca
     assert [item["response_after"]["S"] for item in items] == [SAMPLE["response_after"]]
     assert "1 sample" in capsys.readouterr().out
 
-    # As the notebook writes it: of no run.
+    # An item as the notebook writes it, without a run.
     client.put_item(TableName="exported", Item={"conversation_id": {"N": "0"}})
     assert "pass --overwrite" in mistake(*command)
     assert cli.main([*command, "--overwrite"]) == 0
@@ -336,7 +335,7 @@ def test_publishing_to_the_notebooks_table_keeps_the_whole_run_as_well(folder, o
     assert SQLiteStore(folder.store_path).get_run("third") == make_report("third")
 
 
-def test_an_empty_table_is_said_to_be_empty(aws, capsys):
+def test_results_of_an_empty_table_say_so(aws, capsys):
     words = ["results.store=dynamodb", "results.table=still-empty", f"results.endpoint_url={aws}"]
     assert cli.main(["table", "create", *words]) == 0
     capsys.readouterr()
@@ -347,7 +346,7 @@ def test_an_empty_table_is_said_to_be_empty(aws, capsys):
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_the_notebooks_table_passes_the_check_as_what_it_is(aws, capsys):
+def test_the_check_recognises_the_notebooks_table(aws, capsys):
     make_notebook_table(aws, "notes")
 
     command = ["table", "check", "results.table=notes", f"results.endpoint_url={aws}"]
@@ -368,8 +367,8 @@ def test_a_report_is_one_html_file(folder, output, tmp_path, capsys, mistake):
 
 
 @pytest.mark.parametrize("run_id", ["../third", "a" * 65, "a#b"])
-def test_a_run_id_that_could_name_no_run_is_refused_by_every_command(folder, mistake, run_id):
-    # Beside this folder of runs is one with a run that `../third` would find.
+def test_every_command_refuses_an_invalid_run_id(folder, mistake, run_id):
+    # `../third` would find a run in the folder above this one.
     inside = folder.output / "inside"
     RunFolder(inside, "any").write_result(make_report("any"), [])
     SQLiteStore(RunFolder(inside, "").store_path).put_run(make_report("any"), [])
@@ -385,7 +384,7 @@ def test_view_serves_the_page_until_it_is_interrupted(results):
         [*command, "--output", results],
         stdout=subprocess.PIPE,
         text=True,
-        # A shell starts what it has in the background with the signal ignored.
+        # A shell starts background processes with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
@@ -399,7 +398,7 @@ def test_view_serves_the_page_until_it_is_interrupted(results):
     assert [run["run_id"] for run in runs] == ["second", "first"]
 
 
-def test_view_refuses_before_it_serves(folder, output, mistake):
+def test_view_refuses_mistakes_before_it_serves(folder, output, mistake):
     assert "No results" in mistake("view", "--output", output)
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
 
@@ -407,11 +406,63 @@ def test_view_refuses_before_it_serves(folder, output, mistake):
     assert "--port is 70000" in mistake("view", "--port", 70000, "--output", output)
 
 
+# ---- on a terminal and elsewhere -------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile(output):
+    """A stored run whose texts would steer a terminal, or do not fit an encoding."""
+    store = SQLiteStore(RunFolder(output, "").store_path)
+    text = "\x1b[2J[bold]caf\xe9:smile: 汉字\u202e"
+    verdict = {"name": "improved", "sentence": f"Toxicity fell {text}.", "reasons": []}
+    sample = {"index": 0, "query": text, "response_before": text, "response_after": text}
+    store.put_run(make_report("hostile") | {"verdict": verdict}, [sample])
+    store.close()
+    return output
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_a_list_and_a_report_fit_the_terminal(results, hostile, columns):
+    where = ["--output", str(results)]
+
+    listed = on_terminal("-m", "ray_detox", "results", *where, columns=columns)
+    report = on_terminal("-m", "ray_detox", "results", "hostile", *where, columns=columns)
+
+    assert "\x1b" not in listed + report
+    assert screen(listed)[0].split()[-1] == "verdict"
+    assert len(screen(listed)) == 5  # a header, three runs and the line of the next prompt
+    assert all(len(line) <= columns for line in screen(listed) + screen(report))
+    assert "\\x1b[2J[bold]café:smile: 汉字\\u202e" in report
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("command", [["results", "hostile"], ["results"], ["results", "x汉\udcff"]])
+def test_no_encoding_makes_a_command_fail(hostile, encoding, command):
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_detox", *command, "--output", str(hostile)],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+
+    printed = (done.stdout + done.stderr).decode(encoding)
+    assert "Traceback" not in printed
+    if command[-1].startswith("x"):
+        assert done.returncode == cli.MISTAKE
+        assert "ray-detox: Run id 'x\\u6c49" in printed
+    else:
+        assert done.returncode == 0
+    if command[-1] == "hostile":
+        cafe = "café" if encoding == "latin-1" else "caf?"
+        assert f"\\x1b[2J[bold]{cafe}:smile: ??\\u202e" in printed
+
+
 @pytest.mark.parametrize("command", [["results", "first"], ["report", "first"], ["results"]])
 def test_commands_about_results_answer_without_torch_and_ray(results, tmp_path, command):
     script = (
         "import sys; from ray_detox.cli.main import main; code = main(sys.argv[1:]); "
-        "assert not {'torch', 'ray', 'transformers', 'datasets', 'boto3'} & set(sys.modules); "
+        "heavy = {'torch', 'ray', 'transformers', 'datasets', 'boto3', 'pydantic', 'rich'}; "
+        "assert not heavy & set(sys.modules); "
         "sys.exit(code)"
     )
 

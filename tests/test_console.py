@@ -1,34 +1,42 @@
-"""What a person sees of a run, and the same figures on disk."""
+"""Progress of a run on a terminal and elsewhere, and the metrics of its steps on disk."""
 
 import dataclasses
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from ray_detox.records import UpdateStats
-from ray_detox.runs.console import Console, step_line
+from ray_detox.runs.console import Console, step_line, terminal_width
 from ray_detox.runs.metrics_log import MetricsLog, read_metrics
+from tests.pseudo_terminal import on_terminal, screen
 
 
 def stats(step: int, **changes: object) -> dict[str, object]:
-    """Figures of a step, each its own number."""
+    """Return the metrics of a step, each with a value of its own."""
     fields = dataclasses.fields(UpdateStats)
     found: dict[str, object] = {f.name: i / 16 for i, f in enumerate(fields)}
     return found | {"step": step, "minibatches": 4, "truncated": 0, "terms": {}} | changes
 
 
 def test_a_step_is_one_line_in_fixed_order_with_units():
-    figures = stats(
+    metrics = stats(
         7, score=2.314, toxicity=0.0349, kl=0.43, clip_fraction=0.07, explained_variance=0.62,
         length=31.2, seconds=5.07,
     )  # fmt: skip
 
-    assert step_line(figures, 200) == (
+    assert step_line(metrics, 200) == (
         "step   7/200 | score +2.31 | toxicity 0.03 | kl  0.43 nat | clip   7% "
-        "| value explained +0.62 | length  31 | 5.1 s"
+        "| explained variance +0.62 | length  31 | 5.1 s"
     )
 
 
-def test_metrics_hold_one_row_per_step_also_where_steps_are_done_again(tmp_path):
+def test_metrics_have_one_row_per_step_after_steps_are_repeated(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.add(stats(step, score=float(step)))
@@ -44,7 +52,7 @@ def test_metrics_hold_one_row_per_step_also_where_steps_are_done_again(tmp_path)
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_metrics_keep_every_figure_by_name(tmp_path):
+def test_metrics_keep_every_field_by_name(tmp_path):
     log = MetricsLog(tmp_path)
     log.add(stats(1, terms={"get_repetition_penalty_reward": -0.25}))
     log.close()
@@ -54,7 +62,7 @@ def test_metrics_keep_every_figure_by_name(tmp_path):
     assert row["terms"] == {"get_repetition_penalty_reward": -0.25}
 
 
-def test_a_stage_says_what_it_made_and_its_time_adds_up():
+def test_a_stage_prints_its_results_and_adds_up_its_time():
     stream = io.StringIO()
     console = Console(stream)
 
@@ -69,7 +77,7 @@ def test_a_stage_says_what_it_made_and_its_time_adds_up():
     assert list(console.seconds) == ["train"]
 
 
-def test_without_a_terminal_a_long_stage_prints_no_cursor_codes():
+def test_a_stream_that_is_not_a_terminal_gets_plain_lines():
     stream = io.StringIO()
     console = Console(stream, seconds_between=0)
 
@@ -77,3 +85,128 @@ def test_without_a_terminal_a_long_stage_prints_no_cursor_codes():
         bar.add(32)
 
     assert stream.getvalue() == "          32/64 prompts\n"
+
+
+@pytest.mark.parametrize("width", [200, 110, 80, 60, 40])
+def test_a_step_line_fits_the_terminal(width):
+    line = step_line(stats(7, score=2.314, kl=0.43, seconds=5.07), 200, width)
+
+    assert len(line) <= width
+    assert line.startswith("step   7/200 | ")
+    assert "| toxicity 0.19 |" in line
+    assert line.endswith("| 5.1 s")
+
+
+def test_a_quiet_console_prints_nothing():
+    stream = io.StringIO()
+    console = Console(stream, seconds_between=0, quiet=True)
+
+    with console.stage("train", "3 steps") as made, console.bar(3, "steps") as bar:
+        made.append("adapter saved")
+        bar.add(3)
+
+    assert stream.getvalue() == ""
+    assert list(console.seconds) == ["train"]
+
+
+def test_lines_cannot_steer_a_terminal_or_fail_on_an_encoding():
+    buffer = io.BytesIO()
+    console = Console(io.TextIOWrapper(buffer, encoding="ascii"))
+
+    console.line("left out: \x1b[2Jcaf\xe9 \u202e")
+
+    assert buffer.getvalue() == b"left out: \\x1b[2Jcaf? \\u202e\n"
+
+
+def test_a_stream_that_is_not_a_terminal_has_no_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+
+    assert terminal_width(io.StringIO()) is None
+
+
+# ---- on a terminal ---------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RUN = """
+import sys, time
+from ray_detox.runs.console import Console, step_line
+
+console = Console()
+with console.stage("evaluate", "40 prompts") as made, console.bar(40, "prompts") as bar:
+    for i in range(4):
+        bar.add(10)
+        time.sleep(0.3)
+        console.line(f"line {i} [bold]:smile: caf\\xe9 \\x1b[2J")
+        print("a warning", i, file=sys.stderr)
+    made.append("measured")
+print("rich" in sys.modules)
+"""
+
+
+def without_colour(printed: str) -> str:
+    return re.sub(r"\x1b\[[\d;]*m", "", printed)
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_a_bar_fits_the_terminal_and_lines_stand_above_it(columns):
+    printed = on_terminal("-c", RUN, columns=columns)
+
+    bars = re.findall(r"[^\r\n]*/40 prompts[^\r\n]*", without_colour(printed))
+    frames = [re.sub(r"\x1b\[[\d?]*[A-Za-z]", "", bar) for bar in bars]
+    assert frames
+    assert all(len(frame) <= columns for frame in frames)
+    assert any(re.search(r"/40 prompts +[\d.]+ prompts/s +\d+:\d\d left", f) for f in frames)
+    lines = screen(printed)
+    assert lines[0] == "evaluate  40 prompts"
+    for i in range(4):
+        # Neither markup nor emoji codes nor control codes of the text take effect.
+        assert lines[2 * i + 1 : 2 * i + 3] == [
+            f"line {i} [bold]:smile: café \\x1b[2J",
+            f"a warning {i}",
+        ]
+    assert lines[9] == "          measured"
+    assert lines[10].startswith("          done in ")
+    assert lines[11] == "True"
+    assert not any("/40" in line for line in lines), "the bar is gone"
+    assert printed.rindex("\x1b[?25h") > printed.rindex("\x1b[?25l"), "the cursor is back"
+
+
+def test_no_color_leaves_the_bar_without_colours():
+    colour = re.compile(r"\x1b\[[\d;]*(3[0-7]|38;|9[0-7])[\d;]*m")
+
+    assert colour.search(on_terminal("-c", RUN))
+    printed = on_terminal("-c", RUN, NO_COLOR="1")
+    assert "/40 prompts" in printed
+    assert not colour.search(printed)
+
+
+def test_a_dumb_terminal_gets_plain_lines_and_no_rich():
+    printed = on_terminal("-c", RUN, TERM="dumb")
+
+    assert "\x1b" not in printed
+    assert "line 3 [bold]:smile: café \\x1b[2J\r\n" in printed
+    assert printed.endswith("False\r\n")
+
+
+def test_a_terminal_with_an_ascii_encoding_gets_an_ascii_bar():
+    printed = on_terminal("-c", RUN, PYTHONIOENCODING="ascii")
+
+    assert printed.isascii()
+    assert "/40 prompts" in printed
+    assert "line 3 [bold]:smile: caf? \\x1b[2J" in screen(printed)
+
+
+def test_a_pipe_gets_plain_lines_and_no_rich():
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        timeout=60,
+    )
+
+    lines = done.stdout.decode().splitlines()
+    assert lines[0] == "evaluate  40 prompts"
+    assert lines[1:5] == [f"line {i} [bold]:smile: café \\x1b[2J" for i in range(4)]
+    assert lines[5] == "          measured"
+    assert lines[-1] == "False"

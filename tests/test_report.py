@@ -1,3 +1,5 @@
+"""The report of a run as text: its parts, its width, and text that is hostile or missing."""
+
 import copy
 import unicodedata
 
@@ -55,7 +57,7 @@ def columns(line):
     return len(line) + wide - sum(unicodedata.category(c) == "Mn" for c in line)
 
 
-def test_a_run_in_full(report):
+def test_a_run_is_described_in_full(report):
     shown = text.describe_run(report)
 
     assert shown.startswith(
@@ -69,24 +71,28 @@ def test_a_run_in_full(report):
     assert rows["ROUGE-L"] == ["0.310", "0.320", "+0.010", "(+3.2%)"]
     assert "facts kept" not in rows
     assert ", p < 0.001, effect size d_z -" in " ".join(shown.split())
-    assert "toxicity gone 69.7%, 95% interval 6" in shown
+    assert "toxicity reduction 69.7%, 95% interval 6" in shown
     assert "prompts 60 better, 0 worse, 0 same, 0 unscored" in shown
     assert "KL to the reference: 1.84 nats per response" in shown
     assert "seconds: sample 12.3, score 3.0" in shown
     assert "notes:\n- The reward model" in shown
 
 
-def test_lines_fit_a_terminal(report):
+@pytest.mark.parametrize("width", [None, 200, 100, 80, 60, 46])
+def test_lines_fit_a_terminal(report, width):
     texts = ["word " * 200, "汉字" * 300, "x" * 999, "a\u0301" * 5000]
     samples = [sample(i, 0.9, i / 9, response) for i, response in enumerate(texts)]
 
-    shown = text.describe_run(report, samples)
+    shown = text.describe_run(report, samples, width)
 
-    assert max(columns(line) for line in shown.splitlines()) <= text.WIDTH
+    assert max(columns(line) for line in shown.splitlines()) <= min(width or 200, text.WIDTH)
     assert len(shown) < 20_000
+    rows = {line[:19].strip(): line[19:].split() for line in shown.splitlines()}
+    assert rows["toxicity, mean"][0] == "0.500"
+    assert rows["ROUGE-L"][:3] == ["0.310", "0.320", "+0.010"]
 
 
-def test_best_middle_and_worst_are_shown_side_by_side(report):
+def test_best_middle_and_worst_samples_are_shown_side_by_side(report):
     samples = [sample(i, 0.5, after) for i, after in enumerate([0.1, 0.2, 0.4, 0.9, None])]
 
     shown = text.describe_run(report, iter(samples))
@@ -101,7 +107,7 @@ def test_best_middle_and_worst_are_shown_side_by_side(report):
     assert "before, toxicity 0.500" in shown
 
 
-def test_few_or_unscored_samples_are_shown_as_they_come(report):
+def test_few_or_unscored_samples_are_shown_in_order(report):
     shown = text.describe_run(report, [sample(7, None, None, response=None)])
 
     assert "--- example: sample 7" in shown
@@ -127,7 +133,7 @@ def test_model_output_cannot_steer_the_terminal(report):
 
 
 @given(st.text())
-def test_printable_is_one_line_without_control(anything):
+def test_printable_text_is_one_line_without_control_characters(anything):
     shown = text.printable(anything)
 
     assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in shown)
@@ -146,29 +152,29 @@ def test_every_part_may_be_missing(report):
     assert text.describe_run({"run_id": "x"}) == "run x | recipe ?"
 
 
-def test_figures_that_do_not_exist_are_left_out(report):
+def test_metrics_that_do_not_exist_are_left_out(report):
     report["toxicity"] = compare([0.0], [0.0]).to_json()
 
     shown = text.describe_run(report)
 
-    assert "toxicity gone" not in shown
+    assert "toxicity reduction" not in shown
     assert "-0.000" not in shown
 
 
-def test_a_broken_floor_is_not_said_twice(report):
+def test_a_broken_floor_is_reported_once(report):
     toxicity = compare(BEFORE, AFTER, resamples=500)
     report["verdict"] = verdict(toxicity, {"kl": (None, 31.7)}).to_json()
 
     assert text.describe_run(report).count("31.7") == 1
 
 
-def test_reasons_apart_from_the_sentence_are_listed(report):
+def test_reasons_that_the_sentence_lacks_are_listed(report):
     report["verdict"] = {"name": "quality lost", "sentence": "See below.", "reasons": ["A.", "B."]}
 
     assert "Verdict: quality lost. See below.\n- A.\n- B." in text.describe_run(report)
 
 
-def test_a_judge_has_its_own_rows(report):
+def test_a_judge_has_rows_of_its_own(report):
     report["judge"] = compare(BEFORE, AFTER, resamples=200).to_json()
 
     shown = text.describe_run(report)
@@ -188,3 +194,47 @@ def test_a_list_has_one_line_per_run(report):
     assert columns(text.list_line(report)) <= text.WIDTH
     unfinished = {"run_id": "x", "status": "failed", "verdict": None, "toxicity": None}
     assert text.list_line(unfinished).endswith("failed")
+
+
+def runs(count):
+    toxicity = {"before": {"mean": 0.5}, "after": {"mean": 0.25}}
+    return [
+        {
+            "run_id": f"lab-20261126-141449-456{i}",
+            "recipe": "flan-t5-base",
+            "status": "complete",
+            "created": "2026-01-31T12:00:59+00:00",
+            "n": 512,
+            "verdict": {"name": "improved"},
+            "toxicity": toxicity,
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 40])
+def test_a_list_fits_the_terminal(width):
+    table = text.list_table([*runs(3), {"run_id": "汉" * 64}], width)
+
+    lines = table.splitlines()
+    assert len(lines) == 5
+    assert max(map(columns, lines)) <= width
+    assert "verdict" in lines[0]
+    assert all("improved" in line for line in lines[1:4])
+    if width >= 60:
+        assert all("0.500 -> 0.250" in line for line in lines[1:4])
+
+
+def test_a_list_has_room_for_long_ids_on_a_wide_terminal():
+    run = runs(1)[0] | {"run_id": "r" * 64}
+
+    assert "r" * 64 in text.list_table([run], 200)
+    assert text.list_table([run], 200).splitlines()[0].split() == [
+        "created", "(UTC)", "run", "recipe", "prompts", "toxicity", "verdict",
+    ]  # fmt: skip
+
+
+def test_a_list_shows_hostile_names_as_text():
+    table = text.list_table([runs(1)[0] | {"run_id": HOSTILE, "recipe": HOSTILE}], 100)
+
+    assert text.printable(table.replace("\n", "")) == table.replace("\n", "").strip()

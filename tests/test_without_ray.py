@@ -1,4 +1,4 @@
-"""The core stands by itself: PPO runs where Ray cannot be imported."""
+"""PPO, results and statistics run in a process in which Ray cannot be imported."""
 
 import json
 import os
@@ -47,8 +47,10 @@ def test_results_and_statistics_need_no_torch():
         "import sys\n"
         "sys.modules['torch'] = None\n"
         "sys.modules['ray'] = None\n"
-        "import ray_detox.cli, ray_detox.evaluation, ray_detox.report, ray_detox.store\n"
-        "import ray_detox.toxicity, ray_detox.quality, ray_detox.lab.corpus\n"
+        "import ray_detox.cli.main, ray_detox.cli.results, ray_detox.cli.jobs, ray_detox.api\n"
+        "import ray_detox.evaluation.statistics, ray_detox.evaluation.verdict\n"
+        "import ray_detox.evaluation.metrics, ray_detox.evaluation.summarise\n"
+        "import ray_detox.runs.report_text, ray_detox.store.sqlite, ray_detox.lab.corpus\n"
     )
 
     ended = run_python(code)
@@ -56,11 +58,11 @@ def test_results_and_statistics_need_no_torch():
     assert ended.returncode == 0, ended.stderr
 
 
-def test_the_actors_that_only_pass_things_on_load_no_torch():
+def test_actors_without_a_model_load_no_torch():
     code = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['ray.train'] = sys.modules['ray.data'] = None\n"
-        "import ray_detox.stages.directory, ray_detox.stages.events, ray_detox.stages.evaluate\n"
+        "import ray_detox.stages.rewards.directory, ray_detox.stages.progress, ray_detox.stages.evaluate\n"
     )
 
     ended = run_python(code)

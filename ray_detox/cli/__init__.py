@@ -1,1 +1,1 @@
-"""The command line: `ray-detox VERB`."""
+"""The command line: `ray-detox COMMAND`."""

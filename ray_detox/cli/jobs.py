@@ -4,34 +4,30 @@
     settings read, mistakes found
     package, recipe, --with ...   -- one zip -->     folder that the job starts in, on every node
     run id, which is the job's id -- HTTP ----->     python -m ray_detox run ... --output ~/runs
-    log, printed as it comes      <-------------     what the driver prints
+    log, printed as it comes      <-------------     output of the driver
     exit code                     <-------------     of the driver
 
-The job outlives this process: Ctrl-C ends the reading of its log, and --stop, like `ray job stop`,
-the job, after a checkpoint.
-Nothing of the checkout is sent but the package and what was named, so no file goes along by chance.
+The job outlives this process. Ctrl-C only stops following its log; `--stop`, like `ray job stop`,
+ends the job after a checkpoint. Only the package and the files named on the command line are sent,
+never the rest of the checkout.
 """
 
 import argparse
-import asyncio
-import logging
 import os
 import re
 import shlex
-import shutil
 import signal
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_detox.config import ConfigError
+import ray_detox
+from ray_detox.cli.output import print_error
+from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import apply_override, load_config, split_words
 from ray_detox.runs.folder import new_run_id
+from ray_detox.runs.printable import escape_control
 from ray_detox.store.protocol import check_run_id
 
 if TYPE_CHECKING:
@@ -41,19 +37,19 @@ Add = Callable[[str, Any, str], argparse.ArgumentParser]
 
 ADDRESS = "http://127.0.0.1:8265"
 LARGEST = 90 * 2**20
-"""Most bytes that are sent: Ray's job server takes 100 MiB in one piece."""
+"""Most bytes that are sent; Ray's job server takes 100 MiB in one request."""
 
 STOP_S = 120
-"""Longest wait between `ray job stop` and the end of a driver that has not written its checkpoint."""
+"""Time in which a driver can write its checkpoint after `ray job stop`, before Ray kills it."""
 
 HTTP_TIMEOUT_S = 10.0
-"""Longest wait for whatever is at the address to answer at all."""
+"""Longest wait for an answer from the address."""
 
 READY_S = 60.0
-"""Longest wait for a head that was started just now to take its first job."""
+"""Longest wait for a head that was just started to accept its first job."""
 
 LOST_S = 120.0
-"""Longest wait for a job server that has stopped to answer while the log was read."""
+"""Longest wait for a job server that stopped answering while its log was followed."""
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -62,18 +58,24 @@ def add_verbs(add: Add) -> None:
     """Add the command of this module to the command line."""
     sub = add("submit", _submit, "Run the main job on a cluster, through Ray's job server.")
     sub.add_argument(
-        "words", nargs="*", metavar="RECIPE|SETTING", help="as for run: recipe, section.name=value"
+        "words",
+        nargs="*",
+        default=(),
+        metavar="RECIPE|SETTING",
+        help="as for run: a recipe and section.name=value",
     )
-    sub.add_argument("--run-id", metavar="ID", help="name of the run; made up if not given")
-    sub.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    sub.add_argument(
+        "--run-id", metavar="ID", help="name of the run; default: recipe, time and a random part"
+    )
+    sub.add_argument("--resume", metavar="RUN", help="continue a run from its newest checkpoint")
     sub.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS),
         metavar="URL",
-        help=f"the cluster's dashboard; RAY_API_SERVER_ADDRESS, or {ADDRESS}",
+        help=f"address of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or {ADDRESS}",
     )
     sub.add_argument(
-        "--output", metavar="DIR", help="where runs are kept on the head; ~/runs there"
+        "--output", metavar="DIR", help="folder on the head where runs are kept; default: ~/runs"
     )
     sub.add_argument(
         "--with",
@@ -82,19 +84,20 @@ def add_verbs(add: Add) -> None:
         default=[],
         type=Path,
         metavar="PATH",
-        help="send a file or folder along, such as a module with reward functions (with --resume, too); "
-        "may be repeated",
+        help="send a file or folder along, such as a module with reward functions; "
+        "may be repeated, and is needed again with --resume",
     )
     sub.add_argument(
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set in all processes of the run; everybody who sees the dashboard can read it",
+        help="set a variable in all processes of the run; everybody who sees the dashboard can "
+        "read it; may be repeated",
     )
-    sub.add_argument("--no-wait", action="store_true", help="do not follow the log")
-    sub.add_argument("--follow", metavar="RUN", help="follow a run that was submitted before")
-    sub.add_argument("--stop", metavar="RUN", help="end a run, after a checkpoint")
+    sub.add_argument("--no-wait", action="store_true", help="return without following the log")
+    sub.add_argument("--follow", metavar="RUN", help="follow the log of a submitted run")
+    sub.add_argument("--stop", metavar="RUN", help="end a submitted run after a checkpoint")
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -102,9 +105,9 @@ def _submit(args: argparse.Namespace) -> int:
         if args.follow or args.stop:
             return _look_after(args, check_run_id(args.follow or args.stop))
         return _send_and_follow(args)
-    except OSError as error:  # those of requests are of this kind, too
+    except OSError as error:  # includes the errors of requests
         reason = str(error).partition("\n")[0][:200]
-        print(f"ray-detox: cut off from {args.address} ({reason}).", file=sys.stderr)
+        print_error(f"cut off from {args.address} ({reason}).")
         return 1
 
 
@@ -114,6 +117,8 @@ def _send_and_follow(args: argparse.Namespace) -> int:
     _say("run", run_id)
     client = _reach(args.address)
     job_id = _job_id(client, run_id, args)
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="ray-detox-") as name:
         size = _gather(Path(name), files)
         _send(client, job_id, run_id, words, args.output, Path(name), environment)
@@ -143,7 +148,7 @@ def _look_after(args: argparse.Namespace, run_id: str) -> int:
         raise ConfigError(f"The job of run {run_id!r} has ended already ({job.status.lower()}).")
     client.stop_job(job.submission_id)
     _say("job", f"{job.submission_id} was told to stop, and writes a checkpoint first")
-    # Not without end: Ray kills what has not ended after STOP_S.
+    # This loop ends: Ray kills a driver that has not ended after STOP_S.
     while (status := client.get_job_status(job.submission_id)) not in ENDED:
         time.sleep(1)
     _say("job", f"{status.lower()}; go on with {_command(args, '--resume', run_id)}")
@@ -151,19 +156,19 @@ def _look_after(args: argparse.Namespace, run_id: str) -> int:
 
 
 def _command(args: argparse.Namespace, option: str, run_id: str) -> str:
-    """The command line for a run that was submitted."""
+    """Return the command with which the user handles a submitted run."""
     command = os.environ.get("RAY_DETOX_SUBMIT", "ray-detox submit")  # set by scripts/submit.sh
     at = f" --address {shlex.quote(args.address)}" if args.address != ADDRESS else ""
     return f"{command} {option} {run_id}{at}"
 
 
 def _say(what: str, text: str) -> None:
-    print(f"{what:<9} {text}", flush=True)
+    print(f"{what:<9} {escape_control(text)}", flush=True)
 
 
 def _read(args: argparse.Namespace) -> tuple[str, list[str], list[Path]]:
-    """The run's id, what `ray-detox run` is told on the head, and the files it needs there."""
-    files = [Path(__file__).parent, *args.extra]
+    """Return the run's id, the arguments of `ray-detox run` on the head, and the files to send."""
+    files = [Path(ray_detox.__file__).parent, *args.extra]
     if args.resume is not None:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
@@ -185,39 +190,43 @@ def _read(args: argparse.Namespace) -> tuple[str, list[str], list[Path]]:
 
 
 def _environment(pairs: Sequence[str]) -> dict[str, str]:
-    # Ray ends a driver after 3 seconds unless told; no step is over, and stored, that soon.
+    # Ray's default kills a driver after 3 seconds, before it has finished its step and stored it.
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "WR_ENGINE": "python"}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise ConfigError(f"--env {name!r} is no variable; expected NAME=VALUE.")
+            raise ConfigError(f"--env {name!r} is not a variable; expected NAME=VALUE.")
         if re.search("TOKEN|SECRET|PASSW|CREDENTIAL|_KEY", name.upper()):
             raise ConfigError(
-                f"--env {name} would be shown on the dashboard. Give the nodes what it stands for: "
-                "a role of the cloud, or a file that only they can read."
+                f"--env {name} would be shown on the dashboard. Give the nodes access in another "
+                "way: a role of the cloud, or a file that only they can read."
             )
         environment[name] = value
     return environment
 
 
 def _reach(address: str) -> "JobSubmissionClient":
-    """The job server's client, if it answers and runs this Ray."""
+    """Return a client of the job server, which must answer and run this version of Ray."""
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
         raise ConfigError(
-            f"--address {address!r} is not where jobs are taken; expected the dashboard's address, "
+            f"--address {address!r} is not a job server; expected the dashboard's address, "
             f"such as {ADDRESS}."
         )
-    there = (
+    import logging
+    import urllib.error
+    import urllib.request
+
+    hint = (
         "Start a head with scripts/head.sh, or leave `ray dashboard cluster/aws.yaml` open "
         "in another terminal."
     )
     try:
-        # Ray's client would wait for ever for one that accepts and says nothing.
+        # Ray's client has no timeout: it waits for ever for a server that never answers.
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=HTTP_TIMEOUT_S).close()
     except urllib.error.HTTPError:
-        pass  # it answers, and wants to be asked with a token
+        pass  # it answers, and requires a token
     except (OSError, ValueError):
-        raise ConfigError(f"No job server answers at {address}. {there}") from None
+        raise ConfigError(f"No job server answers at {address}. {hint}") from None
 
     token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     token = token or Path("~/.ray/auth_token").expanduser().is_file()
@@ -227,23 +236,23 @@ def _reach(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for talker in (
+    for name in (
         "dashboard.modules.dashboard_sdk",
         "dashboard.modules.job.sdk",
         "_private.runtime_env.packaging",
     ):
-        logging.getLogger(f"ray.{talker}").setLevel(logging.WARNING)
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
-        client.list_jobs()  # what needs the token
+        client.list_jobs()  # the first request that needs the token
     except AuthenticationError:
         raise ConfigError(
-            f"The cluster at {address} did not accept this machine's token. Put the cluster's into "
-            "~/.ray/auth_token, and set RAY_AUTH_MODE=token."
+            f"The cluster at {address} did not accept this machine's token. Put the cluster's token "
+            "into ~/.ray/auth_token, and set RAY_AUTH_MODE=token."
         ) from None
     except (RuntimeError, ConnectionError, KeyError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
-        raise ConfigError(f"{address} is no job server of Ray ({reason}). {there}") from None
+        raise ConfigError(f"{address} is not a job server of Ray ({reason}). {hint}") from None
     theirs = client._server_ray_version
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ConfigError(
@@ -254,13 +263,13 @@ def _reach(address: str) -> "JobSubmissionClient":
 
 
 def _jobs(client: "JobSubmissionClient", run_id: str) -> "list[JobDetails]":
-    """The jobs that have worked on a run, oldest first."""
+    """Return the jobs that have worked on a run, oldest first."""
     jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("run_id") == run_id]
     return sorted(jobs, key=lambda job: job.start_time or 0)
 
 
 def _job_id(client: "JobSubmissionClient", run_id: str, args: argparse.Namespace) -> str:
-    """A free id for the job: that of its run, with a number where the run goes on."""
+    """Return an unused id for the job: the id of its run, with a number if it resumes the run."""
     jobs = _jobs(client, run_id)
     live = [job for job in jobs if job.status not in ENDED]
     if live:
@@ -280,7 +289,9 @@ def _job_id(client: "JobSubmissionClient", run_id: str, args: argparse.Namespace
 
 
 def _gather(folder: Path, files: Sequence[Path]) -> int:
-    """Copy what the job needs into a folder of its own; its size in bytes."""
+    """Copy the files of a job into a folder of its own, and return their size in bytes."""
+    import shutil
+
     for file in files:
         if not file.exists():
             raise ConfigError(f"--with {file} does not exist; expected a file or a folder.")
@@ -314,7 +325,7 @@ def _send(
     environment: dict[str, str],
 ) -> None:
     command = shlex.join(["python", "-m", "ray_detox", "run", *words])
-    # Their home, so left for the shell there.
+    # The home folder on the head, so the shell there expands it.
     command += ' --output "$HOME"/runs' if output is None else f" --output {shlex.quote(output)}"
     deadline = time.monotonic() + READY_S
     while True:
@@ -330,7 +341,7 @@ def _send(
             reason = str(error).strip().rpartition("\n")[2][:300]
         if "already" in reason:
             raise ConfigError(f"Job {job_id} was sent by somebody else just now.")
-        # A head that was started just now answers some seconds before it can run anything.
+        # A head that was just started answers some seconds before it can run a job.
         if "No available agent" not in reason:
             raise ConfigError(f"The job server did not take the job: {reason}")
         if time.monotonic() > deadline:
@@ -344,7 +355,7 @@ def _send(
 def _follow(
     client: "JobSubmissionClient", job_id: str, run_id: str, args: argparse.Namespace
 ) -> int:
-    """Print the log until the job has ended; its exit code."""
+    """Print the log until the job has ended, and return its exit code."""
     again = f"follow it with {_command(args, '--follow', run_id)}"
     try:
         job = _print_to_end(client, job_id)
@@ -358,7 +369,9 @@ def _follow(
 
 
 def _print_to_end(client: "JobSubmissionClient", job_id: str) -> "JobDetails":
-    """Print the log until the job has ended, across breaks of the connection."""
+    """Print the log until the job has ended, and reconnect when the connection breaks."""
+    import asyncio
+
     from aiohttp import ClientError
     from ray.exceptions import AuthenticationError
 
@@ -368,7 +381,7 @@ def _print_to_end(client: "JobSubmissionClient", job_id: str) -> "JobDetails":
             asyncio.run(log.follow(client, job_id))
             job = client.get_job_info(job_id)
             if job.status in ENDED:
-                log.print_new(client.get_job_logs(job_id))  # what came after the last look
+                log.print_new(client.get_job_logs(job_id))  # the end, which the stream may lack
                 return job
             silent_since = None
         except AuthenticationError:
@@ -383,17 +396,15 @@ def _print_to_end(client: "JobSubmissionClient", job_id: str) -> "JobDetails":
 
 
 class _Log:
-    """A job's log, each character of which is printed once.
-
-    The server sends it from its beginning, however often it is asked.
-    """
+    """Prints each character of a job's log once; the server always sends it from the beginning."""
 
     def __init__(self) -> None:
         self.printed = 0
 
     def print_new(self, text: str, start: int = 0) -> None:
-        """Print what is new of `text`, which stands at character `start` of the log."""
-        print(text[max(self.printed - start, 0) :], end="", flush=True)
+        """Print the new part of `text`, which begins at character `start` of the log."""
+        new = text[max(self.printed - start, 0) :].replace("\r\n", "\n").replace("\r", "\n")
+        print(escape_control(new), end="", flush=True)
         self.printed = max(self.printed, start + len(text))
 
     async def follow(self, client: "JobSubmissionClient", job_id: str) -> None:
@@ -405,7 +416,7 @@ class _Log:
 
 
 def _ended(job: "JobDetails", go_on: str) -> int:
-    """Say how the job ended; the exit code of its driver."""
+    """Print how the job ended, and return the exit code of its driver."""
     if job.status == "SUCCEEDED":
         return 0
     if job.status == "STOPPED":
@@ -413,7 +424,7 @@ def _ended(job: "JobDetails", go_on: str) -> int:
         return 128 + signal.SIGTERM
     code = job.driver_exit_code
     if code is None or code < 0:
-        # It never ran, or was killed: only Ray knows.
+        # The driver never ran or was killed, so only Ray knows the reason.
         _say("job", f"failed: {(job.message or 'no reason was given').strip()[:2000]}")
     if code != 2:
         _say("job", f"ended early; go on with {go_on}")

@@ -1,40 +1,46 @@
-"""The command line: `ray-detox check | run | evaluate | export`; more in `cli_jobs.py`, `cli_results.py`.
+"""The command line: `ray-detox check | run | evaluate | export | schema`.
 
-A person's mistake ends with one sentence and exit code 2, before anything has started. Verbs
-import what they need when they run, so that `check` and `results` answer at once.
+The other commands are in `jobs.py` (submit) and `results.py` (results, view, report, publish and
+tables). A mistake of the user ends with one line and exit code 2 before anything has started.
+Commands import what they need when they run, so that `--help` and `results` answer at once.
 
-Exit codes: 0 done, 1 failed while running, 2 a mistake in what was asked, 130 or 143 stopped.
+Exit codes: 0 done, 1 failed while running, 2 a mistake in the command, 130 or 143 stopped.
 """
 
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_detox import __version__
 from ray_detox.cli import jobs as cli_jobs
 from ray_detox.cli import results as cli_results
-from ray_detox.config import ConfigError, RunConfig
-from ray_detox.recipes.loading import (
-    apply_override,
-    config_from_dict,
-    load_config,
-    recipe_names,
-    split_words,
-)
+from ray_detox.cli.output import is_unicode, print_error, replace_unencodable
+from ray_detox.errors import ConfigError
+from ray_detox.recipes.loading import load_config, recipe_names, split_words
 from ray_detox.runs.folder import RunFolder, new_run_id
+from ray_detox.runs.printable import printable
 from ray_detox.store.errors import StoreError
+
+if TYPE_CHECKING:
+    from ray_detox.config import RunConfig
 
 FAILED, MISTAKE = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the words after `ray-detox`; None takes those of the process.
+    """
+    replace_unencodable()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # Settings may stand before or after options; argparse would refuse the latter.
@@ -44,28 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not hasattr(args, "words"):
         parser.error(f"{args.command} takes no {rest[0]!r}")
     if rest:
-        args.words += rest
+        args.words = [*args.words, *rest]
     try:
         code: int = args.verb(args)
         return code
     except (ConfigError, StoreError) as error:
-        print(f"ray-detox: {error}", file=sys.stderr)
+        print_error(error)
         return MISTAKE
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package == "ray_detox":
             raise
-        print(
-            f"ray-detox: {package} is missing in {sys.executable}. Install the package there: "
-            "pip install -c constraints.txt .",
-            file=sys.stderr,
+        print_error(
+            f"{package} is missing in {sys.executable}. Install the package there: "
+            "pip install -c constraints.txt ."
         )
         return MISTAKE
     except KeyboardInterrupt as stopped:
-        print("ray-detox: stopped.", file=sys.stderr)
+        print_error("stopped.")
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except BrokenPipeError:
-        # The reader of a pipe, such as head, has gone; it has what it wanted.
+        # The reader of the pipe, such as head, has what it wanted and is gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -87,44 +92,57 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_output(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--output", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept"
+            "--output",
+            type=Path,
+            default=Path("runs"),
+            metavar="DIR",
+            help="folder where runs are kept; default: runs",
         )
 
-    recipes = f"recipe ({', '.join(recipe_names())}, or a .yaml file) and section.name=value"
-    sub = add("check", _check, "Show a run in full and what it needs, touching nothing.")
-    sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
+    recipes = f"a recipe ({', '.join(recipe_names())}, or a .yaml file) and section.name=value"
+    sub = add("check", _check, "Show all settings of a run and what it needs; starts nothing.")
+    sub.add_argument("words", nargs="*", default=(), metavar="RECIPE|SETTING", help=recipes)
     sub.add_argument(
-        "--live", action="store_true", help="look at the cluster, its nodes and the store instead"
+        "--live", action="store_true", help="check the cluster, its nodes and the store instead"
     )
     add_output(sub)
-    sub = add("run", _run, "Train, measure and store; the main job.")
-    sub.add_argument("words", nargs="*", metavar="RECIPE|SETTING", help=recipes)
-    sub.add_argument("--run-id", metavar="ID", help="name of the run; made up if not given")
+    sub = add("run", _run, "Train a policy, measure it and store the result; the main job.")
+    sub.add_argument("words", nargs="*", default=(), metavar="RECIPE|SETTING", help=recipes)
+    sub.add_argument(
+        "--run-id", metavar="ID", help="name of the run; default: recipe, time and a random part"
+    )
     sub.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with a run from its last checkpoint; on another machine, with its train.storage=",
+        help="continue a run from its newest checkpoint; on another machine, pass its "
+        "train.storage= as well",
     )
     add_output(sub)
     cli_jobs.add_verbs(add)
-    sub = add(
-        "evaluate", _evaluate, "Measure a run's adapter again, with changed settings if wished."
+    sub = add("evaluate", _evaluate, "Measure a run's adapter again, also with changed settings.")
+    sub.add_argument("run_id", metavar="RUN", help="id of the run")
+    sub.add_argument(
+        "words",
+        nargs="*",
+        default=(),
+        metavar="SETTING",
+        help="changed settings, section.name=value",
     )
-    sub.add_argument("run_id", metavar="RUN")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help="section.name=value")
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_output(sub)
     cli_results.add_verbs(add, add_output)
     add("schema", _schema, "Print the JSON schema of a recipe, for editors.")
-    sub = add("export", _export, "Merge a run's adapter into its model, as a plain model.")
-    sub.add_argument("run_id", metavar="RUN")
-    sub.add_argument("folder", type=Path, metavar="FOLDER")
+    sub = add("export", _export, "Merge a run's adapter into its model and save a plain model.")
+    sub.add_argument("run_id", metavar="RUN", help="id of the run")
+    sub.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder for the model, new or empty"
+    )
     add_output(sub)
     return parser
 
 
-def _load(words: Sequence[str]) -> RunConfig:
-    """The run that words such as `lab train.steps=2` describe."""
+def _load(words: Sequence[str]) -> "RunConfig":
+    """Load the run that words such as `lab train.steps=2` describe."""
     return load_config(*split_words(words))
 
 
@@ -132,6 +150,7 @@ def _check(args: argparse.Namespace) -> int:
     import yaml
 
     from ray_detox.resources import needs, table
+    from ray_detox.runs.console import terminal_width
     from ray_detox.stages import preflight
 
     config = _load(args.words)
@@ -140,9 +159,10 @@ def _check(args: argparse.Namespace) -> int:
     fetched = preflight.check_without_fetching(config)
     need = needs(config, cluster_gpus=0)
     settings = config.to_dict()
-    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+    # An encoding without all characters gets YAML's escapes: what is shown stays a recipe.
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=is_unicode()).rstrip())
     print("---")
-    print(table(need.phases))
+    print(table(need.phases, width=terminal_width()))
     workers = config.train.min_workers
     print(
         f"each step: {config.ppo.prompts_per_step} prompts, "
@@ -152,12 +172,12 @@ def _check(args: argparse.Namespace) -> int:
     )
     print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
     for what in fetched:
-        print(f"to be fetched: {what}")
+        print(f"to be fetched: {printable(what)}")
     return 0
 
 
-def _check_live(config: RunConfig, output: Path) -> int:
-    """Look at everything that a run would use, the cluster first: it is what most often lacks."""
+def _check_live(config: "RunConfig", output: Path) -> int:
+    """Check everything that a run would use, the cluster first, since it is most often at fault."""
     from ray_detox.resources import placement, table
     from ray_detox.runs.console import Console
     from ray_detox.runs.publish import check_store
@@ -175,7 +195,7 @@ def _check_live(config: RunConfig, output: Path) -> int:
 
         need = admission.wait_for_capacity(config, console.line)
         nodes = free_nodes()
-        console.line(table(need.phases, nodes))
+        console.line(table(need.phases, nodes, console.width))
         for node, (workers, actors) in zip(nodes, placement(need.phases[0], nodes), strict=True):
             console.line(
                 f"node {node.address}: {node.total}, free {node.free}; would take "
@@ -198,29 +218,29 @@ def _check_live(config: RunConfig, output: Path) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ray_detox import pipeline
+    from ray_detox import api, pipeline
     from ray_detox.runs.console import Console
     from ray_detox.runs.report_text import describe_run
     from ray_detox.runs.resume import resume_from_storage
 
-    console = Console()
-    if args.resume is not None:
+    resume = args.resume is not None
+    if resume:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = RunFolder(args.output, args.resume)
         storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
         if storage and not folder.path.exists():
             resume_from_storage(folder, storage[-1])
-        config = _changed(folder.read_config(), args.words)
+        config = api.change_settings(folder.read_config(), args.words)
     else:
         config = _load(args.words)
         run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
         folder = RunFolder(args.output, run_id)
-    go_on = f"ray-detox run --resume {folder.run_id}"
-    if args.output != Path("runs"):
-        go_on += f" --output {args.output}"
+    output = f" --output {shlex.quote(str(args.output))}" if args.output != Path("runs") else ""
+    go_on = f"ray-detox run --resume {folder.run_id}{output}"
+    console = Console()
     try:
-        report = pipeline.run(config, folder, console, resume=args.resume is not None)
+        report = api.train(config, run_id=folder.run_id, output=args.output, resume=resume)
     except pipeline.Stopped as stopped:
         console.line(f"Stopped after step {stopped.step}, with a checkpoint. Go on with: {go_on}")
         return 128 + stopped.signal_number
@@ -229,53 +249,37 @@ def _run(args: argparse.Namespace) -> int:
             console.line(f"Stopped. Go on from the last checkpoint with: {go_on}")
         raise
     except RuntimeError as error:
-        # TrainingError, RewardError: a sentence for people; the details are in Ray's logs.
-        print(f"ray-detox: {error}", file=sys.stderr)
-        print(f"ray-detox: go on from the last checkpoint with: {go_on}", file=sys.stderr)
+        # TrainingError, RewardError: the message is for the user; the details are in Ray's logs.
+        print_error(error)
+        print_error(f"go on from the last checkpoint with: {go_on}")
         return FAILED
     samples = (folder.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     console.line()
-    console.line(describe_run(report, [json.loads(line) for line in samples]))
+    console.line(describe_run(report, [json.loads(line) for line in samples], console.width))
     console.line()
     console.line(f"Everything about it is in {folder.path}; the adapter is {folder.adapter}.")
     console.line(
-        f"Again:  ray-detox results {folder.run_id}    Curves:  tensorboard --logdir {args.output}"
+        f"Again:  ray-detox results {folder.run_id}{output}    "
+        f"Curves:  tensorboard --logdir {shlex.quote(str(args.output))}"
     )
     return 0
 
 
-def _changed(config: RunConfig, words: Sequence[str]) -> RunConfig:
-    """A stored run with changed settings, of those that leave it the same run."""
-    if any("=" not in word for word in words):
-        raise ConfigError("A run that exists keeps its recipe; give only section.name=value.")
-    fixed = ("data", "policy", "seed", "recipe")
-    for word in words:
-        section = word.partition("=")[0].partition(".")[0]
-        if section in fixed:
-            raise ConfigError(
-                f"{word!r} would make another run of {config.recipe!r}: data, policy and seed of a "
-                "run stay as they are. Start a new run instead."
-            )
-    tree = config.to_dict()
-    for word in words:
-        apply_override(tree, word)
-    return config_from_dict(tree)
-
-
 def _evaluate(args: argparse.Namespace) -> int:
-    from ray_detox import pipeline
-    from ray_detox.runs.console import Console
+    from ray_detox import api
+    from ray_detox.runs.console import terminal_width
     from ray_detox.runs.report_text import describe_run
 
-    folder = RunFolder(args.output, args.run_id)
-    config = _changed(folder.read_config(), args.words)
-    console = Console(sys.stderr if args.json else sys.stdout)
+    progress = sys.stderr if args.json else sys.stdout
     try:
-        report = pipeline.evaluate_run(config, folder, console)
+        report = api.evaluate(args.run_id, args.words, args.output, stream=progress)
     except RuntimeError as error:
-        print(f"ray-detox: {error}", file=sys.stderr)
+        print_error(error)
         return FAILED
-    print(json.dumps(report, indent=2) if args.json else "\n" + describe_run(report))
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n" + describe_run(report, width=terminal_width()))
     return 0
 
 
@@ -295,5 +299,7 @@ def _export(args: argparse.Namespace) -> int:
     from ray_detox.models.loading import export_model
 
     export_model(config.policy, folder.adapter, args.folder)
-    print(f"Saved to {args.folder}; it loads with AutoModelForSeq2SeqLM.from_pretrained.")
+    print(
+        f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."
+    )
     return 0

@@ -1,84 +1,102 @@
 """The commands about results: `ray-detox results | publish | table | view | report | export-table`.
 
-None of them needs torch or Ray. Where results are is said by `--output` and by settings such as
-`results.store=dynamodb results.table=my-table`, which other commands than `publish` take from
-nowhere else.
+None of them imports torch or Ray. `--output` and settings such as `results.store=dynamodb
+results.table=my-table` name the store; `publish` takes the settings of the run before those.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_detox.config import ConfigError, ResultsConfig
-from ray_detox.recipes.loading import apply_override, config_from_dict, load_config
+from ray_detox import api
+from ray_detox.errors import ConfigError
+from ray_detox.recipes.loading import load_config
 from ray_detox.runs.folder import RunFolder
-from ray_detox.store.errors import StoreError
+from ray_detox.runs.printable import printable
 from ray_detox.store.protocol import ResultStore, check_run_id
+
+if TYPE_CHECKING:
+    from ray_detox.config import ResultsConfig
 
 Add = Callable[[str, Any, str], argparse.ArgumentParser]
 
-_SETTINGS = "results.name=value"
+_SETTINGS = "settings of the store, results.name=value"
 _PORT = 8421
 
 
 def add_verbs(add: Add, add_output: Callable[[argparse.ArgumentParser], None]) -> None:
     """Add the commands of this module to the command line."""
+
+    def add_words(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("words", nargs="*", default=(), metavar="SETTING", help=_SETTINGS)
+
     sub = add("results", _results, "List stored runs, or show one.")
-    sub.add_argument("run_id", nargs="?", metavar="RUN")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help=_SETTINGS)
+    sub.add_argument("run_id", nargs="?", metavar="RUN", help="id of the run; default: list all")
+    add_words(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
     add_output(sub)
-    sub = add("view", _view, "Read the results on a page in the browser.")
-    sub.add_argument("run_id", nargs="?", metavar="RUN", help="opened first")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help=_SETTINGS)
-    sub.add_argument("--port", type=int, default=_PORT, metavar="N", help=f"default {_PORT}")
-    sub.add_argument("--no-browser", action="store_true", help="only print the address")
-    add_output(sub)
-    sub = add("report", _report, "Write a run as one HTML file that can be sent to somebody.")
-    sub.add_argument("run_id", metavar="RUN")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help=_SETTINGS)
+    sub = add("view", _view, "Serve the results as a page for the browser on this machine.")
+    sub.add_argument("run_id", nargs="?", metavar="RUN", help="id of the run to open first")
+    add_words(sub)
     sub.add_argument(
-        "--html", type=Path, metavar="FILE", help="the file to write; RUN.html if not given"
+        "--port", type=int, default=_PORT, metavar="N", help=f"0 takes a free one; default: {_PORT}"
+    )
+    sub.add_argument(
+        "--no-browser", action="store_true", help="print the address without opening a browser"
     )
     add_output(sub)
-    sub = add("publish", _publish, "Store a finished run again from its folder, or elsewhere.")
-    sub.add_argument("run_id", metavar="RUN")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help=_SETTINGS)
-    sub.add_argument("--overwrite", action="store_true", help="replace what is stored of this run")
+    sub = add("report", _report, "Write a run as one HTML file that you can send to somebody.")
+    sub.add_argument("run_id", metavar="RUN", help="id of the run")
+    add_words(sub)
+    sub.add_argument("--html", type=Path, metavar="FILE", help="file to write; default: RUN.html")
+    add_output(sub)
+    sub = add("publish", _publish, "Store a finished run from its folder, again or elsewhere.")
+    sub.add_argument("run_id", metavar="RUN", help="id of the run")
+    add_words(sub)
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace the result that is stored of this run"
+    )
     add_output(sub)
     sub = add("table", _table, "Create or check the DynamoDB table for results.")
-    sub.add_argument("what", choices=("create", "check"))
-    sub.add_argument("words", nargs="*", metavar="SETTING", help=_SETTINGS)
+    sub.add_argument("what", choices=("create", "check"), help="create the table, or check it")
+    add_words(sub)
     sub = add(
         "export-table",
         _export_table,
-        "Write a stored run into a table with the keys of the published notebook's.",
+        "Write a stored run into a table with the keys of the published notebook's table.",
     )
-    sub.add_argument("run_id", metavar="RUN")
-    sub.add_argument("table", metavar="TABLE")
-    sub.add_argument("words", nargs="*", metavar="SETTING", help=_SETTINGS)
+    sub.add_argument("run_id", metavar="RUN", help="id of the run")
+    sub.add_argument("table", metavar="TABLE", help="name of the DynamoDB table")
+    add_words(sub)
     sub.add_argument("--overwrite", action="store_true", help="replace items of other runs")
     add_output(sub)
 
 
 def _results(args: argparse.Namespace) -> int:
-    from ray_detox.runs.report_text import describe_run, list_line
+    from ray_detox.runs.console import terminal_width
+    from ray_detox.runs.report_text import describe_run, list_line, list_table
 
     store = _open(args)
+    width = terminal_width()
     try:
-        if args.run_id is None:
-            runs = store.list_runs()
-            nothing = "No run is stored there yet; ray-detox run and ray-detox publish store some."
-            lines = "\n".join(map(list_line, runs)) or nothing
-            print(json.dumps(runs, indent=2) if args.json else lines)
+        if args.run_id is not None:
+            report = api.stored_report(store, args.run_id)
+            if args.json:
+                print(json.dumps(report, indent=2))
+            else:
+                print(describe_run(report, list(store.get_samples(args.run_id)), width))
             return 0
-        report = _get(store, args.run_id)
+        runs = store.list_runs()
         if args.json:
-            print(json.dumps(report, indent=2))
+            print(json.dumps(runs, indent=2))
+        elif not runs:
+            print("No run is stored there yet; ray-detox run and ray-detox publish store some.")
+        elif width is not None:
+            print(list_table(runs, width))
         else:
-            print(describe_run(report, list(store.get_samples(args.run_id))))
+            print("\n".join(map(list_line, runs)))
         return 0
     finally:
         store.close()
@@ -91,9 +109,9 @@ def _view(args: argparse.Namespace) -> int:
         raise ConfigError(f"--port is {args.port}; expected 0 (any free one) to 65535.")
     store = _open(args, hurried=True)
     try:
-        # Found now and not by a page that cannot say so well: a wrong table, a run that is not there.
+        # A wrong table or run is an error of the command here; on the page it would be less clear.
         if args.run_id is not None:
-            _get(store, args.run_id)
+            api.stored_report(store, args.run_id)
         else:
             store.list_page(1)
         serve(
@@ -113,7 +131,7 @@ def _report(args: argparse.Namespace) -> int:
 
     store = _open(args)
     try:
-        report = _get(store, args.run_id)
+        report = api.stored_report(store, args.run_id)
         page = render(report, list(store.get_samples(args.run_id)), store.get_history(args.run_id))
     finally:
         store.close()
@@ -122,7 +140,7 @@ def _report(args: argparse.Namespace) -> int:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {file} cannot be written: {error.strerror}.") from None
-    print(f"Saved to {file}, {file.stat().st_size / 1e6:.1f} MB; any browser opens it.")
+    print(f"Saved to {printable(file)}, {file.stat().st_size / 1e6:.1f} MB; any browser opens it.")
     return 0
 
 
@@ -130,9 +148,9 @@ def _publish(args: argparse.Namespace) -> int:
     from ray_detox.runs.publish import publish
 
     folder = RunFolder(args.output, check_run_id(args.run_id))
-    results = _changed(folder.read_config().to_dict(), args.words)
+    results = api.results_settings(folder.read_config(), args.words)
     wrote = publish(results, folder, overwrite=args.overwrite)
-    where = _describe(results, folder)
+    where = printable(_describe(results, folder))
     said = "is stored in" if wrote else "was already, and unchanged, in"
     print(f"Run {args.run_id} {said} {where}.")
     return 0
@@ -142,7 +160,7 @@ def _table(args: argparse.Namespace) -> int:
     from ray_detox.store.dynamodb import DynamoDBStore
     from ray_detox.store.notebook import is_notebook_table
 
-    results = _changed(load_config("lab").to_dict(), args.words)
+    results = api.results_settings(load_config("lab"), args.words)
     name, region, endpoint_url = results.table, results.region, results.endpoint_url
     store = DynamoDBStore(name, region=region, endpoint_url=endpoint_url)
     try:
@@ -166,9 +184,9 @@ def _export_table(args: argparse.Namespace) -> int:
     from ray_detox.store import notebook
 
     store = _open(args)
-    results = _changed(load_config("lab").to_dict(), args.words)
+    results = api.results_settings(load_config("lab"), args.words)
     try:
-        _get(store, args.run_id)
+        api.stored_report(store, args.run_id)
         count = notebook.export(
             store,
             args.run_id,
@@ -184,39 +202,14 @@ def _export_table(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, *, hurried: bool = False) -> ResultStore:
-    """The store that the words of a command name."""
-    from ray_detox.runs.publish import store_of
-
+    """Open the store that the words of a command name."""
     words = list(args.words)
     if args.run_id and "=" in args.run_id:
         words, args.run_id = [args.run_id, *words], None
-    results = _changed(load_config("lab").to_dict(), words)
-    folder = RunFolder(args.output, args.run_id or "")
-    if results.store == "sqlite" and not folder.store_path.is_file():
-        raise ConfigError(f"No results in {args.output} yet; ray-detox run makes some.")
-    return store_of(results, folder, hurried=hurried)
+    return api.open_results(words, args.output, args.run_id, hurried=hurried)
 
 
-def _get(store: ResultStore, run_id: str) -> dict[str, Any]:
-    report = store.get_run(run_id)
-    if report is None:
-        raise StoreError(
-            f"No result of a run {run_id!r} is stored; `ray-detox results` lists those that are. "
-            "A run that was stopped goes on with ray-detox run --resume."
-        )
-    return report
-
-
-def _changed(settings: dict[str, Any], words: Sequence[str]) -> ResultsConfig:
-    """The section `results` of some settings, changed by words such as `results.table=mine`."""
-    for word in words:
-        if not word.startswith("results."):
-            raise ConfigError(f"{word!r} is no setting of results; expected {_SETTINGS}.")
-        apply_override(settings, word)
-    return config_from_dict(settings).results
-
-
-def _describe(results: ResultsConfig, folder: RunFolder) -> str:
+def _describe(results: "ResultsConfig", folder: RunFolder) -> str:
     if results.store == "sqlite":
         return str(folder.store_path)
     return f"table {results.table}"

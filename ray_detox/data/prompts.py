@@ -5,10 +5,9 @@ Plain functions of values: no Ray, no random numbers (`draws.py`) and no files (
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from ray_detox.config import DataConfig
 from ray_detox.records import LeftOutRow, PreparedRow
@@ -104,4 +103,4 @@ def unpack_rows(rows: Iterable[Mapping[str, Any]]) -> list[PreparedRow]:
 def held_out_count(rows: int, fraction: float) -> int:
     """Return how many of `rows` rows are held out: rounded up, as in scikit-learn and `datasets`."""
     # Rounded to 9 digits first: 0.07 * 100 is just above 7 in binary and would give 8.
-    return int(np.ceil(round(rows * fraction, 9)))
+    return math.ceil(round(rows * fraction, 9))

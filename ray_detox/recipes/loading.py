@@ -1,13 +1,17 @@
-"""Load a recipe, apply overrides such as `ppo.kl_coef=0.1`, and name every mistake in it."""
+"""Load a recipe, apply overrides such as `ppo.kl_coef=0.1`, and name every mistake in it.
+
+pydantic and yaml are imported inside the functions: `ray-detox --help` only lists the recipes.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from ray_detox.errors import ConfigError
 
-from ray_detox.config import ConfigError, RunConfig
+if TYPE_CHECKING:
+    from ray_detox.config import RunConfig
 
 RECIPES = Path(__file__).parent
 
@@ -17,7 +21,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> "RunConfig":
     """Read a packaged recipe, or a YAML file by path, then apply overrides.
 
     Args:
@@ -51,22 +55,28 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, with which editors complete and check settings."""
+    from ray_detox.config import RunConfig
+
     tree = RunConfig.model_json_schema()
     tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     tree["title"] = "A recipe of ray-detox"
     return tree
 
 
-def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:
+def config_from_dict(tree: Mapping[str, Any]) -> "RunConfig":
     """Make a run from nested plain values, as in a recipe or a stored config.json.
 
     Raises:
         ConfigError: a name is unknown, or a value is not valid.
     """
+    from ray_detox.config import RunConfig
+
     return RunConfig(**{str(name): value for name, value in tree.items()})
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
+    import yaml
+
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         names = recipe_names()
@@ -89,6 +99,8 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put the value of `section.name=value`, read as YAML, into nested settings."""
+    import yaml
+
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"Override {override!r} has no '='. Write it as section.name=value.")

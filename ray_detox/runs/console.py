@@ -1,51 +1,110 @@
-"""What a person sees while a run goes on, and the same figures on disk.
+"""Progress of a run, as lines and bars for people.
 
-One line per PPO step, in fixed order, with units; a line when a stage begins and one when it
-ends; a bar for a long stage where the terminal can draw one. `metrics.jsonl` and TensorBoard get
-every figure under its name in `UpdateStats`.
+    stream                     long stage                      lines
+    a terminal                 a bar with rate and time left   printed above the bar
+    a file, a pipe, a job log  a line now and then             printed and flushed at once
+
+A line is printed when a stage begins and when it ends, and one per PPO step. The bars are in
+`terminal.py`, which imports rich; it is loaded when the first bar is drawn. Nothing that a model
+or a data set wrote can steer the terminal, and a character that the stream cannot encode is
+replaced.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+from ray_detox.runs.printable import encodable, escape_control
+
+if TYPE_CHECKING:
+    from ray_detox.runs.terminal import TerminalBar
 
 
-def step_line(stats: Mapping[str, Any], steps: int) -> str:
-    """One PPO step for a terminal."""
-    width = len(str(steps))
-    return (
-        f"step {stats['step']:>{width}}/{steps}"
-        f" | score {stats['score']:+.2f}"
-        f" | toxicity {stats['toxicity']:.2f}"
-        f" | kl {stats['kl']:5.2f} nat"
-        f" | clip {stats['clip_fraction']:4.0%}"
-        f" | value explained {stats['explained_variance']:+.2f}"
-        f" | length {stats['length']:3.0f}"
-        f" | {stats['seconds']:.1f} s"
-    )
+def step_line(stats: Mapping[str, Any], steps: int, width: int | None = None) -> str:
+    """Describe one PPO step in one line, in fixed order and with units.
+
+    Args:
+        stats: the fields of `UpdateStats`.
+        steps: number of steps of the run.
+        width: columns of the terminal; a part that does not fit is left out, the least telling
+            one first. None keeps all of them.
+    """
+    digits = len(str(steps))
+    parts = {
+        "step": f"step {stats['step']:>{digits}}/{steps}",
+        "score": f"score {stats['score']:+.2f}",
+        "toxicity": f"toxicity {stats['toxicity']:.2f}",
+        "kl": f"kl {stats['kl']:5.2f} nat",
+        "clip": f"clip {stats['clip_fraction']:4.0%}",
+        "explained variance": f"explained variance {stats['explained_variance']:+.2f}",
+        "length": f"length {stats['length']:3.0f}",
+        "seconds": f"{stats['seconds']:.1f} s",
+    }
+    for name in ("explained variance", "clip", "length", "score", "kl"):
+        if width is None or len(" | ".join(parts.values())) <= width:
+            break
+        del parts[name]
+    return " | ".join(parts.values())
+
+
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Return the columns of the terminal behind a stream, or None if there is no terminal.
+
+    `COLUMNS` in the environment goes before the terminal's own size, as in other programs.
+
+    Args:
+        stream: None is the standard output.
+    """
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return None
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 class Console:
-    """Prints a run's progress; quiet about everything else.
+    """Prints the progress of a run.
 
     Args:
         stream: where to print; None is the standard output.
-        seconds_between: without a terminal, a long stage says at most this often how far it is.
+        seconds_between: if there is no terminal, shortest time between two lines of a long stage.
+        quiet: print nothing.
     """
 
-    def __init__(self, stream: TextIO | None = None, seconds_between: float = 10.0) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, seconds_between: float = 10.0, quiet: bool = False
+    ) -> None:
         self.stream = stream or sys.stdout
-        self.is_terminal = self.stream.isatty()
+        # A dumb terminal cannot move its cursor, so it gets lines.
+        is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+        self.is_terminal = self.stream.isatty() and not is_dumb
         self.seconds_between = seconds_between
+        self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self._drawn: TerminalBar | None = None
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal, or None if the stream is not one."""
+        return terminal_width(self.stream)
 
     def line(self, text: str = "") -> None:
-        """Print one line now."""
-        print(text, file=self.stream, flush=True)
+        """Print one line, or a text of several, now."""
+        if self.quiet:
+            return
+        text = encodable(escape_control(text), self.stream)
+        if self._drawn is not None:
+            self._drawn.print(text)
+        else:
+            print(text, file=self.stream, flush=True)
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[list[str]]:
@@ -60,35 +119,63 @@ class Console:
         self.line(f"{'':<9} done in {self.seconds[name]:.1f} s")
 
     @contextmanager
-    def bar(self, total: int, unit: str) -> Iterator["Bar"]:
-        """A bar over `total` units, or a line now and then."""
-        bar = Bar(self, total, unit)
+    def bar(
+        self, total: int | None, unit: str, done: int = 0, lines: bool = True
+    ) -> Iterator["Bar"]:
+        """Show how far a long stage is: a bar on a terminal, a line now and then elsewhere.
+
+        Args:
+            total: units of the whole stage; None if nobody knows, and then only the time passes.
+            unit: name of the units, in the plural.
+            done: units that an earlier process has done.
+            lines: False if the caller prints lines of its own.
+        """
+        bar = Bar(self, total, unit, done, lines)
         try:
             yield bar
         finally:
             bar.close()
 
+    def _draw(self, total: int | None, unit: str, done: int) -> "TerminalBar | None":
+        if self.quiet or not self.is_terminal or self._drawn is not None:
+            return None
+        from ray_detox.runs.terminal import TerminalBar
+
+        self._drawn = TerminalBar(self.stream, total, unit, done)
+        return self._drawn
+
+    def _erase(self) -> None:
+        if self._drawn is not None:
+            self._drawn.close()
+        self._drawn = None
+
 
 class Bar:
-    """How far a long stage is."""
+    """Progress of a long stage; made by `Console.bar`."""
 
-    def __init__(self, console: Console, total: int, unit: str) -> None:
-        self.console, self.total, self.unit, self.done = console, total, unit, 0
-        self._said = time.monotonic()
-        self._drawn = None
-        if console.is_terminal:
-            self._drawn = tqdm(total=total, unit=unit, leave=False, file=console.stream)
+    def __init__(
+        self, console: Console, total: int | None, unit: str, done: int = 0, lines: bool = True
+    ) -> None:
+        self.console, self.total, self.unit, self.done = console, total, unit, done
+        self._lines = lines and total is not None
+        self._last_line = time.monotonic()
+        self._drawn = console._draw(total, unit, done)
 
     def add(self, count: int) -> None:
-        """`count` more units are done."""
-        self.done += count
+        """Count `count` more units as done."""
+        self.move_to(self.done + count)
+
+    def move_to(self, done: int) -> None:
+        """Set the units that are done; fewer than before if some must be done again."""
+        self.done = done
         if self._drawn is not None:
-            self._drawn.update(count)
-        elif time.monotonic() - self._said > self.console.seconds_between:
-            self._said = time.monotonic()
+            self._drawn.move_to(done)
+        elif self._lines and time.monotonic() - self._last_line > self.console.seconds_between:
+            self._last_line = time.monotonic()
             self.console.line(f"{'':<9} {self.done:,}/{self.total:,} {self.unit}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._drawn is not None:
-            self._drawn.close()
+            self.console._erase()
+            self._drawn = None

@@ -14,15 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_detox.config import ConfigError, RunConfig
+from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import write_files
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
+
+if TYPE_CHECKING:
+    from ray_detox.config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class RunFolder:
                 f"ray-detox run --resume {self.run_id}."
             )
 
-    def read_config(self) -> RunConfig:
+    def read_config(self) -> "RunConfig":
         """The settings that the run was started with.
 
         Raises:

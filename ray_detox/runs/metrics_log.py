@@ -9,9 +9,12 @@ from ray_detox.runs.storage import write_atomic
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard files of a run.
+    """Writes `metrics.jsonl` and the TensorBoard files of a run.
 
-    A run that goes on from a checkpoint may do some steps again; their earlier rows are replaced.
+    A run that resumes from a checkpoint may repeat some steps; their earlier rows are replaced.
+
+    Args:
+        folder: the run's own folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -21,11 +24,11 @@ class MetricsLog:
         rows = read_metrics(self.file)
         self.last_step = max((row["step"] for row in rows), default=0)
         if rows:
-            self._rewrite(rows)  # without what a process that was killed left of a line
+            self._rewrite(rows)  # drops the partial line that a killed process left
         self.board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
     def add(self, stats: Mapping[str, Any]) -> None:
-        """Store the figures of a step."""
+        """Store the metrics of a step."""
         if stats["step"] <= self.last_step:
             self._rewrite([r for r in read_metrics(self.file) if r["step"] < stats["step"]])
         with self.file.open("a") as file:
@@ -38,7 +41,11 @@ class MetricsLog:
             self.board.add_scalar(name, value, stats["step"])
 
     def complete(self, text: str) -> None:
-        """See that every step of `text`, the lines that a checkpoint has, is there once."""
+        """Make the file hold every step once, adding those that it lacks.
+
+        Args:
+            text: the lines of `metrics.jsonl` in a checkpoint.
+        """
         rows = [json.loads(line) for line in text.splitlines()]
         here = {row["step"]: row for row in read_metrics(self.file)}
         if list(here) != [row["step"] for row in rows]:
@@ -53,9 +60,9 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; none where there is no file.
+    """Read the rows of a metrics.jsonl; none if there is no file.
 
-    A last line that was cut off, by a process that was killed while it wrote, is no row yet.
+    A last line without its end is left out: a process was killed while it wrote it.
     """
     if not file.is_file():
         return []

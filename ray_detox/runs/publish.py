@@ -9,15 +9,19 @@
 `folder.py` reads and writes a run's files; `store/` reads and writes the stores.
 """
 
-from ray_detox.config import ResultsConfig
+from typing import TYPE_CHECKING
+
 from ray_detox.runs.folder import RunFolder
 from ray_detox.store.errors import StoreError
 from ray_detox.store.opening import open_store
 from ray_detox.store.protocol import ResultStore
 
+if TYPE_CHECKING:
+    from ray_detox.config import ResultsConfig
 
-def store_of(results: ResultsConfig, folder: RunFolder, *, hurried: bool = False) -> ResultStore:
-    """The store that the settings name, not yet opened or created."""
+
+def store_of(results: "ResultsConfig", folder: RunFolder, *, hurried: bool = False) -> ResultStore:
+    """Return the store that the settings name, not yet opened or created."""
     return open_store(
         results.store,
         folder.store_path,
@@ -29,7 +33,7 @@ def store_of(results: ResultsConfig, folder: RunFolder, *, hurried: bool = False
 
 
 def publish(
-    results: ResultsConfig,
+    results: "ResultsConfig",
     folder: RunFolder,
     *,
     attempt: str | None = None,
@@ -74,7 +78,7 @@ def publish(
         store.close()
 
 
-def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> None:
+def check_store(results: "ResultsConfig", folder: RunFolder, *, new_run: bool) -> None:
     """Check before training that the run can be stored under its id.
 
     Raises:
@@ -95,7 +99,7 @@ def check_store(results: ResultsConfig, folder: RunFolder, *, new_run: bool) -> 
         store.close()
 
 
-def _is_notebook_table(results: ResultsConfig) -> bool:
+def _is_notebook_table(results: "ResultsConfig") -> bool:
     if results.store != "dynamodb":
         return False
     from ray_detox.store import notebook

@@ -1,8 +1,8 @@
 """The report of a run as text for a terminal.
 
-Pure functions from stored values to `str`. Whatever a model wrote is untrusted: nothing that
-could move the cursor, change colours or reverse the reading order reaches the terminal. Where
-reports are kept is `store/`, what their figures mean is `toxicity.py` and `quality.py`.
+Pure functions from stored values to `str`. Text that a model wrote is untrusted: `printable`
+removes from it what could move the cursor, change colours or reverse the reading order. Reports
+are kept by `store/`; `evaluation/` computes their metrics.
 """
 
 import math
@@ -11,72 +11,88 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ray_detox.evaluation.metrics import METRICS, Kind
+from ray_detox.runs.printable import printable as printable  # also imported from here
 
 WIDTH = 100
-_LABEL = 20
-_NUMBER = 11
+"""Columns of a report in a file, and most columns on a terminal: longer lines are hard to read."""
+
+_NARROWEST = 46
 _MOST_COLUMNS_OF_TEXT = 600
 
-# Of the categories of Unicode: control, format (bidi overrides, zero width), surrogate, private
-# use, line and paragraph separator.
-_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
-
-def describe_run(report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()) -> str:
-    """A run in full: verdict, before and after, intervals, costs, notes and examples.
+def describe_run(
+    report: Mapping[str, Any],
+    samples: Iterable[Mapping[str, Any]] = (),
+    width: int | None = None,
+) -> str:
+    """Describe a run in full: verdict, before and after, intervals, costs, notes and examples.
 
     Args:
         report: as in `ResultStore.put_run`. Parts that are missing or None are left out. A
-            quality is `{"before": x, "after": y}`, where x is a number or has a `mean`.
+            metric is `{"before": x, "after": y}`, where x is a number or has a `mean`.
         samples: if given, three of them are shown side by side: the one that gained most, the
             middle one and the one that lost most.
+        width: columns of the terminal; None takes `WIDTH`, which is also the most that is used.
     """
+    width = max(_NARROWEST, min(WIDTH, width or WIDTH))
     blocks = [
-        _heading(report),
-        _verdict(report.get("verdict")),
-        _table(report),
-        _figures(report),
-        _seconds(report.get("seconds")),
-        _notes(report.get("notes")),
-        _examples(samples),
+        _heading(report, width),
+        _verdict(report.get("verdict"), width),
+        _table(report, width),
+        _metrics(report, width),
+        _seconds(report.get("seconds"), width),
+        _notes(report.get("notes"), width),
+        _examples(samples, width),
     ]
     return "\n\n".join(block for block in blocks if block)
 
 
 def list_line(summary: Mapping[str, Any]) -> str:
-    """One line about a run: when, which, how many prompts, toxicity, verdict."""
-    toxicity = _mapping(summary.get("toxicity"))
-    before, after = _mean(toxicity.get("before")), _mean(toxicity.get("after"))
-    n = summary.get("n")
+    """Describe a run in one line: when, which, how many prompts, toxicity, verdict."""
+    created, run_id, recipe, prompts, toxicity, verdict = _cells(summary)
     cells = (
-        _fit(_moment(summary.get("created")), 16),
-        _fit(printable(summary.get("run_id", "?")), 24),
-        _fit(printable(summary.get("recipe", "?")), 14),
-        _fit("" if n is None else f"n={n}", 8),
-        _fit(f"{_number(before)} -> {_number(after)}", 16) if toxicity else " " * 16,
-        _fit(_standing(summary), 15),
+        _fit(created, 16),
+        _fit(run_id, 24),
+        _fit(recipe, 14),
+        _fit(f"n={prompts}" if prompts else "", 8),
+        _fit(toxicity, 16),
+        _fit(verdict, 15),
     )
     return " ".join(cells).rstrip()
 
 
-def printable(text: object) -> str:
-    """`text` on one line, with every character that could steer a terminal written out.
+def list_table(summaries: Sequence[Mapping[str, Any]], width: int) -> str:
+    """Describe runs in a table with a header that fits a terminal.
 
-    Example: an escape character becomes the four characters backslash, x, 1, b.
+    Columns are as wide as their content. If that is too much, the table does without the number
+    of prompts, the recipe and the time of day, and cuts long run ids; if even that is too much,
+    without the date and the toxicity.
     """
-    words = []
-    for character in str(text):
-        if character in "\t\n\r\u2028\u2029":
-            words.append(" ")
-        elif unicodedata.category(character) in _UNSAFE:
-            code = ord(character)
-            words.append(f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
-        else:
-            words.append(character)
-    return "".join(words).strip()
+    names = ("created (UTC)", "run", "recipe", "prompts", "toxicity", "verdict")
+    cells = zip(names, *map(_cells, summaries), strict=True)
+    columns = {name: [name, *texts] for name, *texts in cells}
+
+    def excess(longest_id: int | None = None) -> int:
+        widths = {name: max(map(_columns, texts)) for name, texts in columns.items()}
+        widths["run"] = min(widths["run"], longest_id or widths["run"])
+        return sum(widths.values()) + 2 * (len(widths) - 1) - width
+
+    for name in ("prompts", "recipe"):
+        if excess() > 0:
+            del columns[name]
+    if excess() > 0:
+        date = columns["created (UTC)"]
+        columns["created (UTC)"] = ["created", *(text[:10] for text in date[1:])]
+    for name in ("created (UTC)", "toxicity"):
+        if excess(longest_id=12) > 0:
+            del columns[name]
+    widths = {name: max(map(_columns, texts)) for name, texts in columns.items()}
+    widths["run"] = max(4, widths["run"] - max(0, excess()))
+    rows = zip(*columns.values(), strict=True)
+    return "\n".join("  ".join(map(_fit, row, widths.values())).rstrip() for row in rows)
 
 
-def _heading(report: Mapping[str, Any]) -> str:
+def _heading(report: Mapping[str, Any], width: int) -> str:
     n = report.get("n")
     parts = [
         f"run {report.get('run_id', '?')}",
@@ -85,36 +101,51 @@ def _heading(report: Mapping[str, Any]) -> str:
         _moment(report.get("created"), zone=" UTC"),
         None if n is None else f"{n} prompts",
     ]
-    return _paragraph(" | ".join(printable(part) for part in parts if part))
+    return _paragraph(" | ".join(printable(part) for part in parts if part), width)
+
+
+def _cells(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """When, run, recipe, prompts, toxicity and verdict of a run, for a list."""
+    toxicity = _mapping(summary.get("toxicity"))
+    before, after = _mean(toxicity.get("before")), _mean(toxicity.get("after"))
+    return (
+        _moment(summary.get("created")),
+        printable(summary.get("run_id", "?")),
+        printable(summary.get("recipe", "?")),
+        printable("" if summary.get("n") is None else summary["n"]),
+        f"{_number(before)} -> {_number(after)}" if toxicity else "",
+        _standing(summary),
+    )
 
 
 def _standing(summary: Mapping[str, Any]) -> str:
-    """The verdict's name; the run's status where there is none."""
+    """Return the name of the verdict, or the run's status if it has none."""
     verdict = summary.get("verdict")
     name = verdict.get("name") if isinstance(verdict, Mapping) else verdict
     return printable(name or summary.get("status") or "")
 
 
-def _verdict(verdict: Any) -> str:
+def _verdict(verdict: Any, width: int) -> str:
     if not verdict:
         return ""
     if not isinstance(verdict, Mapping):
-        return _paragraph(f"Verdict: {printable(verdict)}")
+        return _paragraph(f"Verdict: {printable(verdict)}", width)
     sentence = printable(verdict.get("sentence") or "")
-    lines = [_paragraph(f"Verdict: {printable(verdict.get('name', '?'))}. {sentence}".rstrip())]
+    name = printable(verdict.get("name", "?"))
+    lines = [_paragraph(f"Verdict: {name}. {sentence}".rstrip(), width)]
     # A sentence usually has them already.
     reasons = [printable(reason) for reason in verdict.get("reasons") or ()]
-    lines += [_bullet(reason) for reason in reasons if reason not in sentence]
+    lines += [_bullet(reason, width) for reason in reasons if reason not in sentence]
     return "\n".join(lines)
 
 
-def _table(report: Mapping[str, Any]) -> str:
+def _table(report: Mapping[str, Any], width: int) -> str:
     rows: list[tuple[str, Any, Any, Kind]] = []
     kinds: dict[str, Kind] = {"mean": "amount", "std": "level", "share": "share"}
     for name in ("toxicity", "judge"):
-        figures = _mapping(report.get(name))
-        before, after = _mapping(figures.get("before")), _mapping(figures.get("after"))
-        above = figures.get("toxic_above", 0.5)
+        scores = _mapping(report.get(name))
+        before, after = _mapping(scores.get("before")), _mapping(scores.get("after"))
+        above = scores.get("toxic_above", 0.5)
         for label, part in (("mean", "mean"), ("std", "std"), (f"above {above:g}", "share")):
             rows.append((f"{name}, {label}", before.get(part), after.get(part), kinds[part]))
     for metric in METRICS:
@@ -122,71 +153,77 @@ def _table(report: Mapping[str, Any]) -> str:
             pair = _mapping(report.get(metric.name))
             name = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
             rows.append((name, _mean(pair.get("before")), _mean(pair.get("after")), metric.kind))
-    lines = [_row(*row) for row in rows if row[1] is not None or row[2] is not None]
-    if not lines:
+    rows = [row for row in rows if row[1] is not None or row[2] is not None]
+    if not rows:
         return ""
-    heads = "".join(f"{head:>{_NUMBER}}" for head in ("before", "after", "change"))
-    return "\n".join([f"{'':<{_LABEL}}{heads}", *lines])
+    lines = [("", "before", "after", "change", ""), *(_row(*row) for row in rows)]
+    first, column, gap = (20, 11, 3) if width >= 67 else (19, 9, 1)
+    texts = []
+    for name, *cells, percent in lines:
+        line = f"{name:<{first}}{''.join(f'{cell:>{column}}' for cell in cells)}"
+        # On a narrow terminal the percentage is what a reader can do without.
+        fits = percent and len(line) + gap + len(percent) <= width
+        texts.append(f"{line}{' ' * gap}{percent}" if fits else line)
+    return "\n".join(text.rstrip() for text in texts)
 
 
-def _row(name: str, before: Any, after: Any, kind: Kind) -> str:
-    """One line of the table.
+def _row(name: str, before: Any, after: Any, kind: Kind) -> tuple[str, str, str, str, str]:
+    """Return the cells of a row: name, before, after, change, and the change in percent.
 
     Kinds: a `level` (a logit, a spread) has no zero that a percentage could refer to, an `amount`
     has one, and a `share` changes in points.
     """
     show = _percent if kind == "share" else _number
-    line = f"{name:<{_LABEL}}{show(before):>{_NUMBER}}{show(after):>{_NUMBER}}"
     if not (_is_number(before) and _is_number(after)):
-        return line
+        return name, show(before), show(after), "", ""
     change = after - before
     if kind == "share":
-        return f"{line}{_signed(100 * change, 1) + ' pt':>{_NUMBER}}"
-    line += f"{_signed(change):>{_NUMBER}}"
-    if kind == "amount" and before > 0:
-        line += f"   ({_signed(100 * change / before, 1)}%)"
-    return line
+        return name, show(before), show(after), f"{_signed(100 * change, 1)} pt", ""
+    relative = kind == "amount" and before > 0
+    percent = f"({_signed(100 * change / before, 1)}%)" if relative else ""
+    return name, show(before), show(after), _signed(change), percent
 
 
-def _figures(report: Mapping[str, Any]) -> str:
+def _metrics(report: Mapping[str, Any], width: int) -> str:
     lines = []
     for name, key in (("", "toxicity"), ("judge: ", "judge")):
-        lines += [_paragraph(f"{name}{line}") for line in _comparison(_mapping(report.get(key)))]
+        for line in _comparison(_mapping(report.get(key))):
+            lines.append(_paragraph(f"{name}{line}", width))
     kl = report.get("kl")
     kl = _mean(_mapping(kl).get("after", kl))
     if _is_number(kl):
-        lines.append(f"KL to the reference: {kl:.2f} nats per response")
+        lines.append(_paragraph(f"KL to the reference: {kl:.2f} nats per response", width))
     return "\n".join(lines)
 
 
-def _comparison(figures: Mapping[str, Any]) -> Iterator[str]:
-    delta = _mapping(figures.get("delta"))
+def _comparison(metrics: Mapping[str, Any]) -> Iterator[str]:
+    delta = _mapping(metrics.get("delta"))
     if _is_number(delta.get("mean")):
         line = f"change in toxicity {_signed(delta['mean'])}"
         if _is_number(delta.get("low")) and _is_number(delta.get("high")):
             line += f", 95% interval {_signed(delta['low'])} to {_signed(delta['high'])}"
-        if _is_number(figures.get("p_value")):
-            p = figures["p_value"]
+        if _is_number(metrics.get("p_value")):
+            p = metrics["p_value"]
             line += ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
-        if _is_number(figures.get("effect_size")):
-            line += f", effect size d_z {_signed(figures['effect_size'], 2)}"
+        if _is_number(metrics.get("effect_size")):
+            line += f", effect size d_z {_signed(metrics['effect_size'], 2)}"
         yield line
-    if _is_number(figures.get("improvement")):
-        line = f"toxicity gone {_percent(figures['improvement'])}"
-        low, high = figures.get("improvement_low"), figures.get("improvement_high")
+    if _is_number(metrics.get("improvement")):
+        line = f"toxicity reduction {_percent(metrics['improvement'])}"
+        low, high = metrics.get("improvement_low"), metrics.get("improvement_high")
         if _is_number(low) and _is_number(high):
             line += f", 95% interval {_percent(low)} to {_percent(high)}"
         yield line
     counts = [
-        f"{printable(figures[word])} {word}"
+        f"{printable(metrics[word])} {word}"
         for word in ("better", "worse", "same", "unscored")
-        if figures.get(word) is not None
+        if metrics.get(word) is not None
     ]
     if counts:
         yield f"prompts {', '.join(counts)}"
 
 
-def _seconds(seconds: Any) -> str:
+def _seconds(seconds: Any, width: int) -> str:
     if _is_number(seconds):
         return f"seconds: {seconds:.1f}"
     phases = [
@@ -194,22 +231,22 @@ def _seconds(seconds: Any) -> str:
         for phase, value in _mapping(seconds).items()
         if _is_number(value)
     ]
-    return _paragraph(f"seconds: {', '.join(phases)}") if phases else ""
+    return _paragraph(f"seconds: {', '.join(phases)}", width) if phases else ""
 
 
-def _notes(notes: Any) -> str:
+def _notes(notes: Any, width: int) -> str:
     if not notes:
         return ""
     sentences = [notes] if isinstance(notes, str) else notes
-    return "\n".join(["notes:", *(_bullet(printable(note)) for note in sentences)])
+    return "\n".join(["notes:", *(_bullet(printable(note), width) for note in sentences)])
 
 
-def _examples(samples: Iterable[Mapping[str, Any]]) -> str:
-    return "\n\n".join(_example(title, sample) for title, sample in _pick(list(samples)))
+def _examples(samples: Iterable[Mapping[str, Any]], width: int) -> str:
+    return "\n\n".join(_example(title, sample, width) for title, sample in _pick(list(samples)))
 
 
 def _pick(samples: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Best, middle and worst, so that nobody judges a run by its best answer alone."""
+    """Pick the best, middle and worst sample: the best alone would flatter the run."""
     scored = [sample for sample in samples if _change(sample) is not None]
     if len(scored) < 3:
         return [("example", sample) for sample in samples[:3]]
@@ -223,29 +260,29 @@ def _change(sample: Mapping[str, Any]) -> float | None:
     return after - before if _is_number(before) and _is_number(after) else None  # type: ignore[operator]
 
 
-def _example(title: str, sample: Mapping[str, Any]) -> str:
-    lines = [_rule(f"{title}: sample {printable(sample.get('index', '?'))}")]
+def _example(title: str, sample: Mapping[str, Any], width: int) -> str:
+    lines = [_rule(f"{title}: sample {printable(sample.get('index', '?'))}", width)]
     for name, key in (("prompt", "query"), ("reference", "reference")):
         if sample.get(key):
-            lines += _wrap(f"{name}: {_text(sample[key])}")
-    width = (WIDTH - 3) // 2
+            lines += _wrap(f"{name}: {_text(sample[key])}", width)
+    half = (width - 3) // 2
     columns = []
     for side in ("before", "after"):
         toxicity = _number(sample.get(f"toxicity_{side}"))
         text = _text(sample.get(f"response_{side}") or "(empty)")
-        columns.append([f"{side}, toxicity {toxicity}", *_wrap(text, width)])
+        columns.append([*_wrap(f"{side}, toxicity {toxicity}", half), *_wrap(text, half)])
     for i in range(max(map(len, columns))):
         left, right = (column[i] if i < len(column) else "" for column in columns)
-        lines.append(f"{left}{' ' * (width - _columns(left))} | {right}".rstrip())
+        lines.append(f"{left}{' ' * (half - _columns(left))} | {right}".rstrip())
     return "\n".join(lines)
 
 
 def _text(text: object) -> str:
-    """What a model or a data set wrote, made harmless and not too long."""
+    """Make text of a model or a data set harmless and not too long."""
     return _cut(printable(text), _MOST_COLUMNS_OF_TEXT)
 
 
-def _wrap(text: str, width: int = WIDTH, indent: str = "") -> list[str]:
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
     """Break text into lines of at most `width` terminal columns, between words where possible."""
     lines: list[str] = []
     line = ""
@@ -265,7 +302,7 @@ def _wrap(text: str, width: int = WIDTH, indent: str = "") -> list[str]:
 
 
 def _columns(text: str) -> int:
-    """Terminal columns of a text: two for wide characters, none for combining ones."""
+    """Count the terminal columns of a text: two for wide characters, none for combining ones."""
     if text.isascii():
         return len(text)
     return sum(_column(character) for character in text)
@@ -278,7 +315,7 @@ def _column(character: str) -> int:
 
 
 def _head(text: str, width: int) -> str:
-    """The longest beginning of `text` that fits into `width` columns."""
+    """Return the longest beginning of `text` that fits into `width` columns."""
     taken = 0
     for i, character in enumerate(text):
         taken += _column(character)
@@ -298,20 +335,20 @@ def _fit(text: str, width: int) -> str:
     return text + " " * (width - _columns(text))
 
 
-def _paragraph(text: str) -> str:
-    return "\n".join(_wrap(text))
+def _paragraph(text: str, width: int) -> str:
+    return "\n".join(_wrap(text, width))
 
 
-def _bullet(text: str) -> str:
-    return "\n".join(_wrap(f"- {text}", indent="  "))
+def _bullet(text: str, width: int) -> str:
+    return "\n".join(_wrap(f"- {text}", width, indent="  "))
 
 
-def _rule(title: str) -> str:
-    return f"--- {title} {'-' * max(3, WIDTH - 5 - _columns(title))}"
+def _rule(title: str, width: int) -> str:
+    return _cut(f"--- {title} {'-' * max(3, width - 5 - _columns(title))}", width)
 
 
 def _moment(created: Any, zone: str = "") -> str:
-    """`2026-01-31T12:00:59+00:00` as `2026-01-31 12:00`."""
+    """Shorten `2026-01-31T12:00:59+00:00` to `2026-01-31 12:00`."""
     text = printable(created or "")
     return f"{text[:10]} {text[11:16]}{zone}" if len(text) >= 16 else text
 

@@ -25,7 +25,7 @@ from ray_detox.evaluation.summarise import RunFacts
 from ray_detox.records import PreparedRow
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter
-from ray_detox.runs.console import Console, step_line
+from ray_detox.runs.console import Bar, Console, step_line
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.metrics_log import MetricsLog
 from ray_detox.runs.resume import run_storage
@@ -85,7 +85,8 @@ class Session:
         origin = "the embedded corpus" if config.data.path == "lab" else config.data.path
         with self.console.stage("ingest", f"prompts from {origin}") as lines:
             watchdog = CapacityWatchdog(config, self.need.preparation)
-            data = run_with_watchdog(lambda: ingest(config, source), watchdog)
+            with self.console.bar(None, "rows"):
+                data = run_with_watchdog(lambda: ingest(config, source), watchdog)
             lines += describe_rows(data.counts)
         with self.console.stage(
             "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
@@ -113,8 +114,10 @@ class Session:
         store = CheckpointStore(run_storage(config, folder), config.train.checkpoints_kept)
         writer = CheckpointWriter(store, store.newest(on_damage=self._say), on_event=self._say)
         metrics = MetricsLog(folder.path)
+        done = writer.newest.step if writer.newest else 0
         with (
             self.console.stage("train", self._describe_training()) as lines,
+            self.console.bar(config.train.steps, "steps", done=done, lines=False) as bar,
             closing(writer),
             closing(metrics),
             stop_on_signal(self.console) as stop,
@@ -129,7 +132,7 @@ class Session:
                         self.pool,
                         self.need,
                         writer,
-                        on_event=lambda event: self._show(event, metrics),
+                        on_event=lambda event: self._show(event, metrics, bar),
                         stop_requested=stop.event,
                     )
             if outcome.stopped and writer.newest is None:
@@ -182,12 +185,14 @@ class Session:
     def _say(self, text: str) -> None:
         self.console.line(f"{'':<9} {text}")
 
-    def _show(self, event: TrainingEvent, metrics: MetricsLog) -> None:
+    def _show(self, event: TrainingEvent, metrics: MetricsLog, bar: Bar) -> None:
         """Print an event of the training, and store the metrics of a step."""
         match event:
             case StepDone(stats=stats):
                 metrics.add(asdict(stats) | {"pool": asdict(self.pool.metrics())})
-                self.console.line(step_line(asdict(stats), self.config.train.steps))
+                line = step_line(asdict(stats), self.config.train.steps, self.console.width)
+                self.console.line(line)
+                bar.move_to(stats.step)
             case WorkerStarted():
                 self._say(
                     f"worker {event.rank} on node {event.node[:8]}, {event.device}, "

@@ -20,7 +20,8 @@ from peft import PeftModel
 from pyarrow import fs, parquet
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ray_detox import lab, pipeline
+import ray_detox
+from ray_detox import lab
 from ray_detox.cli import main as cli
 from ray_detox.lab import corpus
 from ray_detox.recipes.loading import load_config
@@ -60,9 +61,10 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(output):
-    """The shortened recipe, run to its end: folder, report, and what was printed."""
+    """The shortened recipe, run to its end from Python: folder, report and printed lines."""
     folder, printed = RunFolder(output, "whole"), io.StringIO()
-    report = pipeline.run(load_config("lab", SHORT), folder, Console(printed))
+    config = load_config("lab", SHORT)
+    report = ray_detox.train(config, run_id="whole", output=output, stream=printed)
     return folder, report, printed.getvalue()
 
 
