@@ -17,11 +17,12 @@ from ray_detox.runs.metrics_log import MetricsLog, read_metrics
 from tests.pseudo_terminal import on_terminal, screen
 
 
-def stats(step: int, **changes: object) -> dict[str, object]:
+def stats(step: int, **changes: object) -> UpdateStats:
     """Return the metrics of a step, each with a value of its own."""
     fields = dataclasses.fields(UpdateStats)
     found: dict[str, object] = {f.name: i / 16 for i, f in enumerate(fields)}
-    return found | {"step": step, "minibatches": 4, "truncated": 0, "terms": {}} | changes
+    found |= {"step": step, "minibatches": 4, "truncated": 0, "terms": {}} | changes
+    return UpdateStats(**found)  # type: ignore[arg-type]
 
 
 def test_a_step_is_one_line_in_fixed_order_with_units():

@@ -13,35 +13,36 @@ replaced.
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ray_detox.runs.printable import encodable, escape_control
 
 if TYPE_CHECKING:
+    from ray_detox.records import UpdateStats
     from ray_detox.runs.terminal import TerminalBar
 
 
-def step_line(stats: Mapping[str, Any], steps: int, width: int | None = None) -> str:
+def step_line(stats: "UpdateStats", steps: int, width: int | None = None) -> str:
     """Describe one PPO step in one line, in fixed order and with units.
 
     Args:
-        stats: the fields of `UpdateStats`.
+        stats: of the step.
         steps: number of steps of the run.
         width: columns of the terminal; a part that does not fit is left out, the least telling
             one first. None keeps all of them.
     """
     digits = len(str(steps))
     parts = {
-        "step": f"step {stats['step']:>{digits}}/{steps}",
-        "score": f"score {stats['score']:+.2f}",
-        "toxicity": f"toxicity {stats['toxicity']:.2f}",
-        "kl": f"kl {stats['kl']:5.2f} nat",
-        "clip": f"clip {stats['clip_fraction']:4.0%}",
-        "explained variance": f"explained variance {stats['explained_variance']:+.2f}",
-        "length": f"length {stats['length']:3.0f}",
-        "seconds": f"{stats['seconds']:.1f} s",
+        "step": f"step {stats.step:>{digits}}/{steps}",
+        "score": f"score {stats.score:+.2f}",
+        "toxicity": f"toxicity {stats.toxicity:.2f}",
+        "kl": f"kl {stats.kl:5.2f} nat",
+        "clip": f"clip {stats.clip_fraction:4.0%}",
+        "explained variance": f"explained variance {stats.explained_variance:+.2f}",
+        "length": f"length {stats.length:3.0f}",
+        "seconds": f"{stats.seconds:.1f} s",
     }
     for name in ("explained variance", "clip", "length", "score", "kl"):
         if width is None or len(" | ".join(parts.values())) <= width:

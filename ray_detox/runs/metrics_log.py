@@ -2,10 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_detox.runs.storage import write_atomic
+
+if TYPE_CHECKING:
+    from ray_detox.records import UpdateStats
+    from ray_detox.rewards.messages import PoolMetrics
 
 
 class MetricsLog:
@@ -27,18 +32,25 @@ class MetricsLog:
             self._rewrite(rows)  # drops the partial line that a killed process left
         self.board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
-    def add(self, stats: Mapping[str, Any]) -> None:
-        """Store the metrics of a step."""
-        if stats["step"] <= self.last_step:
-            self._rewrite([r for r in read_metrics(self.file) if r["step"] < stats["step"]])
+    def add(self, stats: "UpdateStats", pool: "PoolMetrics | None" = None) -> None:
+        """Store the metrics of a step.
+
+        Args:
+            stats: of the step.
+            pool: of the reward actors at the end of the step; None if there is no pool.
+        """
+        step = stats.step
+        row = asdict(stats) | ({} if pool is None else {"pool": asdict(pool)})
+        if step <= self.last_step:
+            self._rewrite([r for r in read_metrics(self.file) if r["step"] < step])
         with self.file.open("a") as file:
-            file.write(json.dumps(dict(stats)) + "\n")
-        self.last_step = stats["step"]
-        flat = {k: v for k, v in stats.items() if isinstance(v, int | float) and k != "step"}
+            file.write(json.dumps(row) + "\n")
+        self.last_step = step
+        flat = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         for group in ("terms", "pool"):
-            flat |= {f"{group}/{name}": value for name, value in stats.get(group, {}).items()}
+            flat |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
         for name, value in flat.items():
-            self.board.add_scalar(name, value, stats["step"])
+            self.board.add_scalar(name, value, step)
 
     def complete(self, text: str) -> None:
         """Make the file hold every step once, adding those that it lacks.

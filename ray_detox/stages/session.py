@@ -189,8 +189,8 @@ class Session:
         """Print an event of the training, and store the metrics of a step."""
         match event:
             case StepDone(stats=stats):
-                metrics.add(asdict(stats) | {"pool": asdict(self.pool.metrics())})
-                line = step_line(asdict(stats), self.config.train.steps, self.console.width)
+                metrics.add(stats, self.pool.metrics())
+                line = step_line(stats, self.config.train.steps, self.console.width)
                 self.console.line(line)
                 bar.move_to(stats.step)
             case WorkerStarted():
