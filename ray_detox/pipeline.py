@@ -1,11 +1,11 @@
 """A run from prompts to a stored result: the stages in order, one screen per verb.
 
-    prepare_run      mistakes are found; nothing has started yet
+    prepare_run      finds invalid settings before anything starts
     Ray:  ingest ------------ shards --> train --> adapter --> evaluate --> finish
           (Ray Data)                  (Ray Train)            (Ray tasks)   report, store
             reward actors ............. scores ............... scores
 
-The stages as a person sees them are `stages/session.py`; the files of a run are `runs/folder.py`.
+The stages are methods of `stages/session.py`; the files of a run are in `runs/folder.py`.
 """
 
 import json
@@ -50,8 +50,8 @@ def run(
         resume: continue from the newest checkpoint, if there is one.
 
     Raises:
-        ConfigError, StoreError: a mistake, found before anything starts.
-        Stopped: the run was asked to end; it can be resumed.
+        ConfigError, StoreError: the settings are not valid; nothing has started.
+        Stopped: the user stopped the run; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
         StageError: a task of another stage failed, or the cluster lost resources of the run.
         NotStored: the result is in the run's folder, but not in the result store.
@@ -63,8 +63,8 @@ def run(
             return _run_stages(config, folder, console, source, overwrite=resume)
     except ConfigError as error:
         if [file.name for file in folder.path.iterdir()] != ["config.json"]:
-            # The cluster lost nodes after the start: there is something to resume, and the
-            # settings are not at fault.
+            # The cluster lost nodes after the start: the run can be resumed, and its settings
+            # are valid.
             raise StageError(str(error)) from error
         shutil.rmtree(folder.path)
         raise
@@ -111,10 +111,10 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
 
 
 def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source:
-    """Find every mistake that can be found before anything starts, then make the run's folder.
+    """Check everything that can be checked before the start, then create the run's folder.
 
     Raises:
-        ConfigError, StoreError: in one sentence; nothing was started and nothing is left behind.
+        ConfigError, StoreError: a check failed; nothing has started and no files are left.
     """
     check_run_id(folder.run_id)
     preflight.check_output(folder.output)
@@ -136,9 +136,9 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
 
 
 def _claim_storage(config: RunConfig, folder: RunFolder, settings: str) -> None:
-    """Write the run's settings to `train.storage`, unless another run of this id is there.
+    """Write the run's settings to `train.storage`, unless a different run with this id is there.
 
-    The same run may be there: a job that was retried on another machine resumes from it.
+    The same run may be there already: a job that is retried on another machine resumes from it.
     """
     storage = run_storage(config, folder)
     try:
@@ -173,7 +173,7 @@ def _fingerprints(config: RunConfig, folder: RunFolder, data: "Ingested") -> dic
 
 
 def _actors(session: "Session") -> list[dict[str, Any]]:
-    """Return what the report says about each reward actor."""
+    """Return the facts about each reward actor for the report."""
     return [
         {"texts": report.state.texts, "peak_mb": report.peak_mb, "device": report.device}
         for report in session.pool.describe()

@@ -1,4 +1,4 @@
-"""Files beside the code that must keep up with it: the READMEs, the recipes, libraries."""
+"""READMEs, recipes and vendored libraries match the code."""
 
 import hashlib
 import json
@@ -21,12 +21,12 @@ READMES = {
 
 
 def names_in_tables(readme):
-    """Names in the first column of the README's tables, such as `aws.yaml`."""
+    """Return the names in the first column of the README's tables, such as `aws.yaml`."""
     cells = re.findall(r"^\| ([^|]+) \|", readme, re.M)
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
-def test_the_readme_lists_every_setting_as_the_code_has_it():
+def test_the_settings_table_of_the_readme_is_current():
     settings_table = runpy.run_path(str(ROOT / "scripts/settings_table.py"))
     readme = READMES["ray_detox/recipes"]
 
@@ -51,7 +51,7 @@ def test_the_readme_is_short_and_its_tables_are_narrow():
     assert [line for line in lines if line.startswith("|") and len(line) > 160] == []
 
 
-def test_the_tree_of_the_readme_is_the_package():
+def test_the_tree_in_the_readme_matches_the_package():
     (tree,) = re.findall(r"```\n(ray_detox/\n.+?)```", READMES["."], re.S)
     package = ROOT / "ray_detox"
     modules = {p.name for p in package.glob("*.py")} - {"__init__.py", "__main__.py"}
@@ -68,7 +68,7 @@ def test_the_tree_of_the_readme_is_the_package():
     assert named == modules | inner | {f"{name}/" for name in top} | below
 
 
-def test_the_readmes_name_every_script_recipe_and_file():
+def test_the_readmes_list_every_script_recipe_and_file():
     def files(folder, pattern="*"):
         return {p.name for p in (ROOT / folder).glob(pattern) if p.is_file()} - {"README.md"}
 
@@ -81,7 +81,7 @@ def test_the_readmes_name_every_script_recipe_and_file():
 
 
 @pytest.mark.parametrize("folder", READMES)
-def test_links_lead_to_files_and_headings(folder):
+def test_links_point_to_existing_files_and_headings(folder):
     for target in re.findall(r"\]\(([^)]+)\)", READMES[folder]):
         if target.startswith(("http://", "https://")):
             continue
@@ -98,7 +98,7 @@ def test_settings_that_a_readme_names_exist(folder):
     sections = {k: v for k, v in RunConfig().to_dict().items() if isinstance(v, dict)}
 
     for section, name in re.findall(r"(?<![/\w])([a-z]+)\.([a-z_]+)(?==|`)", READMES[folder]):
-        if section in sections and name not in ("yaml", "sqlite"):  # those are files
+        if section in sections and name not in ("yaml", "sqlite"):  # these are files
             assert name in sections[section], f"{section}.{name}"
 
 
@@ -115,7 +115,7 @@ def test_scripts_and_tests_that_the_readmes_name_exist():
     assert [name for name in sorted(names) if f"def {name}(" not in tests] == []
 
 
-def test_the_readme_names_every_command():
+def test_the_readme_lists_every_command():
     shown = subprocess.run(
         [sys.executable, "-m", "ray_detox", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout

@@ -1,4 +1,4 @@
-"""What becomes of a run's folder, and of errors from Ray, when a stage fails; no Ray is started."""
+"""The run's folder and the error message after a stage fails; without starting Ray."""
 
 import io
 
@@ -14,15 +14,15 @@ from ray_detox.runs.folder import RunFolder
 from ray_detox.stages import errors
 
 
-def run_where(stages, tmp_path, monkeypatch):
-    """Run the recipe lab with `stages` in place of its stages."""
+def run_with(stages, tmp_path, monkeypatch):
+    """Run the recipe lab with the function `stages` in place of its stages."""
     folder = RunFolder(tmp_path, "first")
     monkeypatch.setattr(pipeline, "_run_stages", lambda *args, **kwargs: stages(folder))
     pipeline.run(load_config("lab"), folder, Console(io.StringIO()))
 
 
-def from_a_task(cause: Exception) -> Exception:
-    """An error as `ray.get` raises it when a task raised `cause`."""
+def task_error(cause: Exception) -> Exception:
+    """Return the error that `ray.get` raises if a task raised `cause`."""
     trace = f"Traceback (most recent call last):\n  a page of it\n{cause}"
     return ray.exceptions.RayTaskError("measure_shard", trace, cause).as_instanceof_cause()
 
@@ -32,20 +32,20 @@ def test_a_run_that_did_not_start_leaves_no_folder(tmp_path, monkeypatch):
         raise ConfigError("The run needs 8 GPUs, and the cluster has 0.")
 
     with pytest.raises(ConfigError, match="8 GPUs"):
-        run_where(too_small, tmp_path, monkeypatch)
+        run_with(too_small, tmp_path, monkeypatch)
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_later_failure_keeps_what_was_trained(tmp_path, monkeypatch):
+def test_a_failure_after_training_keeps_the_adapter(tmp_path, monkeypatch):
     def trained_and_then_no_model(folder):
         folder.adapter.mkdir()
         (folder.adapter / "adapter_config.json").write_text("{}")
-        raise from_a_task(ConfigError("policy.model is '/gone', and no such folder is here."))
+        raise task_error(ConfigError("policy.model is '/gone', and no such folder is here."))
 
-    # No mistake of the person's any more, for there is something to go on with.
+    # A StageError and not a ConfigError, because the run can be resumed.
     with pytest.raises(errors.StageError) as failed:
-        run_where(trained_and_then_no_model, tmp_path, monkeypatch)
+        run_with(trained_and_then_no_model, tmp_path, monkeypatch)
 
     assert str(failed.value) == "policy.model is '/gone', and no such folder is here."
     assert (tmp_path / "first/adapter/adapter_config.json").is_file()
@@ -53,17 +53,17 @@ def test_a_later_failure_keeps_what_was_trained(tmp_path, monkeypatch):
 
 def test_an_error_in_a_task_is_reported_by_its_cause(tmp_path, monkeypatch):
     def broken(folder):
-        raise from_a_task(ValueError("The reward term length gave 3 values for 4 responses."))
+        raise task_error(ValueError("The reward term length gave 3 values for 4 responses."))
 
     with pytest.raises(errors.StageError) as failed:
-        run_where(broken, tmp_path, monkeypatch)
+        run_with(broken, tmp_path, monkeypatch)
 
     expected = "ValueError: The reward term length gave 3 values for 4 responses."
     assert str(failed.value) == expected
 
 
 @pytest.mark.parametrize(
-    "error, sentence",
+    "error, message",
     [
         (OSError(28, "No space left on device", "metrics.jsonl"), "No space left on device"),
         (
@@ -73,13 +73,13 @@ def test_an_error_in_a_task_is_reported_by_its_cause(tmp_path, monkeypatch):
     ],
 )
 def test_a_full_disk_and_a_ray_timeout_are_reported_in_one_line(
-    tmp_path, monkeypatch, error, sentence
+    tmp_path, monkeypatch, error, message
 ):
     def fails(folder):
         raise error
 
-    with pytest.raises(errors.StageError, match=sentence) as failed:
-        run_where(fails, tmp_path, monkeypatch)
+    with pytest.raises(errors.StageError, match=message) as failed:
+        run_with(fails, tmp_path, monkeypatch)
 
     assert "\n" not in str(failed.value)
 
@@ -101,12 +101,12 @@ def test_runs_that_share_a_storage_have_separate_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["seed=1", "data.limit=300", "policy.lora_rank=4"])
-def test_a_different_run_of_the_same_id_is_refused(tmp_path, other):
+def test_a_different_run_with_the_same_id_is_refused(tmp_path, other):
     words = [f"train.storage={tmp_path / 'kept'}"]
     config = load_config("lab", words)
     pipeline.prepare_run(config, RunFolder(tmp_path / "one", "first"), resume=False)
 
-    # A retry on another machine is the same run, whatever changes that leaves it so.
+    # A retry on another machine is the same run, also with a setting that may change on resume.
     retried = load_config("lab", [*words, "train.steps=50"])
     pipeline.prepare_run(retried, RunFolder(tmp_path / "two", "first"), resume=False)
     changed = load_config("lab", [*words, other])

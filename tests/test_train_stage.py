@@ -1,4 +1,4 @@
-"""What ended a group of workers, in one line; where its workers reach one another."""
+"""The one-line description of a failed worker group, and the network interface of gloo."""
 
 import os
 
@@ -13,14 +13,14 @@ from ray_detox.stages.train import choose_interface
 
 
 class Died(Exception):
-    """As Ray Train has it for a worker whose process is gone."""
+    """The error of Ray Train for a worker whose process has died."""
 
     def __init__(self, failure):
         super().__init__("A worker health check failed.\nWorker info: Worker(\n  ...\n)")
         self.health_check_failure = failure
 
 
-def test_the_worker_that_died_is_named_and_not_its_peers():
+def test_the_worker_that_died_is_named_instead_of_its_peers():
     lost = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
     error = WorkerGroupError("...", {0: lost, 1: Died(ActorDiedError())})
 
@@ -28,7 +28,7 @@ def test_the_worker_that_died_is_named_and_not_its_peers():
 
 
 @pytest.mark.parametrize(
-    ("error", "sentence"),
+    ("error", "message"),
     [
         (
             WorkerGroupError("...", {2: ValueError("rows differ\n\nthe reason")}),
@@ -44,8 +44,8 @@ def test_the_worker_that_died_is_named_and_not_its_peers():
         (RuntimeError(), "RuntimeError: no message"),
     ],
 )
-def test_a_failed_group_is_described_by_its_cause(error, sentence):
-    assert describe(error) == sentence
+def test_a_failed_group_is_described_by_its_cause(error, message):
+    assert describe(error) == message
 
 
 def test_the_root_cause_behind_wrapped_errors_is_found():

@@ -1,4 +1,4 @@
-"""Troubleshooting in cluster/README.md: every message, setting and file that it names exists."""
+"""Every message, setting and file in the troubleshooting section of cluster/README.md exists."""
 
 import importlib.util
 import re
@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "cluster/README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
 MESSAGES = [part.partition("\n") for part in SECTION.split("\n### ")[1:]]
-"""Heading, newline and text of each message."""
+"""Heading, newline and body of each entry."""
 HEADINGS = [heading for heading, _, _ in MESSAGES]
-OURS = {
+OUR_MESSAGES = {
     "The run needs ": "resources.py",
     "waiting up to ": "stages/cluster/admission.py",
     "The autoscaler:": "stages/cluster/admission.py",
@@ -23,7 +23,7 @@ OURS = {
     "its temporary folder ": "stages/cluster/probe.py",
     "lost its connection to another worker": "stages/errors.py",
 }
-RAYS = {
+RAY_MESSAGES = {
     "No available node types can fulfill": "autoscaler/v2/event_logger.py",
     "SSH still not available": "autoscaler/_private/updater.py",
     "setting-up": "autoscaler/tags.py",
@@ -35,8 +35,8 @@ RAYS = {
     "The object store is using ": "_private/services.py",
     "killed due to the node running low on memory": "core/src/ray/raylet/raylet",
 }
-IN_THE_TEXT = {"The autoscaler:", ".rayignore"}
-"""Words that are no message of their own, so that no heading has them."""
+ONLY_IN_BODY = {"The autoscaler:", ".rayignore"}
+"""Texts that appear in the body of an entry and not in a heading."""
 
 
 def test_every_message_has_a_heading_a_cause_and_a_fix():
@@ -47,22 +47,24 @@ def test_every_message_has_a_heading_a_cause_and_a_fix():
         assert re.fullmatch(r"\s*Cause: \S.+\n\nFix: \S.+", text, re.S), heading
 
 
-@pytest.mark.parametrize("message", OURS)
-def test_a_quoted_message_of_ours_is_in_our_code(message):
+@pytest.mark.parametrize("message", OUR_MESSAGES)
+def test_a_quoted_message_of_ray_detox_is_in_its_code(message):
     assert is_named(message)
-    assert message in (ROOT / "ray_detox" / OURS[message]).read_text(encoding="utf-8")
+    assert message in (ROOT / "ray_detox" / OUR_MESSAGES[message]).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("message", RAYS)
+@pytest.mark.parametrize("message", RAY_MESSAGES)
 def test_a_quoted_message_of_ray_is_in_the_installed_ray(message):
     assert is_named(message)
-    (installed,) = importlib.util.find_spec("ray").submodule_search_locations  # not imported yet
-    assert message.encode() in (Path(installed) / RAYS[message]).read_bytes()
+    (installed,) = importlib.util.find_spec(
+        "ray"
+    ).submodule_search_locations  # without importing Ray
+    assert message.encode() in (Path(installed) / RAY_MESSAGES[message]).read_bytes()
 
 
 def is_named(message):
-    """Whether a heading has the message, or the text if it belongs to another message."""
-    return message in (SECTION if message in IN_THE_TEXT else "\n".join(HEADINGS))
+    """Return whether a heading quotes the message, or the section if it is `ONLY_IN_BODY`."""
+    return message in (SECTION if message in ONLY_IN_BODY else "\n".join(HEADINGS))
 
 
 def test_settings_and_files_in_the_troubleshooting_section_exist():

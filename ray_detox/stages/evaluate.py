@@ -1,12 +1,12 @@
-"""Ray tasks that measure held-out prompts before and after training.
+"""Evaluation on Ray: tasks that measure held-out prompts before and after training.
 
     held-out rows --shard--> measure_shard (policy + adapter, scores from the reward actors)
                   --shard--> measure_shard --> paired examples, in the rows' order
                                    |
                                    '--> a file in the run's storage
 
-The adapter travels as bytes, so that nodes need no shared file system. A measured shard is kept,
-so that a resumed run measures only the missing ones.
+The driver sends the adapter as bytes, so nodes need no shared file system. Measured shards are
+stored, so a resumed run measures only the missing ones.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def measure_shard(
 
 @functools.lru_cache(maxsize=1)
 def _load_policy(policy: PolicyConfig, sampling: SamplingConfig, seed: int, device: str) -> Any:
-    """Load the policy, once in a process that measures several shards."""
+    """Load the policy, once per process even if it measures several shards."""
     from ray_detox.models.loading import load_policy
 
     return load_policy(policy, sampling, seed, device)
@@ -104,7 +104,7 @@ def run_evaluation(
     on_event: Callable[[PromptsMeasured], None],
     storage: Storage | None = None,
 ) -> Examples:
-    """Measure all rows on `evaluate.shards` tasks; the examples are in the rows' order.
+    """Measure all rows in `evaluate.shards` tasks; the examples are in the order of the rows.
 
     Args:
         config: of the run.
@@ -112,8 +112,8 @@ def run_evaluation(
         rows: held-out rows from `ingest`.
         directory: of the reward pool.
         need: resolved for this cluster.
-        on_event: called with the number of prompts that were measured.
-        storage: of the run, which keeps measured shards; None keeps none.
+        on_event: called after some prompts were measured.
+        storage: of the run, for measured shards; None stores none.
 
     Raises:
         ConfigError: the cluster had no resources for a task for `cluster.capacity_timeout_s`.
@@ -158,10 +158,10 @@ def run_evaluation(
 
 
 class _KeptShards:
-    """Measured shards in the run's storage.
+    """Measured shards in the storage of the run.
 
-    The folder's name is a hash of everything that decides the result, so a shard of a measurement
-    with other settings, another adapter or other prompts is never used.
+    The folder's name is a hash of everything that the result depends on, so shards that were
+    measured with other settings, another adapter or other prompts are never reused.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class _KeptShards:
         )
 
     def read(self, number: int) -> Examples | None:
-        """Return the examples of a shard; None if it is not kept or is damaged."""
+        """Return the examples of a stored shard; None if it is missing or damaged."""
         if self._storage is None:
             return None
         try:
@@ -193,7 +193,7 @@ class _KeptShards:
             return None
 
     def write(self, number: int, examples: Examples) -> None:
-        """Keep a shard; if that fails, a resumed run measures it again."""
+        """Store a shard; if that fails, a resumed run measures it again."""
         if self._storage is not None:
             with contextlib.suppress(StorageError):
                 stored = [example.to_json() for example in examples]

@@ -1,10 +1,10 @@
-"""What workers, tasks and the driver's own training loop report while a run goes on.
+"""Events that workers, tasks and the driver report during a run.
 
     WorkerStarted, StepDone, CheckpointTaken    from a training worker, through `Progress`
     GroupStarted, GroupLost                     from `run_training`, in the driver
     PromptsMeasured                             from an evaluation task, through `Progress`
 
-Events are plain records that load neither Ray nor torch; whoever receives one uses `match`.
+Events are plain records that import neither Ray nor torch; receivers use `match` on them.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class GroupStarted:
     """The driver starts a group of training workers."""
 
     number: int
-    """Groups of this run before this one."""
+    """Number of groups of this run before this one."""
     workers: int
     step: int
-    """Steps done; the group resumes from this step's checkpoint."""
+    """Steps done; the group resumes from the checkpoint of this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class WorkerStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A PPO step is done; from rank 0."""
+    """A PPO step is done; sent by rank 0."""
 
     group: str
     stats: UpdateStats
@@ -58,7 +58,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTaken:
-    """A checkpoint for the driver to keep; from rank 0."""
+    """A checkpoint for the driver to store; sent by rank 0."""
 
     group: str
     checkpoint: Checkpoint
@@ -72,7 +72,7 @@ class PromptsMeasured:
 
 
 WorkerEvent = WorkerStarted | StepDone | CheckpointTaken
-"""Events of training workers. Each names its group, since Ray may deliver it after the group's end."""
+"""Events of training workers. Each names its group, because Ray may deliver it after the group ended."""
 
 TrainingEvent = GroupStarted | GroupLost | WorkerStarted | StepDone
-"""Events that the driver shows to a person."""
+"""Training events that the driver prints."""

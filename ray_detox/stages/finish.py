@@ -25,18 +25,18 @@ def store_result(
     attempt: str,
     overwrite: bool,
 ) -> tuple[dict[str, Any], list[PairedExample], str | None]:
-    """The final task: deltas, report, both written to the run's folder and then to the store.
+    """Summarise the run, write the report to its folder and store the result.
 
-    A store that fails must not lose a run: the report comes back all the same, with the store's
-    sentence as the third value.
+    A failing store must not lose a run: the report is returned in any case, with the error message
+    of the store, or None, as the third value.
 
     Args:
         config: of the run.
         folder: of the run, on this machine.
         examples: from `run_evaluation`.
         facts: see `summarise`.
-        attempt: a name that is the same when Ray runs this task again after a crash; a store lets
-            an attempt write again what it had begun, and nobody else.
+        attempt: an id that stays the same when Ray runs this task again after a crash; the store
+            lets only the same attempt overwrite a result that was partly written.
         overwrite: replace a stored run of the same id; for runs that were resumed.
     """
     rated = rate(examples, config)
@@ -67,7 +67,7 @@ def finish(
         overwrite: replace a stored run of the same id; for runs that were resumed.
 
     Raises:
-        NotStored: the report is in the run's folder, but the store did not take it.
+        NotStored: the report is in the run's folder, but could not be stored.
     """
     # The run's folder and the SQLite store are on this machine.
     task = store_result.options(scheduling_strategy=on_this_node())

@@ -1,9 +1,9 @@
-"""An actor through which workers and tasks report to the driver, and the driver stops them.
+"""The actor through which workers and tasks report to the driver and the driver stops them.
 
     train_worker, measure_shard --put--> Progress --take--> driver
                                 <-should_stop-    <--stop--
 
-This module is apart from `train.py` so that the actor's process loads no torch.
+This module is separate from `train.py` so that the actor's process loads no torch.
 """
 
 import ray
@@ -21,8 +21,8 @@ ACTOR_TIMEOUT_S = 60.0
 class Progress:
     """Buffers events for the driver, and holds the driver's request to stop.
 
-    Ray restarts it empty if it is killed. Nothing is lost for good: the next checkpoint carries
-    the metrics of all steps, and the driver repeats its request with every `take`.
+    If the actor is killed, Ray restarts it without events. This loses no results: the next
+    checkpoint contains the metrics of all steps, and every `take` repeats the driver's request.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,16 @@ class Progress:
         self._events.append(event)
 
     def take(self, stop: bool = False) -> list[WorkerEvent | PromptsMeasured]:
-        """Return all events since the last call; `stop` asks workers to end after their step."""
+        """Return all events since the last call; `stop` asks the workers to end after their step."""
         self._stop = stop
         events, self._events = self._events, []
         return events
 
     def should_stop(self) -> bool:
-        """Return whether the driver wants the workers to end."""
+        """Return whether the driver has asked the workers to stop."""
         return self._stop
 
 
 def start_progress() -> ActorHandle:
-    """Start a `Progress` on the driver's node, so that it is lost with the driver only."""
+    """Start a `Progress` on the driver's node, so that no other node's failure affects it."""
     return Progress.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]

@@ -5,8 +5,8 @@
                      console            checkpoints,       shards kept
                                         metrics, adapter   in storage
 
-Each method is one stage as a person sees it: it announces itself, shows progress, and says what
-it made. Import this module only after the connection: Ray reads its environment when imported.
+Each method is one stage of the console output: it prints a heading, progress and a summary.
+Import this module only after the connection, because Ray reads its environment when imported.
 """
 
 import statistics
@@ -45,12 +45,12 @@ from ray_detox.stages.rewards.pool import RewardPool
 from ray_detox.stages.train import TrainingOutcome, run_training
 
 MODEL_LOAD_TIMEOUT_S = 300.0
-"""Shortest wait for the reward actors to load their model; some fetch it first."""
+"""Minimum timeout for loading the reward model, which may have to be downloaded first."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingFacts:
-    """What the report says about a run's training beside its metrics."""
+    """Facts about a run's training that the report contains besides the metrics."""
 
     outcome: TrainingOutcome
     best_step: int | None
@@ -59,12 +59,15 @@ class TrainingFacts:
     """Median time to store a checkpoint."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the facts as plain values, without those that this process did not measure."""
+        """Return the facts as JSON values, without those that this process did not measure."""
         facts = asdict(self.outcome) | {
             "best_step": self.best_step,
             "checkpoint_seconds": self.checkpoint_seconds,
         }
-        del facts["step"], facts["stopped"]  # a report has its own `steps`, and is not stopped
+        del (
+            facts["step"],
+            facts["stopped"],
+        )  # the report has `steps`; only a complete run has a report
         unmeasured = [n for n in ("loop_seconds", "peak_mb") if facts[n] is None]
         return {name: value for name, value in facts.items() if name not in unmeasured}
 
@@ -107,7 +110,7 @@ class Session:
             shards: from `ingest`.
 
         Raises:
-            Stopped: a person asked the run to end; the newest checkpoint is kept.
+            Stopped: the user stopped the run; the newest checkpoint is kept.
             TrainingError: training failed; the newest checkpoint is kept.
         """
         config = self.config
@@ -155,7 +158,7 @@ class Session:
         Args:
             folder: of the run, with its adapter.
             rows: held-out rows from `ingest`.
-            keep: keep each measured shard in the run's storage, and use those that are kept.
+            keep: store each measured shard in the run's storage, and reuse those already there.
         """
         with (
             self.console.stage("evaluate", f"{len(rows)} held-out prompts, before and after"),
@@ -186,7 +189,7 @@ class Session:
         self.console.line(f"{'':<9} {text}")
 
     def _show(self, event: TrainingEvent, metrics: MetricsLog, bar: Bar) -> None:
-        """Print an event of the training, and store the metrics of a step."""
+        """Print a training event, and store the metrics if it is a finished step."""
         match event:
             case StepDone(stats=stats):
                 metrics.add(stats, self.pool.metrics())
@@ -199,7 +202,7 @@ class Session:
                     f"{event.prompts:,} prompts"
                 )
             case GroupStarted(number=0):
-                pass  # the stage has announced the first group
+                pass  # the heading of the stage describes the first group
             case GroupStarted():
                 self._say(f"resuming from step {event.step} with {event.workers} worker(s)")
             case GroupLost():
@@ -222,7 +225,7 @@ def open_session(config: RunConfig, console: Console, need: Needs) -> Iterator[S
 
 
 def describe_rows(counts: RowCounts) -> list[str]:
-    """Say how many rows were read and used, and why the others were left out."""
+    """Format the number of rows read, used and left out, with the reasons."""
     lines = [
         f"{counts.read:,} rows read, {counts.train:,} to train on, {counts.held_out:,} held out"
     ]

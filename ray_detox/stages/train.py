@@ -1,4 +1,4 @@
-"""Ray Train: run groups of training workers until the run is done, whatever the cluster loses.
+"""Training on Ray Train: run worker groups until the run is done, and restart them after failures.
 
     driver                                              worker 0 .. N-1  (`worker.py`)
       run_training                                        train_worker
@@ -15,8 +15,8 @@ States of the training. One `WorkerGroup` lives from STARTING to the next WAITIN
        +---- MOVED: a node will be drained; resumes elsewhere ------------------+
        +---- RESIZED: another worker fits; resumes with one more ---------------'
 
-    A person's stop ends any state with STOPPED: after a checkpoint if a group is running.
-    A group that is LOST more than cluster.max_failures times at one step ends the run.
+    A stop by the user ends any state with STOPPED: after a checkpoint if a group is running.
+    More than cluster.max_failures LOST groups at the same step end the run with an error.
 
 A step's result does not depend on the number of workers, so a group may resume with fewer or more.
 """
@@ -61,27 +61,27 @@ from ray_detox.stages.rewards.pool import RewardPool
 from ray_detox.stages.worker import TrainJob, WorkerResult, train_worker
 
 StopReason = Literal["requested", "moved", "resized"]
-"""`requested` by a person, `moved` off a node that will be drained, or `resized` to more workers."""
+"""`requested` by the user, `moved` off a node that will be drained, or `resized` to more workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingOutcome:
-    """How a run's training ended, over all its worker groups in this process."""
+    """Result of a run's training, over all worker groups that this process started."""
 
     step: int
     """Steps done in all."""
     stopped: bool = False
-    """True if a person asked the run to end early."""
+    """True if the user stopped the run early."""
     loop_seconds: float | None = None
     """Wall time of the last group's training loop; None if no group had to run."""
     peak_mb: int | None = None
-    """Largest memory of rank 0's process in the last group."""
+    """Peak memory of rank 0's process in the last group."""
     lost: int = 0
     """Groups that failed."""
     moved: int = 0
-    """Groups that left a node before it was drained."""
+    """Groups that ended because a node was going to be drained."""
     resized: int = 0
-    """Groups that made room for one with more workers."""
+    """Groups that ended so that one with more workers could start."""
 
     @property
     def groups(self) -> int:
@@ -98,22 +98,22 @@ def run_training(
     on_event: Callable[[TrainingEvent], None],
     stop_requested: threading.Event,
 ) -> TrainingOutcome:
-    """Train on the cluster until done, stopped or failed, whatever workers and nodes are lost.
+    """Train on the cluster until done, stopped or failed; lost workers and nodes are replaced.
 
     Args:
         config: of the run.
         shards: from `ingest`.
         pool: the `RewardPool`, loaded.
         need: resolved for this cluster.
-        writer: keeps checkpoints; training resumes from its `newest`.
+        writer: stores checkpoints; training resumes from its `newest`.
         on_event: called in this thread for each step, worker, loss and change of workers.
-        stop_requested: once set, the workers checkpoint and end after the step they are in.
+        stop_requested: once set, the workers save a checkpoint and end after the current step.
 
     Raises:
-        TrainingError: in one sentence, with the newest checkpoint kept.
+        TrainingError: training failed; the newest checkpoint is kept.
         ConfigError: fewer than the smallest number of `train.workers` fit, for longer than
             `cluster.capacity_timeout_s`.
-        StorageError: the last checkpoint could not be kept.
+        StorageError: the last checkpoint could not be stored.
     """
     progress = start_progress()
     scratch = tempfile.mkdtemp(prefix="ray-detox-train-")
@@ -162,7 +162,7 @@ def run_training(
 class FailureCounter:
     """Counts failures of worker groups that happen without a new checkpoint between them.
 
-    A run on a cluster that loses a node every hour makes progress, and must not end.
+    A cluster may lose a node every hour: as long as the run makes progress, it must not end.
     """
 
     def __init__(self, max_failures: int) -> None:
@@ -277,7 +277,7 @@ class WorkerGroup:
     def _fit(self) -> None:
         try:
             self._result = self._trainer.fit().return_value
-        except BaseException as error:  # handed to the thread that waits, which judges it
+        except BaseException as error:  # the waiting thread decides what to do about it
             self.error = error
 
     def _make_trainer(self, need: Needs, scratch: str) -> TorchTrainer:
@@ -318,10 +318,10 @@ class _TorchConfig(TorchConfig):
 
 
 def choose_interface() -> None:
-    """Have gloo listen where Ray reaches this node, unless GLOO_SOCKET_IFNAME says where.
+    """Bind gloo to the interface of the node's Ray address, unless GLOO_SOCKET_IFNAME is set.
 
-    By itself it looks the machine's name up, and on many (Debian's 127.0.1.1) that is an address
-    at which no other machine finds it.
+    By default gloo resolves the host name, which on many systems (127.0.1.1 on Debian) gives an
+    address that other machines cannot reach.
     """
     here = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
@@ -330,7 +330,7 @@ def choose_interface() -> None:
 
 
 def _placement_groups() -> set[str]:
-    """Ids of the placement groups of this job that hold room, or wait for it."""
+    """Return the ids of this job's placement groups that hold or wait for resources."""
     job = ray.get_runtime_context().get_job_id()
     table = placement_group_table()
-    return {i for i, about in table.items() if i.endswith(job) and about["state"] != "REMOVED"}
+    return {i for i, group in table.items() if i.endswith(job) and group["state"] != "REMOVED"}

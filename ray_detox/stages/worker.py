@@ -1,9 +1,9 @@
 """A training worker: `rl.loop.train` inside a Ray Train worker process.
 
-A checkpoint is a few MB, so rank 0 sends it to the driver and the driver keeps it: no node but
-the driver's needs the storage, and a step waits for nothing but the copy. With `ray.train.report`
+A checkpoint is a few MB, so rank 0 sends it to the driver, which stores it: only the driver's
+node needs access to the storage, and a step waits only for the copy. With `ray.train.report`,
 every worker would wait for a controller that polls. Metrics go the same way, through the actor
-`Progress`, which holds no CPU.
+`Progress`, which reserves no CPU.
 """
 
 import os
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """Everything that a group of training workers starts with."""
+    """Input of a group of training workers."""
 
     config: RunConfig
     group: str
-    """Name of the group, in all its events."""
+    """Name of the group, which all its events carry."""
     progress: ActorHandle
     """A `Progress`."""
     directory: ActorHandle
@@ -47,16 +47,16 @@ class TrainJob:
 
 @dataclass(frozen=True, slots=True)
 class WorkerResult:
-    """What a training worker returns; the driver reads that of rank 0."""
+    """Return value of a training worker; the driver uses that of rank 0."""
 
     step: int = 0
     """Steps done in all."""
     stopped: bool = False
-    """True if the worker was asked to end early."""
+    """True if the driver stopped the worker early."""
     loop_seconds: float = 0.0
     peak_mb: int = 0
     error: str | None = None
-    """A failure that another attempt would repeat, such as a loss that is not finite."""
+    """An error that another attempt would repeat, such as a loss that is not finite."""
 
 
 class RayRuntime:
@@ -75,7 +75,7 @@ class RayRuntime:
         return self._progress.put.remote(event)
 
     def sum_over_workers(self, x: Any) -> Any:
-        """All-reduce a copy of `x`, so that the argument stays as it was."""
+        """All-reduce a copy of `x`; the argument does not change."""
         import torch.distributed as dist
 
         if self.world_size == 1:
@@ -104,7 +104,7 @@ class RayRuntime:
         return unpack_folder(self._start, read) if self._start else None
 
     def should_stop(self) -> bool:
-        """Ask `Progress` whether the driver wants the workers to end."""
+        """Return whether the driver has asked the workers to stop, according to `Progress`."""
         return bool(ray.get(self._progress.should_stop.remote(), timeout=ACTOR_TIMEOUT_S))
 
 
@@ -152,8 +152,8 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         outcome = train(config, runtime, policy, tokenizer, scorer, shards)
     except (NonFiniteError, StartError) as error:
-        # Another attempt from the checkpoint would fail again, so this is a result and not a
-        # failure of the group.
+        # Another attempt from the checkpoint would fail again. Returning the error, instead of
+        # raising it, keeps the driver from starting a new group.
         return WorkerResult(error=str(error))
     finally:
         scorer.close()

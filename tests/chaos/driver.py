@@ -1,7 +1,7 @@
-"""`ray-detox` with one file system more: `chaos://`, a folder that can be outcome to fail.
+"""`ray-detox` with an additional file system, `chaos://`: a local folder whose writes can fail.
 
-What it is outcome lies in the file `$CHAOS_FAULT`: `full` (no space left) or `slow` (half a second
-for every write).
+The file `$CHAOS_FAULT` contains the current fault: `full` (no space left) or `slow` (half a second
+for every write). Without the file, writes succeed.
 """
 
 import errno
@@ -19,14 +19,14 @@ from ray_detox.cli import main as cli
 class ChaosFileSystem(LocalFileSystem):
     protocol = "chaos"
 
-    def _open(self, path, mode="rb", **rest):
+    def _open(self, path, mode="rb", **options):
         fault = Path(os.environ["CHAOS_FAULT"])
         kind = fault.read_text() if fault.exists() else ""
         if "w" in mode and kind == "full":
             raise OSError(errno.ENOSPC, "No space left on device")
         if "w" in mode and kind == "slow":
             time.sleep(0.5)
-        return super()._open(path, mode, **rest)
+        return super()._open(path, mode, **options)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run on several Ray nodes on this machine while scheduled faults are injected.
 
 this process      Cluster: GCS and raylets as processes of this machine
-  go(faults)      `ray-detox run` as a process; its output shows when the next fault is due;
-                  when a driver ends because of a fault, `ray-detox run --resume` follows
+  run(faults)     `ray-detox run` as a process; its output shows when the next fault is due;
+                  if a fault ends the driver, `ray-detox run --resume` follows
 """
 
 import contextlib
@@ -60,16 +60,16 @@ ENVIRONMENT = {
 }
 DRAIN_S = 8
 HEADLESS_S = 150
-"""Time within which a driver must notice that the head node is gone."""
+"""Time within which a driver must detect that the head node is gone."""
 
 
 @dataclass
-class Ended:
-    """How a run ended."""
+class RunOutcome:
+    """The end of a run, over all of its drivers."""
 
     codes: list[int]
     """Exit codes of its drivers, in order."""
-    said: list[str]
+    lines: list[str]
     """All lines that the drivers printed."""
     seconds: float
     injected: list[str] = field(default_factory=list)
@@ -77,11 +77,11 @@ class Ended:
 
     @property
     def text(self) -> str:
-        return "\n".join(self.said)
+        return "\n".join(self.lines)
 
 
 class Chaos:
-    """A Ray cluster on this machine, and runs on it.
+    """A Ray cluster on this machine, on which runs are disturbed by faults.
 
     Args:
         folder: for runs and their storage.
@@ -102,9 +102,9 @@ class Chaos:
         self._start()
 
     def _start(self) -> None:
-        # Short, for the paths of Ray's sockets may have 107 characters.
+        # A short path, because Ray's socket paths are limited to 107 characters.
         self.temp = tempfile.mkdtemp(prefix="ray-")
-        # Ray notes the address of its newest cluster in this folder, and expects it to be there.
+        # Ray writes the address of its newest cluster into this folder, and fails if it is missing.
         (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
         memory = 100 * 1024 * 1024
         self.cluster = Cluster(
@@ -130,48 +130,53 @@ class Chaos:
 
     # ---- a run ---------------------------------------------------------------------------------
 
-    def go(
+    def run(
         self,
         run_id: str,
         settings: Sequence[str] = (),
         faults: Sequence[Fault] = (),
         limit_s: float = 300,
         seed: int = 0,
-    ) -> Ended:
-        """Run to the end while the faults are injected.
+    ) -> RunOutcome:
+        """Run `ray-detox run` to its end while the faults are injected.
 
         Raises:
             TimeoutError: the run did not end within `limit_s`.
         """
-        self._draw = random.Random(seed)
-        ended = Ended([], [], 0.0)
+        self._random = random.Random(seed)
+        outcome = RunOutcome([], [], 0.0)
         began = time.monotonic()
         waiting = list(faults)
-        words = ["lab", *SETTINGS, *settings, f"cluster.address={self.cluster.address}"]
-        words += [f"train.storage=chaos://{self.folder}/storage", "--run-id", run_id]
+        arguments = ["lab", *SETTINGS, *settings, f"cluster.address={self.cluster.address}"]
+        arguments += [f"train.storage=chaos://{self.folder}/storage", "--run-id", run_id]
         while True:
-            asked = self._drive(run_id, words, waiting, ended, began + limit_s)
-            if ended.codes[-1] == 0 or not asked:
+            driver_hit = self._drive(run_id, arguments, waiting, outcome, began + limit_s)
+            if outcome.codes[-1] == 0 or not driver_hit:
                 break
-            while self.storage_fault.exists():  # a resumed driver would find the disk still full
+            while self.storage_fault.exists():  # otherwise the disk would still be full
                 self._recover()
                 time.sleep(0.1)
-            words = ["--resume", run_id, f"cluster.address={self.cluster.address}"]
+            arguments = ["--resume", run_id, f"cluster.address={self.cluster.address}"]
         self._recover(everything=True)
-        ended.seconds = time.monotonic() - began
-        return ended
+        outcome.seconds = time.monotonic() - began
+        return outcome
 
     def _drive(
-        self, run_id: str, words: list[str], waiting: list[Fault], ended: Ended, limit: float
+        self,
+        run_id: str,
+        arguments: list[str],
+        waiting: list[Fault],
+        outcome: RunOutcome,
+        limit: float,
     ) -> bool:
-        """Run one driver to its end; True if an injected fault ended it."""
+        """Run one driver to its end; return whether a fault was injected into it."""
         process = subprocess.Popen(
             [
                 sys.executable,
                 "-m",
                 "tests.chaos.driver",
                 "run",
-                *words,
+                *arguments,
                 "--output",
                 str(self.folder / "runs"),
             ],
@@ -183,14 +188,14 @@ class Chaos:
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
         reader.start()
-        step, since, asked = -1, time.monotonic(), False
+        step, since, driver_hit = -1, time.monotonic(), False
         while process.poll() is None:
             if time.monotonic() > limit:
                 process.kill()
-                raise TimeoutError(f"{run_id} had not ended: {ended.text[-3000:]}")
+                raise TimeoutError(f"{run_id} did not end in time: {outcome.text[-3000:]}")
             with contextlib.suppress(queue.Empty):
                 line = lines.get(timeout=0.05).rstrip()
-                ended.said.append(line)
+                outcome.lines.append(line)
                 if line.startswith("train "):
                     step, since = max(step, 0), time.monotonic()
                 elif line.startswith("step "):
@@ -200,16 +205,16 @@ class Chaos:
             self._recover()
             now = time.monotonic()
             is_due = waiting and step >= waiting[0].after_step and now - since >= waiting[0].delay_s
-            if is_due and not asked:
+            if is_due and not driver_hit:
                 fault = waiting.pop(0)
-                outcome = self._inject(fault, process, run_id)
-                ended.injected.append(f"{fault}: {outcome}")
-                asked = fault.kind in DRIVERS
+                effect = self._inject(fault, process, run_id)
+                outcome.injected.append(f"{fault}: {effect}")
+                driver_hit = fault.kind in DRIVERS
         reader.join(10)
         while not lines.empty():
-            ended.said.append(lines.get().rstrip())
-        ended.codes.append(process.returncode)
-        return asked
+            outcome.lines.append(lines.get().rstrip())
+        outcome.codes.append(process.returncode)
+        return driver_hit
 
     # ---- faults --------------------------------------------------------------------------------
 
@@ -219,12 +224,12 @@ class Chaos:
             found = self.processes(TITLES[kind])
             if not found:
                 return "no such process"
-            victim = self._draw.choice(found)
+            victim = self._random.choice(found)
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
             return f"pid {victim.pid}"
         if kind in ("node", "actor_node", "raylet", "drain"):
-            node = self._draw.choice(sorted(self.cluster.worker_nodes, key=lambda n: n.node_id))
+            node = self._random.choice(sorted(self.cluster.worker_nodes, key=lambda n: n.node_id))
             if kind == "actor_node":
                 raylets = {a.ppid() for a in self.processes(TITLES["actor"])}
                 (node,) = [n for n in self.cluster.worker_nodes if _raylets(n) & raylets]
@@ -248,7 +253,7 @@ class Chaos:
         if kind == "head":
             self.cluster.head_node.kill_gcs_server()
             self.cluster.head_node.kill_raylet()
-            # The driver gets no signal: it must notice by itself.
+            # The driver gets no signal: it must detect the loss of the head node.
             driver.wait(HEADLESS_S)
             self._restart()
             return f"the driver ended with {driver.returncode}"
@@ -267,7 +272,7 @@ class Chaos:
         self._start()
 
     def _recover(self, everything: bool = False) -> None:
-        """Bring back nodes and storage whose time has come."""
+        """Replace lost nodes and end storage faults that are due."""
         for entry in list(self._recoveries):
             when, what = entry
             if not everything and time.monotonic() < when:
@@ -296,7 +301,7 @@ class Chaos:
         if len(kept) < 2:
             return "only one checkpoint"
         files = sorted(file for file in kept[-1].parent.rglob("*") if file.is_file())
-        file = self._draw.choice(files)
+        file = self._random.choice(files)
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         return f"{kept[-1].parent.name}/{file.name}"
 
@@ -306,9 +311,9 @@ class Chaos:
         raylets = set().union(*map(_raylets, nodes))
         found = []
         for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time", "status"]):
-            about = process.info
-            named = title in " ".join(about["cmdline"] or [])
-            if named and about["ppid"] in raylets and about["status"] != psutil.STATUS_ZOMBIE:
+            info = process.info
+            named = title in " ".join(info["cmdline"] or [])
+            if named and info["ppid"] in raylets and info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return sorted(found, key=lambda process: process.info["create_time"])
 
@@ -332,7 +337,7 @@ class Chaos:
 
 
 def _raylets(node: Any) -> set[int]:
-    """Return the raylet of a node, whose children are its Ray workers."""
+    """Return the process id of a node's raylet, the parent of its Ray workers."""
     return {info.process.pid for info in node.all_processes.get("raylet", [])}
 
 

@@ -13,7 +13,7 @@ from tests.chaos.harness import STEPS, Chaos, chaos
 from tests.chaos.schedule import schedule
 
 DOCUMENTED = ("Training failed", "The run needs", "could not be kept", "No scores for")
-"""Beginnings of the documented messages with which a run may end."""
+"""Beginnings of the documented messages with which a run may fail."""
 
 
 def main() -> int:
@@ -41,8 +41,8 @@ def main() -> int:
             tempfile.TemporaryDirectory(prefix="chaos-") as name,
             chaos(Path(name), cpus=cpus) as nodes,
         ):
-            ended = nodes.go("calm", settings, limit_s=args.limit)
-            print(f"calm, {settings[0]}: {ended.codes}, {ended.seconds:.0f} s", flush=True)
+            outcome = nodes.run("calm", settings, limit_s=args.limit)
+            print(f"calm, {settings[0]}: {outcome.codes}, {outcome.seconds:.0f} s", flush=True)
             wrong += sum(_is_wrong(nodes, seed, settings, exact, args.limit) for seed in of_these)
     print(f"{wrong} wrong")
     return 1 if wrong else 0
@@ -52,23 +52,23 @@ def _is_wrong(nodes: Chaos, seed: int, settings: list[str], exact: bool, limit_s
     """Run one schedule and print its line; True if the result is wrong."""
     run_id, faults = f"seed-{seed}", schedule(seed, STEPS)
     try:
-        ended = nodes.go(run_id, settings, faults, limit_s=limit_s, seed=seed)
+        outcome = nodes.run(run_id, settings, faults, limit_s=limit_s, seed=seed)
     except TimeoutError as error:
         print(f"{run_id} | {', '.join(map(str, faults))} | HANGS: {error}", flush=True)
         return True
-    bad = differences(nodes, run_id, "calm", ended, exact)
-    said = [line for line in ended.said[-3:] if any(start in line for start in DOCUMENTED)]
-    if ended.codes[-1] != 0 and said:
-        bad, outcome = [], f"ended with a documented message: {said[0]}"
+    bad = differences(nodes, run_id, "calm", outcome, exact)
+    messages = [line for line in outcome.lines[-3:] if any(start in line for start in DOCUMENTED)]
+    if outcome.codes[-1] != 0 and messages:
+        bad, verdict = [], f"ended with a documented message: {messages[0]}"
     else:
-        outcome = "; ".join(bad) or ("equal" if exact else "close")
-    happened = ", ".join(ended.injected)
+        verdict = "; ".join(bad) or ("equal" if exact else "close")
+    injected = ", ".join(outcome.injected)
     print(
-        f"{run_id} | {happened} | codes {ended.codes} | {ended.seconds:.0f} s | {outcome}",
+        f"{run_id} | {injected} | codes {outcome.codes} | {outcome.seconds:.0f} s | {verdict}",
         flush=True,
     )
     if bad:
-        (Path.cwd() / f"chaos-{run_id}.log").write_text(ended.text)
+        (Path.cwd() / f"chaos-{run_id}.log").write_text(outcome.text)
     return bool(bad)
 
 

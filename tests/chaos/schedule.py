@@ -15,16 +15,16 @@ class Fault:
     """One injected fault.
 
     `worker`, `actor`, `controller`, `measurer`, `progress`, `directory` and `raylet` are processes
-    that get SIGKILL. `node` kills all processes of a node; `drain` announces that some seconds
-    ahead. `driver` gets SIGKILL and `stop` SIGTERM; `damage` also truncates the newest checkpoint,
-    and `cluster` also stops all of Ray. `head` kills the head node, which the driver must notice by
-    itself. `full` and `slow` break storage for a while. Two kinds are not drawn at random:
+    that get SIGKILL. `node` kills all processes of a node; `drain` announces this some seconds
+    before. `driver` gets SIGKILL and `stop` SIGTERM; `damage` also truncates the newest checkpoint,
+    and `cluster` also stops all of Ray. `head` kills the head node, which the driver must
+    detect. `full` and `slow` break storage for a while. Two kinds are not drawn at random:
     `actor_node` kills a node with a reward actor, and `return` ends all temporary faults.
     """
 
     kind: str
     after_step: int
-    """Inject it after the line of this step; the number of steps plus one means the evaluation."""
+    """Inject the fault after this step; the number of steps plus one means the evaluation."""
     delay_s: float
 
     def __str__(self) -> str:
@@ -33,9 +33,13 @@ class Fault:
 
 def schedule(seed: int, steps: int, kinds: tuple[str, ...] = KINDS, most: int = 3) -> list[Fault]:
     """Draw one to `most` faults, in the order of their steps."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     faults = [
-        Fault(draw.choice(kinds), draw.randint(0, steps + 1), round(draw.uniform(0, 1.5), 1))
-        for _ in range(draw.randint(1, most))
+        Fault(
+            generator.choice(kinds),
+            generator.randint(0, steps + 1),
+            round(generator.uniform(0, 1.5), 1),
+        )
+        for _ in range(generator.randint(1, most))
     ]
     return sorted(faults, key=lambda fault: fault.after_step)

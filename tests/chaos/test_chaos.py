@@ -17,8 +17,8 @@ CALM = "calm"
 def nodes(tmp_path_factory):
     """Two nodes, on which an undisturbed run has finished."""
     with chaos(tmp_path_factory.mktemp("chaos")) as found:
-        ended = found.go(CALM, SAME)
-        assert ended.codes == [0], ended.text
+        outcome = found.run(CALM, SAME)
+        assert outcome.codes == [0], outcome.text
         yield found
 
 
@@ -26,11 +26,11 @@ def test_killed_workers_and_reward_actors_do_not_change_the_result(nodes):
     faults = [Fault("actor", 0, 0.5), Fault("worker", 2, 0.2), Fault("actor", 3, 0.0)]
     faults += [Fault("worker", 5, 0.1)]
 
-    ended = nodes.go("processes", SAME, faults)
+    outcome = nodes.run("processes", SAME, faults)
 
-    assert [fault for fault in ended.injected if "no such process" in fault] == []
-    assert len(re.findall(r"worker \d died|worker \d lost its connection", ended.text)) >= 2
-    assert differences(nodes, "processes", CALM, ended, exact=True) == [], ended.text
+    assert [fault for fault in outcome.injected if "no such process" in fault] == []
+    assert len(re.findall(r"worker \d died|worker \d lost its connection", outcome.text)) >= 2
+    assert differences(nodes, "processes", CALM, outcome, exact=True) == [], outcome.text
 
 
 def test_a_lost_node_a_full_disk_a_killed_driver_and_a_damaged_checkpoint_do_not_change_the_result(
@@ -38,12 +38,12 @@ def test_a_lost_node_a_full_disk_a_killed_driver_and_a_damaged_checkpoint_do_not
 ):
     faults = [Fault("full", 1, 0.0), Fault("node", 3, 0.3), Fault("damage", 6, 0.2)]
 
-    ended = nodes.go("nodes", SAME, faults)
+    outcome = nodes.run("nodes", SAME, faults)
 
-    assert ended.codes == [-9, 0]
-    assert "No space left on device" in ended.text
-    assert "It is passed over." in ended.text or "only one checkpoint" in ended.injected[-1]
-    assert differences(nodes, "nodes", CALM, ended, exact=True) == [], ended.text
+    assert outcome.codes == [-9, 0]
+    assert "No space left on device" in outcome.text
+    assert "It is passed over." in outcome.text or "only one checkpoint" in outcome.injected[-1]
+    assert differences(nodes, "nodes", CALM, outcome, exact=True) == [], outcome.text
 
 
 def test_a_run_continues_with_fewer_workers_and_grows_back(tmp_path):
@@ -51,12 +51,12 @@ def test_a_run_continues_with_fewer_workers_and_grows_back(tmp_path):
 
     with chaos(tmp_path, cpus=2) as small:
         small.return_s = 600.0  # until the fault `return`
-        ended = small.go("fewer", [*FEWER, "train.steps=20"], faults)
+        outcome = small.run("fewer", [*FEWER, "train.steps=20"], faults)
 
-    assert ended.codes == [0], ended.text
+    assert outcome.codes == [0], outcome.text
     # Two nodes of 2 CPUs: the reward actor and three workers. One: the actor and one worker.
-    counts = [int(n) for n in re.findall(r"resuming from step \d+ with (\d) worker", ended.text)]
-    assert re.search("train .* on 1..3 worker", ended.text)
+    counts = [int(n) for n in re.findall(r"resuming from step \d+ with (\d) worker", outcome.text)]
+    assert re.search("train .* on 1..3 worker", outcome.text)
     # The resources of a killed controller are released; otherwise no worker would fit.
     assert counts == [1, 3, 3]
     assert [row["step"] for row in small.rows("fewer")] == list(range(1, 21))

@@ -1,1 +1,1 @@
-"""A cluster whose nodes have a network between them, of which one can be cut off."""
+"""A run on a Ray cluster whose nodes have a network between them, and one node is disconnected."""

@@ -1,11 +1,11 @@
-"""Machines with addresses of their own on one switch, made of Linux's network namespaces.
+"""Machines with their own addresses on one network, made of Linux network namespaces.
 
-    switch         lan  10.77.0.1        a bridge; what all machines reach runs here
-                    |    |    |          cables, each with one end in the bridge
-    machine 0..N   eth0 10.77.0.10 ..    and the other in a machine
+    gateway        lan  10.77.0.1        a bridge; services that all machines use run here
+                    |    |    |          veth pairs, each with one end in the bridge
+    machine 0..N   eth0 10.77.0.10 ..    and the other end in a machine
 
-Nothing of it is joined to this machine's own network, so that no address can be taken already,
-and no firewall of this machine lies between.
+The network is not connected to the host's own network, so its addresses cannot be in use already
+and the host's firewall does not apply.
 """
 
 import contextlib
@@ -20,64 +20,65 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-GATEWAY = "10.77.0.1"
-SWITCH = "switch"
+GATEWAY = "gateway"
+"""Namespace of the bridge."""
+GATEWAY_ADDRESS = "10.77.0.1"
 
 
 class NoNetworkError(RuntimeError):
-    """`ip` did not do as it was told; the message says what it said."""
+    """The host does not allow network namespaces; the message contains the error of `ip`."""
 
 
 class Network:
-    """Some machines that reach one another, until a cable is pulled.
+    """Machines that reach one another until one of them is disconnected.
 
     Args:
-        folder: for what programs on a machine find as `/etc/hosts`.
-        machines: how many.
+        folder: for the file that programs on the machines see as `/etc/hosts`.
+        machines: number of machines.
 
     Raises:
-        NoNetworkError: this machine does not let us make it; nothing is left behind.
+        NoNetworkError: the host does not allow network namespaces; nothing is left behind.
     """
 
     def __init__(self, folder: Path, machines: int) -> None:
         if shutil.which("ip") is None:
             raise NoNetworkError("a network of namespaces needs the command `ip` of iproute2")
-        # As on many a Linux, where a machine's name does not lead to its address.
+        # As on many Linux distributions, the host name does not resolve to the machine's address.
         self._hosts = folder / "hosts"
         self._hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
         self._prefix = f"detox-{os.getpid()}-{secrets.token_hex(3)}"
-        self._made: list[str] = []
+        self._namespaces: list[str] = []
         self._started: list[subprocess.Popen[str]] = []
         self.addresses = [f"10.77.0.{10 + i}" for i in range(machines)]
         try:
-            self._make()
+            self._create()
         except NoNetworkError:
             self.close()
             raise
 
-    def _make(self) -> None:
-        self._add(SWITCH)
-        self._in(SWITCH, "link add lan type bridge")
-        self._in(SWITCH, f"addr add {GATEWAY}/24 dev lan")
-        self._in(SWITCH, "link set lan up")
+    def _create(self) -> None:
+        self._add(GATEWAY)
+        self._in(GATEWAY, "link add lan type bridge")
+        self._in(GATEWAY, f"addr add {GATEWAY_ADDRESS}/24 dev lan")
+        self._in(GATEWAY, "link set lan up")
         for machine, address in enumerate(self.addresses):
             self._add(machine)
             inside = f"name eth0 netns {self._name(machine)}"
-            self._in(SWITCH, f"link add port{machine} type veth peer {inside}")
-            self._in(SWITCH, f"link set port{machine} master lan up")
+            self._in(GATEWAY, f"link add port{machine} type veth peer {inside}")
+            self._in(GATEWAY, f"link set port{machine} master lan up")
             self._in(machine, f"addr add {address}/24 dev eth0")
             self._in(machine, "link set eth0 up")
-            # Programs find out their own address by asking for the way to one out there.
-            self._in(machine, f"route add default via {GATEWAY}")
-        tried = self.start(SWITCH, ["true"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        said, _ = tried.communicate()
+            # Programs determine their own address from the route to an external one.
+            self._in(machine, f"route add default via {GATEWAY_ADDRESS}")
+        tried = self.start(GATEWAY, ["true"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        printed, _ = tried.communicate()
         if tried.returncode:
-            raise NoNetworkError(f"no program may run in a network namespace here: {said.strip()}")
+            raise NoNetworkError(f"programs cannot run in a network namespace: {printed.strip()}")
 
     def close(self) -> None:
-        """End all that runs on the machines, then take the network away."""
-        for name in self._made:
-            for _ in range(100):  # one that is ending may have started another
+        """Kill all processes on the machines, then delete the network."""
+        for name in self._namespaces:
+            for _ in range(100):  # a process may start another one before it is killed
                 listed = subprocess.run(
                     ["ip", "netns", "pids", name], capture_output=True, text=True
                 )
@@ -91,24 +92,24 @@ class Network:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         for process in self._started:
             process.wait()
-        self._made.clear()
+        self._namespaces.clear()
 
-    def cut(self, machine: int) -> None:
-        """Pull the machine's cable: what runs there goes on, and nobody hears of it."""
-        self._in(SWITCH, f"link set port{machine} down")
+    def disconnect(self, machine: int) -> None:
+        """Cut a machine off from the network; its processes keep running."""
+        self._in(GATEWAY, f"link set port{machine} down")
 
-    def mend(self, machine: int) -> None:
-        """Plug the cable in again."""
-        self._in(SWITCH, f"link set port{machine} up")
+    def reconnect(self, machine: int) -> None:
+        """Connect a machine to the network again."""
+        self._in(GATEWAY, f"link set port{machine} up")
 
     def start(
-        self, where: int | str, command: Sequence[str], **rest: Any
+        self, where: int | str, command: Sequence[str], **options: Any
     ) -> "subprocess.Popen[str]":
-        """Start a program on a machine, or at the switch; `rest` as for `subprocess.Popen`."""
-        # `ip netns exec` has given the program mounts of its own: nobody else sees this one.
+        """Start a program on a machine or the gateway; `options` are those of `subprocess.Popen`."""
+        # `ip netns exec` gives the program its own mount namespace, so only it sees this mount.
         script = 'mount --bind "$0" /etc/hosts && exec "$@"'
-        words = ["ip", "netns", "exec", self._name(where), "sh", "-c", script, str(self._hosts)]
-        self._started.append(subprocess.Popen([*words, *command], text=True, **rest))
+        prefix = ["ip", "netns", "exec", self._name(where), "sh", "-c", script, str(self._hosts)]
+        self._started.append(subprocess.Popen([*prefix, *command], text=True, **options))
         return self._started[-1]
 
     def _name(self, where: int | str) -> str:
@@ -116,23 +117,23 @@ class Network:
 
     def _add(self, where: int | str) -> None:
         _ip("netns", "add", self._name(where))
-        self._made.append(self._name(where))
+        self._namespaces.append(self._name(where))
         self._in(where, "link set lo up")
 
-    def _in(self, where: int | str, words: str) -> None:
-        _ip("-n", self._name(where), *words.split())
+    def _in(self, where: int | str, arguments: str) -> None:
+        _ip("-n", self._name(where), *arguments.split())
 
 
-def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing said"]
-        raise NoNetworkError(f"`ip {' '.join(words)}` failed: {said[0]}")
+        errors = done.stderr.strip().splitlines() or ["no error message"]
+        raise NoNetworkError(f"`ip {' '.join(arguments)}` failed: {errors[0]}")
 
 
 @contextlib.contextmanager
 def network(folder: Path, machines: int) -> Iterator[Network]:
-    """A `Network` that is taken away in the end."""
+    """Create a `Network`, and delete it at the end."""
     made = Network(folder, machines)
     try:
         yield made

@@ -1,4 +1,4 @@
-"""A node is cut off from a run on several nodes: its processes live on, and nobody says a word."""
+"""A run loses the network connection to a node whose processes keep running."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.many_nodes.cluster import Cluster, Ended, wait_for
+from tests.many_nodes.cluster import Cluster, JobOutcome, wait_for
 from tests.many_nodes.network import NoNetworkError, network
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -30,59 +30,60 @@ SETTINGS = [
     f"train.storage={STORAGE}",
     "results.store=dynamodb",
     "results.table=ray-detox",
-    # On three nodes of 2 CPUs. However they are dealt out, some node has one of each: a node with
-    # two actors leaves one to the others. On two nodes there is room for the actors and one worker.
+    # On three nodes of 2 CPUs, some node always has a worker and an actor: if two actors share a
+    # node, the third one shares its node with a worker. Two nodes fit the actors and one worker.
     "train.workers=1..3",
     "reward.actors=3",
 ]
 CPUS = 2
-QUICK = {
+FAST_HEALTH_CHECKS = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
 }
-"""Ray gives a silent node up after 20 seconds; its own settings make that 65."""
+"""Ray declares a silent node dead after 20 seconds; with its default settings, after 65."""
 
 
 @dataclass
-class Story:
-    """What happened to a run, and to a node."""
+class Observations:
+    """What the tests check after a run that lost a node."""
 
     address: str
-    """Of the machine whose cable was pulled."""
-    ended: Ended
-    left: dict[str, Any]
-    """What look.py finds of the run."""
+    """Of the machine that was disconnected."""
+    outcome: JobOutcome
+    stored: dict[str, Any]
+    """Contents of the bucket and the table; see `query.stored`."""
     adapter: bytes
-    """What it left on the head."""
+    """The adapter's weights in the run's folder on the head node."""
     nodes: list[dict[str, str]]
-    """Alive for Ray, by address: before the cut, after the run, and once the node was back."""
-    lived_on: bool
-    """Ray still ran on the machine when the run had ended without it."""
+    """Ids of the nodes alive for Ray, by address: before the run, after it, and after the rejoin."""
+    still_running: bool
+    """Whether Ray still ran on the disconnected machine when the run had ended."""
 
 
 @dataclass
-class Cutter:
-    """Hears what a driver prints, and pulls the cable of a node with a worker and a reward actor."""
+class Disconnector:
+    """Watches a driver's output, then disconnects a node with a worker and a reward actor."""
 
     cluster: Cluster
     nodes: dict[str, str]
     seen: dict[str, set[str]] = field(default_factory=lambda: {"worker": set(), "actor": set()})
-    cut_off: int | None = None
+    machine: int | None = None
+    """The disconnected machine."""
 
-    def hear(self, line: str) -> None:
+    def on_line(self, line: str) -> None:
         if found := re.search(r"(worker|actor) \d on node (\w{8})", line):
             self.seen[found[1]].add(found[2])
-        if self.cut_off is None and re.match(rf"step +{CUT_AFTER}/", line):
+        if self.machine is None and re.match(rf"step +{CUT_AFTER}/", line):
             both = self.seen["worker"] & self.seen["actor"]
             addresses = [address for address, node in self.nodes.items() if node[:8] in both]
-            self.cut_off = self.cluster.network.addresses.index(sorted(addresses)[0])
-            self.cluster.network.cut(self.cut_off)
+            self.machine = self.cluster.network.addresses.index(sorted(addresses)[0])
+            self.cluster.network.disconnect(self.machine)
 
 
 @pytest.fixture(scope="module")
-def story():
-    # Short, for the paths of Ray's sockets may have 107 characters.
+def observed():
+    # A short path, because Ray's socket paths are limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="mn-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -90,51 +91,51 @@ def story():
             lan = stack.enter_context(network(folder, machines=4))
         except NoNetworkError as error:
             pytest.skip(str(error))
-        yield tell(Cluster(lan, folder, CPUS, QUICK))
+        yield run_and_disconnect(Cluster(lan, folder, CPUS, FAST_HEALTH_CHECKS))
 
 
-def tell(cluster: Cluster) -> Story:
-    """Let it all happen."""
+def run_and_disconnect(cluster: Cluster) -> Observations:
+    """Run a job, disconnect a node during it, and let the node rejoin after it."""
     cluster.start()
     nodes = [cluster.nodes()]
-    cutter = Cutter(cluster, nodes[0])
-    ended = cluster.submit("cut", ["lab", *SETTINGS], cutter.hear)
-    machine = cutter.cut_off
-    assert machine is not None, ended.text
-    lived_on = cluster.runs_ray(machine)
+    disconnector = Disconnector(cluster, nodes[0])
+    outcome = cluster.submit("cut", ["lab", *SETTINGS], disconnector.on_line)
+    machine = disconnector.machine
+    assert machine is not None, outcome.text
+    still_running = cluster.runs_ray(machine)
     nodes.append(cluster.nodes())
 
-    cluster.network.mend(machine)
-    wait_for("the end of Ray on the node", lambda: not cluster.runs_ray(machine))
+    cluster.network.reconnect(machine)
+    wait_for("Ray to end on the node", lambda: not cluster.runs_ray(machine))
     cluster.join([machine])
     nodes.append(cluster.nodes())
-    return Story(
+    return Observations(
         address=cluster.network.addresses[machine],
-        ended=ended,
-        left=cluster.left(STORAGE, "cut"),
+        outcome=outcome,
+        stored=cluster.stored(STORAGE, "cut"),
         adapter=(cluster.folder / "runs/cut/adapter/adapter_model.safetensors").read_bytes(),
         nodes=nodes,
-        lived_on=lived_on,
+        still_running=still_running,
     )
 
 
-def test_a_run_that_loses_a_node_to_the_network_ends_with_code_0(story):
-    assert story.ended.code == 0, story.ended.text
-    assert story.ended.job["status"] == "SUCCEEDED"
-    assert story.ended.job["driver_exit_code"] == 0
+def test_a_run_that_loses_a_node_to_the_network_ends_with_code_0(observed):
+    assert observed.outcome.code == 0, observed.outcome.text
+    assert observed.outcome.job["status"] == "SUCCEEDED"
+    assert observed.outcome.job["driver_exit_code"] == 0
 
 
-def test_ray_detects_the_partition_while_the_node_is_still_alive(story):
-    before, after, _ = story.nodes
+def test_ray_detects_the_partition_while_the_node_is_still_alive(observed):
+    before, after, _ = observed.nodes
 
-    assert set(before) - set(after) == {story.address}
-    assert story.lived_on
+    assert set(before) - set(after) == {observed.address}
+    assert observed.still_running
 
 
-def test_the_run_resumes_with_fewer_workers_from_its_newest_checkpoint(story):
-    said = story.ended.text
-    first, _, _ = said.partition("resuming from step")
-    ((step, workers),) = re.findall(r"resuming from step (\d+) with (\d) work", said)
+def test_the_run_resumes_with_fewer_workers_from_its_newest_checkpoint(observed):
+    output = observed.outcome.text
+    first, _, _ = output.partition("resuming from step")
+    ((step, workers),) = re.findall(r"resuming from step (\d+) with (\d) work", output)
 
     placed = re.findall(r"worker (\d) on node (\w+)", first)
     assert sorted(rank for rank, _ in placed) == ["0", "1", "2"]
@@ -143,27 +144,27 @@ def test_the_run_resumes_with_fewer_workers_from_its_newest_checkpoint(story):
     assert int(workers) == 1
 
 
-def test_the_result_is_stored_once_and_complete(story):
-    left = story.left
+def test_the_result_is_stored_once_and_complete(observed):
+    stored = observed.stored
 
-    assert left["runs"] == ["cut"]
-    assert left["report"]["status"] == "complete"
-    assert left["report"]["training"]["lost"] == 1
-    assert [row["step"] for row in left["curves"]] == list(range(1, STEPS + 1))
-    assert [sample["index"] for sample in left["samples"]] == list(range(MEASURED))
-
-
-def test_checkpoints_and_measured_shards_are_in_the_bucket(story):
-    left = story.left
-
-    assert left["newest"] == STEPS
-    assert left["adapter"] == hashlib.sha256(story.adapter).hexdigest()
-    assert left["shards"] == [f"shard-{number:05d}.json" for number in range(SHARDS)]
+    assert stored["runs"] == ["cut"]
+    assert stored["report"]["status"] == "complete"
+    assert stored["report"]["training"]["lost"] == 1
+    assert [row["step"] for row in stored["history"]] == list(range(1, STEPS + 1))
+    assert [sample["index"] for sample in stored["samples"]] == list(range(MEASURED))
 
 
-def test_a_node_that_comes_back_gets_a_new_id(story):
-    before, _, again = story.nodes
+def test_checkpoints_and_measured_shards_are_in_the_bucket(observed):
+    stored = observed.stored
 
-    # What is told that it was given up ends itself; it was started again by hand.
+    assert stored["newest"] == STEPS
+    assert stored["adapter"] == hashlib.sha256(observed.adapter).hexdigest()
+    assert stored["shards"] == [f"shard-{number:05d}.json" for number in range(SHARDS)]
+
+
+def test_a_node_that_comes_back_gets_a_new_id(observed):
+    before, _, again = observed.nodes
+
+    # Ray ends itself on a node that was declared dead; the fixture started it again.
     assert set(again) == set(before)
-    assert again[story.address] != before[story.address]
+    assert again[observed.address] != before[observed.address]

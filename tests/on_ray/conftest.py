@@ -1,6 +1,6 @@
-"""One Ray for all tests of this folder, and an emulated S3 and DynamoDB beside it.
+"""Fixtures for all tests of this folder: one local Ray cluster, and emulated S3 and DynamoDB.
 
-Ray ends when the last test of the folder does, so that the tests elsewhere run without it.
+Ray shuts down after the last test of the folder, so tests in other folders run without it.
 """
 
 import logging
@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Read once, when Ray is imported: no token for a cluster that lives for some tests, and workers
-# that are looked after often enough for reports to take no time.
+# Ray reads these only when it is imported. A cluster for tests needs no token, and frequent health
+# checks make Ray Train return reports sooner.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "WR_ENGINE": "python",
-    # Workers import `on_ray`, for its reward functions.
+    # Workers import the reward functions in `on_ray`.
     "PYTHONPATH": str(Path(__file__).parents[1]),
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
     "AWS_SECRET_ACCESS_KEY": "secret",
@@ -36,7 +36,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="package")
 def aws() -> Iterator[str]:
-    """Address of an emulated AWS, which boto3 and pyarrow find here and in every Ray worker."""
+    """Start an emulated AWS, which boto3 and pyarrow use here and in all Ray workers; its address."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -55,10 +55,10 @@ def aws() -> Iterator[str]:
 
 @pytest.fixture(scope="package", autouse=True)
 def cluster(aws: str) -> Iterator[None]:
-    """A Ray of this machine's own, without its GPUs: results here are equal to the last bit."""
+    """Start Ray on this machine without GPUs, so that results are bit-identical."""
     import ray
 
-    # Short, for the paths of Ray's sockets may have 107 characters.
+    # A short path, because Ray's socket paths are limited to 107 characters.
     folder = tempfile.mkdtemp(prefix="ray-")
     ray.init(
         address="local",

@@ -33,7 +33,7 @@ def run(words: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    # Short, for the paths of Ray's sockets may have 107 characters.
+    # A short path, because Ray's socket paths are limited to 107 characters.
     folder = tempfile.mkdtemp(prefix="ray-")
     # Ray notes the address of its newest cluster in this folder, and expects it to be there.
     (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)

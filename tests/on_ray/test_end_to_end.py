@@ -1,4 +1,4 @@
-"""The whole job on Ray, shortened: what it leaves behind, and that stopping it changes nothing."""
+"""Complete short runs on Ray: their files and results, stopping and resuming, and refusals."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(output):
-    """The shortened recipe, run to its end from Python: folder, report and printed lines."""
+    """Run the shortened recipe to its end from Python: the folder, the report and the console output."""
     folder, printed = RunFolder(output, "whole"), io.StringIO()
     config = load_config("lab", SHORT)
     report = ray_detox.train(config, run_id="whole", output=output, stream=printed)
@@ -223,11 +223,11 @@ def test_an_interrupted_evaluation_measures_only_the_missing_shards(finished, ou
     )
 
 
-# ---- stopping and going on -------------------------------------------------------------------
+# ---- stopping and resuming -------------------------------------------------------------------
 
 
-class StopsAtOnce(Console):
-    """A person who presses Ctrl-C as soon as training has begun."""
+class StopAtOnce(Console):
+    """A console that sends Ctrl-C as soon as the first worker has started."""
 
     def line(self, text=""):
         super().line(text)
@@ -241,18 +241,18 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     whole, report, _ = finished
     part = RunFolder(output, "part")
 
-    # A checkpoint every step only gives the signal time to arrive.
+    # A checkpoint every step slows training down, so that the signal arrives before the last step.
     words = [*SHORT, "train.checkpoint_every=1", "--run-id", "part", "--output", str(output)]
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "Console", StopsAtOnce)
+        patch.setattr(progress, "Console", StopAtOnce)
         stopped = cli.main(["run", "lab", *words])
-    said = capsys.readouterr().out
+    output_text = capsys.readouterr().out
     done = len(read_metrics(part.path / "metrics.jsonl"))
-    command = said.partition("Go on with: ray-detox ")[2]
+    command = output_text.partition("Go on with: ray-detox ")[2]
 
     assert stopped == 128 + signal.SIGINT
     assert 1 <= done < STEPS
-    assert f"Stopped after step {done}, with a checkpoint." in said
+    assert f"Stopped after step {done}, with a checkpoint." in output_text
     assert not part.adapter.exists()
 
     assert cli.main(shlex.split(command)) == 0
@@ -270,12 +270,12 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
 def test_the_same_command_on_another_machine_resumes_the_run_from_its_storage(
     finished, output, capsys, monkeypatch
 ):
-    # What a retry of cluster/kuberay.yaml does: a new head, an empty disk, the same words.
+    # As a retry of the job in cluster/kuberay.yaml: a new head, an empty disk, the same arguments.
     whole, _, _ = finished
     words = [*SHORT, "train.checkpoint_every=1", f"train.storage={output / 'kept'}"]
     first, second = output / "first-head", output / "second-head"
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "Console", StopsAtOnce)
+        patch.setattr(progress, "Console", StopAtOnce)
         stopped = cli.main(["run", "lab", *words, "--run-id", "tried", "--output", str(first)])
     done = len(read_metrics(first / "tried/metrics.jsonl"))
     shutil.rmtree(first)
@@ -283,12 +283,12 @@ def test_the_same_command_on_another_machine_resumes_the_run_from_its_storage(
 
     code = cli.main(["run", "lab", *words, "--run-id", "tried", "--output", str(second)])
 
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     tried = RunFolder(second, "tried")
     assert stopped == 128 + signal.SIGINT
-    assert code == 0, said
+    assert code == 0, printed
     assert 1 <= done < STEPS
-    again = [int(step) for step in re.findall(rf"^step (\d)/{STEPS} ", said.out, re.MULTILINE)]
+    again = [int(step) for step in re.findall(rf"^step (\d)/{STEPS} ", printed.out, re.MULTILINE)]
     assert again == list(range(done + 1, STEPS + 1))
     assert metrics_without_times(tried) == metrics_without_times(whole)
     weights = "adapter_model.safetensors"
@@ -296,26 +296,26 @@ def test_the_same_command_on_another_machine_resumes_the_run_from_its_storage(
 
 
 def test_late_events_of_an_earlier_group_are_ignored(tmp_path):
-    # A worker on a node that was cut off goes on for a while, and is heard once the node is back.
-    config, heard = load_config("lab"), []
-    kept = SimpleNamespace(newest=None, put=lambda checkpoint: heard.append(checkpoint))
-    told = start_progress()
-    job = TrainJob(config, "group-2", told, directory=None, shards=[], start=None)
+    # A worker on a disconnected node runs on for a while; its events arrive after the reconnection.
+    config, received = load_config("lab"), []
+    writer = SimpleNamespace(newest=None, put=lambda checkpoint: received.append(checkpoint))
+    progress_actor = start_progress()
+    job = TrainJob(config, "group-2", progress_actor, directory=None, shards=[], start=None)
     need = needs(config, 0)
-    group = train.WorkerGroup(job, need, None, 1, kept, str(tmp_path), heard.append)
+    group = train.WorkerGroup(job, need, None, 1, writer, str(tmp_path), received.append)
     step = StepDone("group-2", SimpleNamespace(step=9, seconds=1.0))
     late = StepDone("group-1", SimpleNamespace(step=3, seconds=1.0))
     checkpoint = CheckpointTaken("group-1", "of step 3")
 
     for event in (late, step, checkpoint):
-        ray.get(told.put.remote(event))
+        ray.get(progress_actor.put.remote(event))
     group._take_events()
 
-    assert heard == [step]
-    ray.kill(told)
+    assert received == [step]
+    ray.kill(progress_actor)
 
 
-# ---- data, checkpoints and results elsewhere -------------------------------------------------
+# ---- data, checkpoints and results on AWS ----------------------------------------------------
 
 
 def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dynamodb(
@@ -357,25 +357,25 @@ def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dy
     assert not (folder.path / "checkpoints").exists()
     assert sum(actor["texts"] for actor in report["training"]["actors"]) == PROMPTS + 2 * 8
 
-    # On another machine: from the storage alone, with nothing to do but to publish again.
+    # On another machine: all results are in the storage, so the run only publishes them again.
     elsewhere = output / "elsewhere"
     again = ["--resume", "remote", f"train.storage=s3://{root}", "--output", str(elsewhere)]
     assert cli.main(["run", *again]) == 0, capsys.readouterr()
 
-    taken_up = RunFolder(elsewhere, "remote")
+    resumed = RunFolder(elsewhere, "remote")
     for name in ("samples.jsonl", "adapter/adapter_model.safetensors"):
-        assert (taken_up.path / name).read_bytes() == (folder.path / name).read_bytes()
-    assert metrics_without_times(taken_up) == metrics_without_times(folder)
+        assert (resumed.path / name).read_bytes() == (folder.path / name).read_bytes()
+    assert metrics_without_times(resumed) == metrics_without_times(folder)
 
 
 def test_resuming_a_run_that_does_not_exist_is_refused(aws, output, capsys):
     code = cli.main(
-        ["run", "--resume", "nobody", f"train.storage={output}", "--output", str(output)]
+        ["run", "--resume", "missing", f"train.storage={output}", "--output", str(output)]
     )
 
     assert code == cli.MISTAKE
     assert f"and none in train.storage={output}." in capsys.readouterr().err
-    assert not RunFolder(output, "nobody").path.exists()
+    assert not RunFolder(output, "missing").path.exists()
 
 
 @pytest.mark.parametrize("setting", ["data.path", "policy.model", "reward.model", "train.storage"])
@@ -400,11 +400,11 @@ def test_a_missing_s3_address_is_refused(aws, output, capsys, setting):
     assert not RunFolder(output, "s3").path.exists()
 
 
-# ---- what is found wrong once Ray is there ---------------------------------------------------
+# ---- mistakes that are found after Ray has started -------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "settings, sentence",
+    "settings, message",
     [
         (["cluster.cpus_per_worker=50"], "needs 101 CPUs (train.workers=2 with cpus_per_worker=50"),
         (["cluster.gpus_per_worker=1"], "needs 2.25 GPUs (train.workers=2 with gpus_per_worker=1"),
@@ -415,16 +415,16 @@ def test_a_missing_s3_address_is_refused(aws, output, capsys, setting):
     ],
 )  # fmt: skip
 def test_a_cluster_that_is_too_small_is_refused_and_no_files_are_left(
-    output, capsys, settings, sentence
+    output, capsys, settings, message
 ):
-    # An address, for what this machine alone lacks is found earlier. Ray is connected already.
+    # With an address, because on a local Ray the check of this machine would fail first.
     words = ["lab", *settings, "cluster.address=10.0.0.1:6379", "--run-id", "large"]
 
     code = cli.main(["run", *words, "--output", str(output)])
 
     error = capsys.readouterr().err
     assert code == cli.MISTAKE
-    assert sentence in error
+    assert message in error
     assert "and the cluster has" in error
     assert error.count("\n") == 1
     assert not RunFolder(output, "large").path.exists()

@@ -39,17 +39,17 @@ def busy():
 
 
 def test_busy_nodes_are_waited_for_until_the_capacity_timeout(busy):
-    said = []
+    messages = []
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match="the cluster has 4 CPUs, of which 1 free"):
         admission.wait_for_capacity(
-            load_config("lab", ["cluster.capacity_timeout_s=2"]), said.append
+            load_config("lab", ["cluster.capacity_timeout_s=2"]), messages.append
         )
 
     assert 2 <= time.monotonic() - began < 4
-    assert "waiting up to 2 s for resources: The run needs 3 CPUs" in said[0]
-    assert len(said) == 1
+    assert "waiting up to 2 s for resources: The run needs 3 CPUs" in messages[0]
+    assert len(messages) == 1
 
 
 def test_a_run_is_admitted_once_resources_are_released(busy):
@@ -103,7 +103,7 @@ def test_a_node_that_was_just_lost_is_no_fault(monkeypatch):
     config = load_config("lab", ["cluster.capacity_timeout_s=30"])
     there = nodes.alive_nodes()
     listed = [[*there, there[0] | {"NodeID": "1" * 56}], there]
-    said = []
+    errors = []
 
     def probe_once():
         with monkeypatch.context() as patch:
@@ -111,14 +111,14 @@ def test_a_node_that_was_just_lost_is_no_fault(monkeypatch):
             try:
                 probe.probe_nodes(config)
             except probe.NodeGoneError as error:
-                said.append(str(error))
+                errors.append(str(error))
                 raise
 
     need = admission.wait_for_capacity(config, on_wait=lambda text: None, probe=probe_once)
 
     assert need.cpus == 3
     assert listed == []
-    assert [sentence[-40:] for sentence in said] == ["(11111111) was lost while it was probed."]
+    assert [sentence[-40:] for sentence in errors] == ["(11111111) was lost while it was probed."]
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +148,13 @@ def checked(tmp_path_factory):
 
 
 def test_a_cluster_that_fits_is_shown_with_the_probe_of_every_node(checked):
-    said = checked["fits"]
+    result = checked["fits"]
 
-    assert said["code"] == 0, said["err"]
-    assert re.search(r"^need +3 +0$", said["out"], re.M)
-    assert re.search(r"^free +6 +1$", said["out"], re.M)
-    assert "autoscaler: no" in said["out"]
-    assert len(re.findall(r"^node .*: models, data, versions", said["out"], re.M)) == 3
+    assert result["code"] == 0, result["err"]
+    assert re.search(r"^need +3 +0$", result["out"], re.M)
+    assert re.search(r"^free +6 +1$", result["out"], re.M)
+    assert "autoscaler: no" in result["out"]
+    assert len(re.findall(r"^node .*: models, data, versions", result["out"], re.M)) == 3
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_a_cluster_that_fits_is_shown_with_the_probe_of_every_node(checked):
     ],
 )
 def test_a_cluster_that_cannot_run_it_is_one_sentence(checked, what, sentence):
-    said = checked[what]
+    result = checked[what]
 
-    assert said["code"] == 2
-    assert said["err"].startswith("ray-detox: ")
-    assert said["err"].count("\n") == 1
-    assert sentence in said["err"]
+    assert result["code"] == 2
+    assert result["err"].startswith("ray-detox: ")
+    assert result["err"].count("\n") == 1
+    assert sentence in result["err"]

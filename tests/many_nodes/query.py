@@ -1,9 +1,9 @@
-"""What the cluster says, and what a run left behind; run at the switch, prints JSON.
+"""Print the state of the cluster or the stored files of a run as JSON; runs on the gateway.
 
-python -m tests.many_nodes.look prepare           makes the bucket and the table
-python -m tests.many_nodes.look nodes             every node that Ray knows, by its address
-python -m tests.many_nodes.look job ID            a job
-python -m tests.many_nodes.look left STORAGE RUN  in the bucket, in the table
+python -m tests.many_nodes.query prepare             create the bucket and the table
+python -m tests.many_nodes.query nodes               all nodes that Ray knows
+python -m tests.many_nodes.query job ID              the status of a job
+python -m tests.many_nodes.query stored STORAGE RUN  a run's contents of the bucket and the table
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def prepare() -> bool:
-    """Make the bucket and the table."""
+    """Create the bucket and the table."""
     import boto3
 
     from ray_detox.store.dynamodb import DynamoDBStore
@@ -28,31 +28,31 @@ def prepare() -> bool:
     return True
 
 
-def ask(path: str) -> Any:
-    """What the dashboard of `$RAY_API_SERVER_ADDRESS` answers."""
+def get(path: str) -> Any:
+    """Send a GET request to the dashboard at `$RAY_API_SERVER_ADDRESS`."""
     request = urllib.request.Request(
         os.environ["RAY_API_SERVER_ADDRESS"] + path,
         headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"},
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
 
 
 def nodes() -> list[dict[str, Any]]:
-    """The nodes with their ids, addresses and states."""
-    return list(ask("/api/v0/nodes")["data"]["result"]["result"])
+    """Return the nodes with their ids, addresses and states."""
+    return list(get("/api/v0/nodes")["data"]["result"]["result"])
 
 
-def left(storage: str, run_id: str) -> dict[str, Any]:
-    """The checkpoints, shards, report and samples of a run, and its adapter's digest."""
+def stored(storage: str, run_id: str) -> dict[str, Any]:
+    """Return a run's checkpoints, shards, report and samples, and the hash of its adapter."""
     from ray_detox.runs.checkpoint_store import CheckpointStore
     from ray_detox.runs.storage import Storage
     from ray_detox.store.dynamodb import DynamoDBStore
 
-    kept = Storage(f"{storage}/{run_id}")
-    checkpoints = CheckpointStore(kept)
+    bucket = Storage(f"{storage}/{run_id}")
+    checkpoints = CheckpointStore(bucket)
     newest = checkpoints.newest()
-    assert newest is not None, f"no checkpoint of {run_id} is in {storage}"
+    assert newest is not None, f"{storage} has no checkpoint of {run_id}"
     adapter = newest.files["adapter/adapter_model.safetensors"]
     store = DynamoDBStore("ray-detox")
     return {
@@ -61,24 +61,24 @@ def left(storage: str, run_id: str) -> dict[str, Any]:
         "adapter": hashlib.sha256(adapter).hexdigest(),
         "shards": [
             name
-            for folder in kept.names("evaluation")
-            for name in kept.names(f"evaluation/{folder}")
+            for folder in bucket.names("evaluation")
+            for name in bucket.names(f"evaluation/{folder}")
         ],
         "runs": [run["run_id"] for run in store.list_runs()],
         "report": store.get_run(run_id),
-        "curves": store.get_history(run_id),
+        "history": store.get_history(run_id),
         "samples": list(store.get_samples(run_id)),
     }
 
 
 if __name__ == "__main__":
-    what, *words = sys.argv[1:]
+    what, *arguments = sys.argv[1:]
     if what == "prepare":
         found: Any = prepare()
     elif what == "nodes":
         found = nodes()
     elif what == "job":
-        found = ask(f"/api/jobs/{words[0]}")
+        found = get(f"/api/jobs/{arguments[0]}")
     else:
-        found = left(*words)
+        found = stored(*arguments)
     print(json.dumps(found))
