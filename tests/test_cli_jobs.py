@@ -282,6 +282,7 @@ def head() -> Iterator[Head]:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.ray
 def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path):
     (tmp_path / "own_rewards.py").write_text(
         "def brief(prompts, completions, **_):\n    return [-len(c) / 100 for c in completions]\n"
@@ -335,6 +336,7 @@ def test_a_run_of_ones_own_is_submitted_stopped_and_gone_on_with(head, tmp_path)
     assert (report["status"], report["n"]) == ("complete", 8)
 
 
+@pytest.mark.ray
 def test_the_drivers_own_refusal_comes_through(head):
     code, out, _ = head.submitted("lab", "serving.gpus_per_actor=1", "--run-id", "greedy")
 
@@ -343,6 +345,7 @@ def test_the_drivers_own_refusal_comes_through(head):
     assert "--resume" not in out
 
 
+@pytest.mark.ray
 def test_a_job_that_is_stopped_before_training_says_so(head):
     process = head.submit("lab", *SMALL, "--run-id", "early", bufsize=1)
     for line in process.stdout:
