@@ -51,18 +51,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     All tests that start Ray run on one worker, one after another: two clusters at once would
     compete for CPUs and memory. The tests of any other file stay together, because they share
-    the file's fixtures.
+    the file's fixtures. Groups start in the order in which they are left here.
     """
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         return
     groups: dict[str, list[pytest.Item]] = {group: [] for group in LONGEST_FIRST}
     for item in items:
         file = item.nodeid.partition("::")[0]
-        group = "ray" if item.get_closest_marker("ray") else TOGETHER.get(file, file)
+        group = TOGETHER.get(file) or ("ray" if item.get_closest_marker("ray") else file)
         item.add_marker(pytest.mark.xdist_group(group))
         groups.setdefault(group, []).append(item)
-    # A worker asks for its next group when it has two tests left, so the longest come first.
-    groups["ray"].sort(key=lambda item: item.get_closest_marker("slow") is None)
     items[:] = [item for group in groups.values() for item in group]
 
 
