@@ -9,11 +9,15 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 Usage: bash scripts/test.sh [ARGUMENTS OF pytest]
 
 Makes .venv in the checkout (once), installs ray-detox with its extras `dev` and `judge` at
-the tested versions (once), then runs ruff, mypy and pytest, all of them even where one fails.
+the tested versions (once), then runs ruff, mypy and pytest, even if one of them fails.
 
   bash scripts/test.sh                          everything
   bash scripts/test.sh tests/test_ppo.py -x     one file, to the first failure
   bash scripts/test.sh -m "not ray"             without the tests that start Ray
+
+The tests run in two processes: one runs all tests that start Ray, and both run the others. If an
+argument names a file, a folder or a test, pytest uses a single process, as debugging needs it;
+`-n 0` asks for that, too.
 USAGE
   exit
 fi
@@ -39,13 +43,18 @@ timings="environment $SECONDS s | "
 
 cd -- "$ROOT"
 bin=$VENV/bin
+# tests/conftest.py divides the tests into groups; the order of the groups is its order, too.
+workers=(-n 2 --dist loadgroup --no-loadscope-reorder)
+for word in "$@"; do
+  [[ ! -e ${word%%::*} ]] || workers=(-n 0)
+done
 say "lint: ruff (a second)"
 phase lint "$bin/python" -m ruff check .
 phase format "$bin/python" -m ruff format --check .
 say "types: mypy (15 seconds, less when run again)"
 phase types "$bin/python" -m mypy
 say "tests: pytest (some minutes)"
-phase tests "$bin/python" -m pytest "$@"
+phase tests "$bin/python" -m pytest "${workers[@]}" "$@"
 
 say "${timings}all $SECONDS s"
 [[ -z $failed ]] || die "These did not pass: $failed. Their output above says where (ruff mends most of" \

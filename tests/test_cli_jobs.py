@@ -292,6 +292,7 @@ def head() -> Iterator[Head]:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.ray
 def test_a_run_with_own_files_is_submitted_stopped_and_resumed(head, tmp_path):
     (tmp_path / "own_rewards.py").write_text(
         "def brief(prompts, completions, **_):\n    return [-len(c) / 100 for c in completions]\n"
@@ -345,6 +346,7 @@ def test_a_run_with_own_files_is_submitted_stopped_and_resumed(head, tmp_path):
     assert (report["status"], report["n"]) == ("complete", 8)
 
 
+@pytest.mark.ray
 def test_a_refusal_by_the_driver_is_passed_on(head):
     code, out, _ = head.submitted("lab", "serving.gpus_per_actor=1", "--run-id", "greedy")
 
@@ -353,6 +355,7 @@ def test_a_refusal_by_the_driver_is_passed_on(head):
     assert "--resume" not in out
 
 
+@pytest.mark.ray
 def test_a_job_that_is_stopped_before_training_reports_it(head):
     process = head.submit("lab", *SMALL, "--run-id", "early", bufsize=1)
     for line in process.stdout:

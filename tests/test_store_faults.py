@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -201,28 +202,39 @@ def test_an_attempt_of_the_same_name_may_write_again(store):
 
 
 PUBLISH = """
-    import sys
+    import pickle, sys
     sys.path.insert(0, sys.argv[1])
     from ray_detox.store.dynamodb import DynamoDBStore
     from ray_detox.store.sqlite import SQLiteStore
-    from tests.test_store import CURVES, make_report, make_samples
+    run = pickle.load(sys.stdin.buffer)
     if sys.argv[2] == "sqlite":
         store = SQLiteStore(sys.argv[3])
     else:
         store = DynamoDBStore(sys.argv[3], region="eu-central-1", endpoint_url=sys.argv[2])
     print("ready", flush=True)
-    store.put_run(make_report(), make_samples(60, reference="r" * 100), CURVES)
+    store.put_run(*run)
 """
 
 
-def publishing(*arguments):
+def start_with(input, program, *arguments, **pipes):
+    """Start a program in a process of its own, with `input` pickled on its standard input.
+
+    The program need not import the module of a test to get it, which would load torch.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PUBLISH), ROOT, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", textwrap.dedent(program), ROOT, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        **pipes,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    process.stdin.write(pickle.dumps(input))
+    process.stdin.close()
+    return process
+
+
+def publishing(*arguments):
+    run = make_report(), make_samples(60, reference="r" * 100), CURVES
+    process = start_with(run, PUBLISH, *arguments, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
     return process
 
 
@@ -264,16 +276,16 @@ def test_a_killed_writer_leaves_the_file_consistent(tmp_path):
 
 
 FINAL_TASK = """
-    import sys
+    import pickle, sys
     from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from ray_detox.recipes.loading import load_config
     from ray_detox.runs.folder import RunFolder
     from ray_detox.stages.finish import store_result
-    from tests.test_store_faults import FACTS, scored
+    scored, facts = pickle.load(sys.stdin.buffer)
     config = load_config("lab", sys.argv[3:])
     folder = RunFolder(Path(sys.argv[2]), "first")
-    store_result._function(config, folder, scored(), FACTS, attempt="one", overwrite=False)
+    store_result._function(config, folder, scored, facts, attempt="one", overwrite=False)
 """
 FACTS = RunFacts(
     run_id="first",
@@ -311,9 +323,8 @@ def test_a_final_task_killed_while_storing_loses_nothing(store, proxy, table, tm
     (folder.path / "metrics.jsonl").write_text('{"step": 1, "score": 0.5}\n')
     settings = ["results.store=dynamodb", f"results.table={table}", f"results.region={REGION}"]
     settings += [f"results.endpoint_url={proxy.address}"]
-    command = [sys.executable, "-c", textwrap.dedent(FINAL_TASK), ROOT, str(tmp_path), *settings]
     proxy.fail("BatchWriteItem", "hang", FOR_EVER, after=1)
-    process = subprocess.Popen(command)
+    process = start_with((scored(), FACTS), FINAL_TASK, tmp_path, *settings)
     while proxy.calls["BatchWriteItem"] <= 1:
         assert process.poll() is None
         time.sleep(0.01)

@@ -58,8 +58,9 @@ def address(serve, store):
     return serve(store)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
+    """One browser for this folder. It ends with the last test here, because even idle it needs CPU."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]

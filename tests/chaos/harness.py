@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 from ray.cluster_utils import Cluster
@@ -58,6 +59,15 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": str(Path(__file__).parents[2]),
 }
+HEALTH_CHECK = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "5",
+}
+"""Ray notices in 5 seconds that the processes of a node are gone; its own settings make that 15.
+
+A node that is only slow may still be silent for 20 seconds.
+"""
 DRAIN_S = 8
 HEADLESS_S = 150
 """Time within which a driver must detect that the head node is gone."""
@@ -107,15 +117,16 @@ class Chaos:
         # Ray writes the address of its newest cluster into this folder, and fails if it is missing.
         (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
         memory = 100 * 1024 * 1024
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "include_dashboard": False,
-                "object_store_memory": memory,
-                "temp_dir": self.temp,
-            },
-        )
+        with mock.patch.dict(os.environ, HEALTH_CHECK):
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 0,
+                    "include_dashboard": False,
+                    "object_store_memory": memory,
+                    "temp_dir": self.temp,
+                },
+            )
         for _ in range(self.count):
             self.add_node()
 
