@@ -19,6 +19,11 @@ LIMIT_S = 1200
 """A minute and a half where nothing else runs."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """No Ray of this folder: the tests of this file come first, and have a cluster of their own."""
+
+
 @pytest.fixture(scope="module")
 def story():
     """What `fake_autoscaler.py` tells, in a process of its own and without this folder's Ray."""
