@@ -43,8 +43,7 @@ timings="environment $SECONDS s | "
 
 cd -- "$ROOT"
 bin=$VENV/bin
-# tests/conftest.py divides the tests into groups; the order of the groups is its order, too.
-workers=(-n 2 --dist loadgroup --no-loadscope-reorder)
+workers=(-n 2) # tests/groups.py divides the tests between them
 for word in "$@"; do
   [[ ! -e ${word%%::*} ]] || workers=(-n 0)
 done

@@ -6,7 +6,6 @@ have no effect. The RoBERTa tokenises bytes and has the labels `nothate` and `ha
 """
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -33,36 +32,15 @@ from ray_detox.data.shards import pad_rows
 from ray_detox.models.loading import load_policy
 from ray_detox.models.policy import Policy
 from ray_detox.records import PromptBatch, Rollout
+from tests.groups import (  # noqa: F401  pytest finds its hooks here
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)
 
 torch.set_num_threads(1)
 # The same examples in every run, and no deadline: a slow machine must not fail a test.
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
-
-TOGETHER = {"tests/test_cluster.py": "dry run", "tests/test_cluster_installer.py": "dry run"}
-"""Files that share what is made once per process. They run on the same worker of pytest-xdist."""
-LONGEST_FIRST = ("ray", "tests/browser/test_page.py", "tests/test_store_faults.py", "dry run")
-"""Groups of tests that start first, so that no worker waits for them at the end."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Divide the tests among the workers of pytest-xdist (`-n 2 --dist loadgroup`).
-
-    All tests that start Ray run on one worker, one after another: two clusters at once would
-    compete for CPUs and memory. The tests of any other file stay together, because they share
-    the file's fixtures. Groups start in the order in which they are left here.
-    """
-    if not os.environ.get("PYTEST_XDIST_WORKER"):
-        return
-    groups: dict[str, list[pytest.Item]] = {group: [] for group in LONGEST_FIRST}
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = TOGETHER.get(file) or ("ray" if item.get_closest_marker("ray") else file)
-        item.add_marker(pytest.mark.xdist_group(group))
-        groups.setdefault(group, []).append(item)
-    items[:] = [item for group in groups.values() for item in group]
-
 
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
 MakePolicy = Callable[..., Policy]

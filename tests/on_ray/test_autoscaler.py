@@ -19,6 +19,11 @@ LIMIT_S = 1200
 """Long, since the machine may be busy; on an idle one it takes a minute and a half."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """No Ray of this folder: the tests of this file come first, and have a cluster of their own."""
+
+
 @pytest.fixture(scope="module")
 def events():
     """Events of `fake_autoscaler.py`, which runs in a process without the Ray of this folder."""
