@@ -82,7 +82,6 @@ each with the reason: what the importing process is spared."""
 RAY = {
     "stages": "the stages run on Ray",
     "cli.jobs": "the client of Ray's job server",
-    "pipeline": "the driver waits for the final task",
 }
 """Rooms and modules that may import Ray, each with the reason."""
 
