@@ -1,1 +1,1 @@
-"""The stages of a run, and the only place beside `pipeline.py` and `connect.py` that knows Ray."""
+"""The stages of a run on Ray. Only these modules, and `cli/jobs.py`, import Ray."""
