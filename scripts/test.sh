@@ -56,6 +56,6 @@ say "tests: pytest (some minutes)"
 phase tests "$bin/python" -m pytest "${workers[@]}" "$@"
 
 say "${timings}all $SECONDS s"
-[[ -z $failed ]] || die "These did not pass: $failed. Their output above says where (ruff mends most of" \
+[[ -z $failed ]] || die "These did not pass: $failed. Their output above says where (ruff fixes most of" \
   "lint and format: .venv/bin/ruff check --fix . && .venv/bin/ruff format .)."
 say "All passed."

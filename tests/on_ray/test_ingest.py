@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 ROWS = 103  # and a fifth of it, rounded up, is 21
 HELD_OUT = 21
-LANES = 4
+SHARDS = 4
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ class Prepared:
 
     def __init__(self, *settings):
         self.config = load_config(
-            "lab", [f"data.shards={LANES}", "ppo.prompts_per_step=8", *settings]
+            "lab", [f"data.shards={SHARDS}", "ppo.prompts_per_step=8", *settings]
         )
         data = ingest(self.config, locate(self.config.data))
         self.counts = data.counts
@@ -248,7 +248,7 @@ def test_order_and_number_of_files_do_not_change_the_hashed_split(tmp_path, rows
 def test_shards_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):
     sizes = [len(shard) for shard in hashed.shards]
 
-    assert len(sizes) == LANES
+    assert len(sizes) == SHARDS
     assert max(sizes) - min(sizes) <= 1
     assert sum(sizes) == hashed.counts.train
     everything = ids(hashed.train) + ids(hashed.held_out)
@@ -317,7 +317,7 @@ def test_several_workers_get_the_same_prompts_as_one(hashed, workers):
     group = [
         PromptShards(
             hashed.config,
-            {shard: hashed.shards[shard] for shard in shards_of_worker(LANES, rank, workers)},
+            {shard: hashed.shards[shard] for shard in shards_of_worker(SHARDS, rank, workers)},
             pad_id=0,
         )
         for rank in range(workers)
