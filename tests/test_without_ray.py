@@ -1,4 +1,4 @@
-"""The core stands by itself: PPO runs where Ray cannot be imported."""
+"""PPO runs if Ray cannot be imported."""
 
 import json
 import os
