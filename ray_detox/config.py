@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 
 class ConfigError(ValueError):
-    """A setting is not valid; the message is one line for the user."""
+    """A setting is not valid; the message is one sentence for the person who wrote it."""
 
 
 # ---- types of settings -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 Usage: bash scripts/test.sh [ARGUMENTS OF pytest]
 
 Makes .venv in the checkout (once), installs ray-detox with its extras `dev` and `judge` at
-the tested versions (once), then runs ruff, mypy and pytest, all of them even if one fails.
+the tested versions (once), then runs ruff, mypy and pytest, all of them even where one fails.
 
   bash scripts/test.sh                          everything
   bash scripts/test.sh tests/test_ppo.py -x     one file, to the first failure
@@ -48,6 +48,6 @@ say "tests: pytest (some minutes)"
 phase tests "$bin/python" -m pytest "$@"
 
 say "${timings}all $SECONDS s"
-[[ -z $failed ]] || die "These did not pass: $failed. See their output above (ruff fixes most of" \
+[[ -z $failed ]] || die "These did not pass: $failed. Their output above says where (ruff mends most of" \
   "lint and format: .venv/bin/ruff check --fix . && .venv/bin/ruff format .)."
 say "All passed."

@@ -1,4 +1,4 @@
-"""PPO runs if Ray cannot be imported."""
+"""The core stands by itself: PPO runs where Ray cannot be imported."""
 
 import json
 import os
