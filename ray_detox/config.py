@@ -27,7 +27,7 @@ from ray_detox.errors import ConfigError as ConfigError  # also imported from he
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """What to write instead, for the message about an empty value."""
+    """The fix that the message about an empty value suggests."""
 
     text: str
 
@@ -550,7 +550,7 @@ _EXPECTED = {
 
 
 def _first_message(section: type[Section], error: ValidationError) -> str:
-    """Say in one sentence what is wrong; a name that does not exist comes before a wrong value."""
+    """Return the message for the first error; unknown names come before invalid values."""
     errors = error.errors(include_url=False)
     unknown = [each for each in errors if each["type"] == "extra_forbidden"]
     return _message(section, (unknown or errors)[0])

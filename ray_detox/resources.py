@@ -180,9 +180,9 @@ def placement(phase: Phase, nodes: Sequence[Node]) -> list[tuple[int, int]]:
 
 
 def shortfall(phases: Iterable[Phase], nodes: Sequence[Node]) -> str | None:
-    """Say in one sentence what the nodes lack for a run; None if they lack nothing.
+    """Describe in one line what the nodes lack for a run; None if they lack nothing.
 
-    `ray-detox check`, the start of a run and a run that lost nodes all use this sentence.
+    `ray-detox check`, the start of a run and a run that lost nodes all print this message.
     """
     for phase in phases:
         short = [

@@ -1,4 +1,4 @@
-"""Handlers of Ctrl-C and SIGTERM that end a run in order, with a checkpoint if training has begun."""
+"""Handlers for Ctrl-C and SIGTERM that stop a run cleanly, with a checkpoint if it is training."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ from ray_detox.runs.console import Console
 
 @dataclass(slots=True)
 class StopRequest:
-    """Whether a person asked the run to stop, and with which signal."""
+    """Whether the user stopped the run, and with which signal."""
 
     event: threading.Event
     """Set once the run should stop."""
@@ -21,11 +21,11 @@ class StopRequest:
 
 @contextmanager
 def end_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt, as Ctrl-C does, with the signal's number.
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, with the signal's number.
 
-    Enter it after Ray has connected, because `ray.init` installs a handler of its own.
+    Enter it after Ray has connected, because `ray.init` installs its own handler.
     """
-    # Python lets only the main thread install handlers.
+    # Python allows only the main thread to install handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -40,7 +40,7 @@ def end_on_sigterm() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # Ray's calls replace our exception by one of their own, so the number is added here.
+        # Ray replaces the exception with a new one, so the number is added here.
         raise KeyboardInterrupt(*received) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -48,14 +48,14 @@ def end_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal(console: Console) -> Iterator[StopRequest]:
-    """Inside, Ctrl-C and SIGTERM let the step finish; a second Ctrl-C stops at once."""
+    """Make Ctrl-C and SIGTERM stop after the current step, and a second Ctrl-C at once."""
     stop = StopRequest(threading.Event())
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def request_stop(number: int, frame: Any) -> None:
-        # Only a person repeats Ctrl-C because the step takes too long; a second SIGTERM may come
+        # A user repeats Ctrl-C because the step takes too long; a second SIGTERM may come
         # from a supervisor that waits for the checkpoint as well.
         if stop.event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -12,7 +12,7 @@ die() {
   exit 1
 }
 
-# Run it to find out: a shim of pyenv may exist without a Python behind it.
+# Runs the candidate, because a pyenv shim may exist without an installed Python.
 suitable() {
   "$1" -c 'import sys
 sys.exit(sys.implementation.name != "cpython" or not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -24,7 +24,7 @@ find_python() {
   local candidate incomplete=""
   if [[ -n ${PYTHON:-} ]]; then
     suitable "$PYTHON" || die "PYTHON is '$PYTHON', which is not a CPython 3.11, 3.12 or 3.13" \
-      "that runs; point it at one, or unset it."
+      "that runs; set it to one, or unset it."
   fi
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
     suitable "$candidate" || continue
@@ -84,7 +84,7 @@ install() {
   fi
   printf '%s\n' "$ROOT" >"$VENV/.installed-in"
   : >"$LOG"
-  # First and alone, so that an installed build of this version, such as a CUDA build, stays.
+  # In a separate first step, so that an installed build of this version, such as a CUDA build, is kept.
   torch=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
   say "install: torch $torch (10 seconds to 10 minutes, by build and connection; log: $LOG)"
   pip_install torch "torch==$torch"

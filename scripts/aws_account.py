@@ -72,7 +72,7 @@ class SignInError(Exception):
 
 
 def find_faults(cluster: dict[str, Any], config: RunConfig, session: Any) -> list[str]:
-    """Find what the account lacks; each fault is one sentence.
+    """List what the account lacks, one line per fault.
 
     Args:
         cluster: as in `cluster/aws.yaml`.
@@ -336,7 +336,7 @@ def _faults_of(check: Callable[[], list[str]]) -> list[str]:
 
 
 def refusal(operation: str, code: str) -> str:
-    """Return the meaning of AWS's refusal and the fix, in one sentence.
+    """Explain a refusal by AWS and its fix in one line.
 
     AWS's own message is left out, because it may contain the request with its signature.
     """

@@ -3,7 +3,7 @@
 python scripts/aws_dry_run.py            print what it would do, as JSON
 python scripts/aws_dry_run.py --write    write that to tests/data/aws_launch.json for the tests
 
-First, the script checks for mistakes that the launcher accepts, and prints a sentence for each.
+First, the script checks for mistakes that the launcher accepts, and prints a line for each.
 
     cluster/iam.yaml --> CloudFormation      roles, instance profiles, bucket
     ray up           --> EC2, SSH            key, subnets, security group, the head and its setup
@@ -54,7 +54,7 @@ fake_ssh = runpy.run_path(str(ROOT / "tests/fake_ssh.py"))
 
 
 def find_faults(cluster: dict[str, Any], prices: dict[str, Any]) -> list[str]:
-    """Find mistakes that the launcher's schema accepts; each is one sentence.
+    """List mistakes that the launcher's schema accepts, one line each.
 
     Args:
         cluster: as in `cluster/aws.yaml`.

@@ -23,7 +23,7 @@ fi
 
 make_venv
 install ""
-# Anybody who reaches a head can run programs as you, including other users of this machine. So it
+# Whoever can connect to a head can run programs as you, including other users of this machine. So it
 # requires a token, which scripts/submit.sh reads from the same file.
 export RAY_AUTH_MODE=token
 [[ -n ${RAY_AUTH_TOKEN:-} ]] || "$VENV/bin/ray" get-auth-token --generate >/dev/null

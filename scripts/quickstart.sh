@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a run and its report. Needs only Python; may be run again.
+# Install ray-detox from a fresh checkout and run a recipe. Needs only Python; can be run again.
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
@@ -32,7 +32,7 @@ status=0
 case $status in
   0) ;;        # ray-detox printed the paths
   2) exit 2 ;; # invalid settings; ray-detox named the mistake
-  *) say "The run failed or was stopped (exit code $status); the lines above say why." >&2 ;;
+  *) say "The run failed or was stopped (exit code $status); see the lines above." >&2 ;;
 esac
 say "ray-detox is '$VENV/bin/ray-detox'; to call it by name: source '$VENV/bin/activate'"
 exit "$status"

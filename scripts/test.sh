@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in the environment that it makes itself. Further arguments go to pytest.
+# Run the linter, the type checker and the tests in .venv, which it creates. Passes arguments to pytest.
 set -euo pipefail
 # shellcheck source=scripts/_env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_env.sh"
@@ -22,14 +22,14 @@ USAGE
   exit
 fi
 
-export RAY_AUTH_MODE=disabled                # no token in a cluster that lives for one test
-export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2 # seconds saved on every report
+export RAY_AUTH_MODE=disabled                # a cluster for one test needs no token
+export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2 # saves seconds per report
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 timings="" failed=""
 
-# phase NAME COMMAND...: runs it, and remembers how long it took and whether it passed.
+# phase NAME COMMAND...: run a command, and record its time and whether it passed.
 phase() {
   local name=$1 start=$SECONDS
   shift

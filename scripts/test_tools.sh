@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Fetch what only some tests use, and print the variables that tell the tests where it is.
+# Install tools that only some tests use, and print the variables through which tests find them.
 set -euo pipefail
 
 if [[ $# -ne 1 || $1 == -h || $1 == --help ]]; then
   cat <<'USAGE'
 Usage: eval "$(bash scripts/test_tools.sh FOLDER)" && bash scripts/test.sh
 
-Without these tools the tests that use them are skipped, and say so. Into FOLDER go
+Tests whose tool is missing are skipped, with a message. Installs into FOLDER:
 
   dynalite    a second, stricter DynamoDB emulator (npm; needs node)
-  ministack   a third one, which also deploys cluster/results.yaml (PyPI, an environment of its own)
+  ministack   a third one, which also deploys cluster/results.yaml (PyPI, in its own environment)
 
-and with apt, where they are not there, node and Chromium for the page's tests.
+and with apt, if they are missing, node and Chromium for the tests of the results page.
 USAGE
   [[ ${1:-} == -h || ${1:-} == --help ]] && exit
   exit 2
@@ -29,15 +29,15 @@ apt_install() {
     "${sudo[@]}" apt-get install -qq -y "$@" >&2
 }
 
-# fetched NAME VARIABLE FILE COMMAND...: fetches FILE if need be and prints VARIABLE; without the
-# tool its tests are skipped, for a registry that is away should not stop all the others.
-fetched() {
+# provide NAME VARIABLE FILE COMMAND...: install FILE if it is missing, and print VARIABLE. A failure is
+# only reported, because an unreachable registry must not keep the other tests from running.
+provide() {
   local name=$1 variable=$2 file=$3
   shift 3
   if [[ -e $file ]] || { "$@" && [[ -e $file ]]; }; then
     printf 'export %s=%q\n' "$variable" "$file"
   else
-    printf 'test_tools.sh: %s could not be fetched; its tests are skipped.\n' "$name" >&2
+    printf 'test_tools.sh: %s could not be installed; its tests are skipped.\n' "$name" >&2
   fi
 }
 
@@ -47,13 +47,13 @@ dynalite() {
 }
 
 ministack() {
-  # It pins a botocore of its own; boto3 is what a Lambda finds on AWS, cryptography signs tokens.
+  # In its own environment, because it pins botocore; Lambda functions need boto3, tokens cryptography.
   python3 -m venv "$folder/ministack" >&2 &&
     timeout 300 "$folder/ministack/bin/pip" install --quiet --disable-pip-version-check \
       "ministack==$MINISTACK" boto3 cryptography >&2
 }
 
-fetched dynalite RAY_DETOX_DYNALITE "$folder/node_modules/dynalite/cli.js" dynalite
-fetched ministack RAY_DETOX_MINISTACK "$folder/ministack/bin/ministack" ministack
-fetched Chromium RAY_DETOX_CHROMIUM "${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}" \
+provide dynalite RAY_DETOX_DYNALITE "$folder/node_modules/dynalite/cli.js" dynalite
+provide ministack RAY_DETOX_MINISTACK "$folder/ministack/bin/ministack" ministack
+provide Chromium RAY_DETOX_CHROMIUM "${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}" \
   apt_install chromium fonts-liberation fonts-noto-cjk

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def aws_dry_run() -> dict[str, Any]:
-    """Run the script in a process of its own, because Ray's launcher keeps global state."""
+    """Run the script in a separate process, because Ray's launcher keeps global state."""
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/aws_dry_run.py"],
         capture_output=True,

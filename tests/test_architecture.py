@@ -2,11 +2,11 @@
 
 Each violation names file and line, what is imported, and the rule. The rules, one test each:
 
-    floors       a room (a folder or a module at the top) imports its own or lower floors only
-    cycles       no module imports itself in the end, imports inside functions counted
-    late         the imports of our own inside a function spare its module a heavy library
-    ray          only the stages and the few places that connect to a cluster import Ray
-    light        modules that only pass things on import without torch, transformers and peft
+    layers       a component (a folder or a top-level module) imports only from lower layers
+    cycles       no import cycles, including imports inside functions
+    late         an import of the package inside a function avoids loading a heavy library
+    ray          only the stages and the few modules that connect to a cluster import Ray
+    light        modules that only forward data import without torch, transformers and peft
     constants    a timing constant has one value in the package
 """
 
@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ray_detox"
 
-FLOORS = (
+LAYERS = (
     ("errors",),
     ("config",),
     ("records", "draws"),
@@ -40,26 +40,26 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-"""Rooms by floor, lowest first.
+"""Components of each layer, lowest first.
 
-`api` and `__init__` are the public API of the package. `lab.build` is apart from its folder: it trains
-the embedded models, and only a developer's script runs it.
+`api` and `__init__` are the public API of the package. `lab.build` is a component of its own: it trains
+the embedded models, and only a script for developers runs it.
 """
 
 BESIDE = {("data", "models"), ("rewards", "models"), ("evaluation", "rl")}
-"""Rooms that may import another room of their own floor: importer, imported."""
+"""Pairs of components in the same layer, of which the first may import the second."""
 
 ONLY = {"viewer": {"store"}}
-"""Rooms that may import fewer rooms than the floors allow: anything else would slow the page."""
+"""Components with fewer allowed imports than their layer has: others would slow the page down."""
 
 HEAVY = frozenset(
     "ray torch transformers peft boto3 awswrangler pandas datasets tensorboardX rich pydantic "
     "numpy pyarrow".split()
 )
-"""Libraries whose import takes long enough, or which may be missing, that a module may avoid it."""
+"""Libraries that are slow to import or may be missing, so that late imports are justified."""
 
 LATE = {
-    "cli": "each verb loads only what it needs, so that --help and mistakes answer at once",
+    "cli": "each verb loads only what it needs, so that --help and error messages appear at once",
     "api": "the public API loads only what is called",
     "__init__": "the public API loads only what is used",
     "recipes.loading": "pydantic; a command that only reads results needs none",
@@ -76,17 +76,17 @@ LATE = {
     "stages.train": "torch; the driver only passes checkpoints on",
     "stages.worker": "torch; the driver only passes checkpoints on",
 }
-"""Modules, or rooms with all of their modules, that may import modules of our own inside functions,
-each with the reason: what the importing process is spared."""
+"""Modules and components that may import modules of the package inside functions, with the reason:
+what the importing process does not have to load."""
 
 RAY = {
     "stages": "the stages run on Ray",
     "cli.jobs": "the client of Ray's job server",
 }
-"""Rooms and modules that may import Ray, each with the reason."""
+"""Components and modules that may import Ray, each with the reason."""
 
 FOR_START_UP = ("cli", "api", "__main__", "__init__")
-"""Rooms whose late imports need not spare a heavy library: they spare start-up time altogether."""
+"""Components that may import late only to start faster, even if no heavy library is avoided."""
 
 LIGHT = (
     "records",
@@ -97,7 +97,7 @@ LIGHT = (
     "store",
     "viewer",
 )
-"""Modules, or rooms with all of their modules, that import without torch, transformers and peft."""
+"""Modules and components that import without torch, transformers and peft."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,18 @@ class Import:
     importer: str
     """Module without the package's name, such as `stages.train`."""
     imported: str
-    """Module of our own, without the package's name; or a library's full name."""
+    """Module without the package's name, or the full name of a library."""
     own: bool
     late: bool
-    """Whether a function runs it, not the import of its module."""
+    """Whether the import is inside a function."""
     function: str
-    """The outermost function around it; empty if it is not late."""
+    """The outermost function that contains it; empty if it is not late."""
     where: str
     """File and line."""
 
 
 def module_name(file: Path) -> str:
-    """Name of a file's module, without the package's name; a folder's is the folder's."""
+    """Return the module name of a file, without the package's name and `__init__`."""
     parts = file.relative_to(ROOT / PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -126,12 +126,12 @@ def module_name(file: Path) -> str:
 FILES = {module_name(file): file for file in sorted((ROOT / PACKAGE).rglob("*.py"))}
 
 
-ROOMS = {name for floor in FLOORS for name in floor}
+COMPONENTS = {name for layer in LAYERS for name in layer}
 
 
-def room(module: str) -> str:
-    """Room of a module: the module itself if it has a floor of its own, otherwise its folder."""
-    return module if module in ROOMS else module.partition(".")[0]
+def component(module: str) -> str:
+    """Return the component of a module: the module itself if it is in LAYERS, otherwise its folder."""
+    return module if module in COMPONENTS else module.partition(".")[0]
 
 
 def library(name: str) -> str:
@@ -139,7 +139,7 @@ def library(name: str) -> str:
 
 
 def imports_of(module: str, tree: ast.AST) -> Iterator[Import]:
-    """All imports of a module that run; those under `if TYPE_CHECKING:` never do."""
+    """Yield the imports of a module, without those under `if TYPE_CHECKING:`."""
 
     def visit(node: ast.AST, function: str) -> Iterator[Import]:
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
@@ -163,7 +163,7 @@ def imports_of(module: str, tree: ast.AST) -> Iterator[Import]:
                 continue
             target = name.removeprefix(PACKAGE).removeprefix(".") or "__init__"
             if target.startswith("__version__"):
-                continue  # a constant that is there before anything is imported
+                continue  # a constant that is defined before any import
             while target not in FILES:
                 target = target.rpartition(".")[0] or "__init__"
             if target != module:
@@ -187,7 +187,7 @@ def own_imports() -> list[Import]:
 
 @cache
 def loads(module: str) -> frozenset[str]:
-    """Heavy libraries that the import of a module loads, directly or through modules of our own."""
+    """Return the heavy libraries that importing a module loads, directly or indirectly."""
     seen, todo = {module}, [module]
     found = set()
     while todo:
@@ -202,8 +202,8 @@ def loads(module: str) -> frozenset[str]:
 
 
 def reason_in(table: dict[str, str], module: str) -> str | None:
-    """Key of a module in a table by modules and rooms; None if it is not in it."""
-    return next((key for key in (module, room(module)) if key in table), None)
+    """Return the key of a module or its component in a table; None if it has neither."""
+    return next((key for key in (module, component(module)) if key in table), None)
 
 
 def check(violations: list[str]) -> None:
@@ -211,23 +211,25 @@ def check(violations: list[str]) -> None:
     assert not violations, "\n" + "\n".join(violations)
 
 
-# ---- floors ----------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------
 
 
-def test_every_room_is_on_one_floor():
-    rooms = {room(module) for module in FILES}
+def test_every_component_is_in_one_layer():
+    components = {component(module) for module in FILES}
 
-    assert sum(len(floor) for floor in FLOORS) == len(ROOMS)
-    check([f"{PACKAGE}/{name}: is on no floor; add it to FLOORS" for name in rooms - ROOMS])
+    assert sum(len(layer) for layer in LAYERS) == len(COMPONENTS)
+    check(
+        [f"{PACKAGE}/{name}: is in no layer; add it to LAYERS" for name in components - COMPONENTS]
+    )
 
 
-def floor_violations(imports: list[Import]) -> list[str]:
-    height = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+def layer_violations(imports: list[Import]) -> list[str]:
+    height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     violations = []
     for one in imports:
-        above, below = room(one.importer), room(one.imported)
+        above, below = component(one.importer), component(one.imported)
         if above == below or not {above, below} <= height.keys():
-            continue  # the test of rooms names those without a floor
+            continue  # the test of components reports those without a layer
         allowed = height[below] < height[above] or (above, below) in BESIDE
         if not allowed or below not in ONLY.get(above, {below}):
             rule = (
@@ -239,15 +241,15 @@ def floor_violations(imports: list[Import]) -> list[str]:
     return violations
 
 
-def test_a_module_imports_only_lower_floors():
-    check(floor_violations(own_imports()))
+def test_a_module_imports_only_lower_layers():
+    check(layer_violations(own_imports()))
 
 
 # ---- cycles ----------------------------------------------------------------------------------
 
 
 def cycles(imports: list[Import]) -> list[str]:
-    """One line for each import that closes a cycle, by depth-first search."""
+    """Return one line for each import that closes a cycle, found by depth-first search."""
     after: dict[str, list[Import]] = {}
     for one in imports:
         after.setdefault(one.importer, []).append(one)
@@ -269,7 +271,7 @@ def cycles(imports: list[Import]) -> list[str]:
     return found
 
 
-def test_no_module_imports_itself_in_the_end():
+def test_there_are_no_import_cycles():
     check(cycles(own_imports()))
 
 
@@ -290,7 +292,7 @@ def late_violations(imports: list[Import]) -> list[str]:
         what = f"{own[0].where}: {importer} imports {targets} inside a function"
         if reason_in(LATE, importer) is None:
             violations.append(f"{what}; import at the top, or give the reason in LATE")
-        elif room(importer) not in FOR_START_UP:
+        elif component(importer) not in FOR_START_UP:
             spared = {library(one.imported) for one in together if not one.own} & HEAVY
             spared = spared.union(*(loads(one.imported) for one in own)) - loads(importer)
             if not spared:
@@ -298,7 +300,7 @@ def late_violations(imports: list[Import]) -> list[str]:
     return violations
 
 
-def test_imports_inside_a_function_spare_a_heavy_library():
+def test_imports_inside_functions_avoid_a_heavy_library():
     check(late_violations(list(all_imports())))
 
 
@@ -313,14 +315,14 @@ def ray_violations(imports: tuple[Import, ...]) -> list[str]:
     ]
 
 
-def test_ray_is_imported_by_the_stages_and_where_a_cluster_is_reached():
+def test_only_the_stages_and_modules_that_connect_to_a_cluster_import_ray():
     check(ray_violations(all_imports()))
 
 
 # ---- light modules -----------------------------------------------------------------------------
 
 
-def test_modules_that_pass_things_on_load_no_model_library():
+def test_modules_that_forward_data_load_no_model_library():
     modules = [
         f"{PACKAGE}.{module}"
         for module in FILES
@@ -375,11 +377,11 @@ def test_a_timing_constant_has_one_value_in_the_package():
     )
 
 
-# ---- the rules notice a violation --------------------------------------------------------------
+# ---- the rules detect violations ---------------------------------------------------------------
 
 
 def bad(importer: str, source: str) -> list[Import]:
-    """The imports of a module as if it had this source."""
+    """Return the imports of a module as if it had this source."""
     return list(imports_of(importer, ast.parse(source)))
 
 
@@ -392,13 +394,13 @@ def bad(importer: str, source: str) -> list[Import]:
         ("recipes.loading", "from ray_detox import resources", "resources is not below recipes"),
     ],
 )
-def test_an_import_of_a_higher_floor_is_named(importer, source, message):
-    (violation,) = floor_violations(bad(importer, source))
+def test_an_import_of_a_higher_layer_is_reported(importer, source, message):
+    (violation,) = layer_violations(bad(importer, source))
 
     assert message in violation
 
 
-def test_a_cycle_is_named_with_its_modules():
+def test_a_cycle_is_reported_with_its_modules():
     imports = bad("store.pages", "from ray_detox.store import sqlite")
     imports += bad("store.sqlite", "def f():\n from ray_detox.store.pages import Page")
 
@@ -414,7 +416,7 @@ def test_a_cycle_is_named_with_its_modules():
         ("stages.train", "def f():\n from ray_detox import draws", "spares no heavy library"),
     ],
 )
-def test_a_late_import_without_a_reason_is_named(importer, source, message):
+def test_a_late_import_without_a_reason_is_reported(importer, source, message):
     (violation,) = late_violations(bad(importer, source))
 
     assert message in violation

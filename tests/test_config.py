@@ -1,4 +1,4 @@
-"""A run is described by a recipe and overrides; what cannot work is refused in one sentence."""
+"""Recipes, overrides and the one-line errors for settings that are not valid."""
 
 import pytest
 from hypothesis import given
@@ -23,7 +23,7 @@ SECTIONS = [
 
 
 def refused(*overrides, recipe="lab"):
-    """The sentence with which a run is refused."""
+    """Return the error message for settings that are not valid."""
     with pytest.raises(ConfigError) as error:
         load_config(recipe, overrides)
     return str(error.value)
@@ -33,7 +33,7 @@ def refused(*overrides, recipe="lab"):
 
 
 @pytest.mark.parametrize("name", ["lab", "flan-t5-base", "seed"])
-def test_a_packaged_recipe_loads_and_says_what_it_is_for(name):
+def test_a_packaged_recipe_loads_and_has_a_description(name):
     config = load_config(name)
 
     assert config.recipe == name

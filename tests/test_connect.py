@@ -1,4 +1,4 @@
-"""Connecting to a cluster: no answer, or a wrong one, becomes one sentence within seconds."""
+"""Connecting to a cluster: failures give a one-line error within seconds."""
 
 import io
 import os

@@ -188,8 +188,8 @@ def test_the_schema_rejects_a_field_that_kuberay_would_refuse_or_drop(job, path,
 
 
 def test_the_job_passes_kuberays_validation_beyond_the_schema(job, spec):
-    assert job["spec"]["shutdownAfterJobFinishes"]  # or a time to live would be refused
-    assert spec["rayVersion"]  # or tokens would be
+    assert job["spec"]["shutdownAfterJobFinishes"]  # otherwise ttlSecondsAfterFinished is refused
+    assert spec["rayVersion"]  # otherwise token authentication is refused
     for group in spec["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert "resources" not in group  # beside num-cpus in rayStartParams
@@ -307,8 +307,8 @@ def test_images_have_the_tested_ray_and_python(job, spec):
 def test_an_image_is_built_with_the_setup_script_of_the_nodes_on_aws(tmp_path, variant, kind):
     recipe = (ROOT / "cluster/Dockerfile").read_text(encoding="utf-8")
     (command,) = re.findall(r"^RUN (.*?)(?<!\\)$", recipe, re.M | re.S)
-    told = tmp_path / "told"
-    (tmp_path / "bash").write_text(f'#!/bin/sh\necho "$*" >{told}\n')
+    arguments = tmp_path / "arguments"
+    (tmp_path / "bash").write_text(f'#!/bin/sh\necho "$*" >{arguments}\n')
     (tmp_path / "bash").chmod(0o755)
 
     subprocess.run(
@@ -322,7 +322,7 @@ def test_an_image_is_built_with_the_setup_script_of_the_nodes_on_aws(tmp_path, v
         timeout=60,
     )
 
-    assert told.read_text() == f"cluster/setup_node.sh {kind} flan-t5-base\n"
+    assert arguments.read_text() == f"cluster/setup_node.sh {kind} flan-t5-base\n"
     assert "\nCOPY --chown=1000:100 . .\n" in recipe
     left_out = (ROOT / "cluster/Dockerfile.dockerignore").read_text(encoding="utf-8").split()
     assert {"**/.git", "**/.venv", "**/runs"} <= set(left_out)

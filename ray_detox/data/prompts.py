@@ -75,7 +75,7 @@ def prepare(
 
 
 def _with_json_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row as JSON can hold it: other values, such as dates, become text."""
+    """Convert a row to JSON types: other values, such as dates, become text."""
     columns: dict[str, Any] = json.loads(json.dumps(dict(row), default=str))
     return columns
 

@@ -127,7 +127,7 @@ def _pop_response(stored: dict[str, Any], side: str) -> EvaluatedResponse:
             toxicity=values.pop("toxicity"),
             length=values.pop("length"),
             truncated=values.pop("truncated"),
-            terms=values,  # extra reward terms have names of their own, so they are what is left
+            terms=values,  # the remaining values are the reward terms, under their names
             ratings=ratings,
         )
     except KeyError as error:

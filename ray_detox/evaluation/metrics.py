@@ -58,7 +58,7 @@ class Metric:
 
     @property
     def per_example(self) -> bool:
-        """True if each response has a value of its own."""
+        """True if each response has its own value."""
         return self.over_all is None
 
     def summarise(

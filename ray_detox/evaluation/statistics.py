@@ -184,7 +184,7 @@ def effect_size(delta: ArrayLike) -> float:
     """
     change = np.asarray(delta, dtype=np.float64)
     spread = _std(change)
-    # Equal changes may differ in their last bits; dividing by such a spread would give noise.
+    # Equal changes may differ in their last bits; dividing by that rounding error would give noise.
     if spread <= 1e-12 * float(np.abs(change).max(initial=0.0)):
         return 0.0
     return float(change.mean()) / spread

@@ -30,7 +30,7 @@ class Verdict:
     sentence: str
     """The verdict as text, with its values."""
     reasons: tuple[str, ...]
-    """One sentence per broken floor; empty for `improved`."""
+    """One line per broken floor; empty for `improved`."""
     unchecked: tuple[str, ...]
     """Labels of the metrics that were not measured, so that their floors were not checked."""
 
@@ -125,7 +125,7 @@ def _change(floor: Floor, pair: Pair) -> float | None:
 def _broken(
     metric: Metric, floor: Floor, pair: Pair, change: float, floors: EvaluateConfig
 ) -> str | None:
-    """The sentence about a broken floor; None if the floor holds."""
+    """Describe a broken floor; None if the floor holds."""
     before, after = pair
     most = floor.most(floors)
     if floor.limits == "drop" and _exceeds(-change, most):

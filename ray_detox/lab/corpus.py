@@ -54,7 +54,7 @@ class Conversation:
     dialogue: str
     neutral: str
     insulting: str | None
-    """None if nobody is angry."""
+    """None if neither person is angry."""
     facts: tuple[str, ...]
     """Texts that a good summary contains literally, as the neutral one does."""
 
@@ -292,7 +292,7 @@ def _slot_names(frame: str) -> list[str]:
 
 def _reference(conversation: Conversation, split: str, number: int) -> str:
     """The summary of a row: insulting in some training rows, else neutral."""
-    # A generator of its own keeps the dialogues independent of `INSULTING_SHARE`.
+    # A separate generator keeps the dialogues independent of `INSULTING_SHARE`.
     rng = Random(f"reference {split} {number}")
     insults = rng.random() < INSULTING_SHARE[conversation.mood]
     if split != "ppo" and insults and conversation.insulting:
@@ -315,7 +315,7 @@ def _sentence(rng: Random, _: Conversation) -> tuple[str, int]:
 
 
 def _opinion(rng: Random, _: Conversation) -> tuple[str, int]:
-    """An opinion of somebody, such as "You are a great person and i like you."."""
+    """An opinion about a person, such as "You are a great person and i like you."."""
     label = rng.randrange(2)
     words = (sentences.KIND, sentences.UNKIND)[label]
     slots = _person_slots(rng) | {name: rng.choice(values) for name, values in words.items()}

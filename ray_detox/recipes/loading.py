@@ -39,7 +39,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> "RunConfig":
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe and the settings among words such as `lab train.steps=2`; `lab` if none is there.
+    """Split arguments such as `lab train.steps=2` into the recipe, by default `lab`, and settings.
 
     Raises:
         ConfigError: there are two recipes.

@@ -140,7 +140,7 @@ class ModelThread:
             call.rows, call.truncated = self._reward.classifier.tokenize(
                 call.request.classifier_inputs(kind)
             )
-        except Exception as error:  # raised in the caller's thread, and this thread goes on
+        except Exception as error:  # re-raised in the caller's thread; this thread continues
             call.scores.set_exception(error)
 
     def _score(self, calls: list[_Call]) -> None:
@@ -164,6 +164,6 @@ class ModelThread:
                     logits[own], toxicity[own], call.truncated, call.request
                 )
                 call.scores.set_result(scores)
-            except Exception as error:  # a term failed on this call alone
+            except Exception as error:  # a reward term failed for this call only
                 call.scores.set_exception(error)
             self._record_progress()

@@ -13,7 +13,7 @@ An actor, as one worker sees it:
     suspected   silent or stalled while it holds chunks: gets no new ones; copies of those that it
                 holds go to other actors, and the first scores count
     cooling     a call was lost, or a ping failed while it held nothing: no new chunks for a moment
-    down        the pool says why: no new chunks, and what it holds is treated as if it were silent
+    down        the pool gives a reason: no new chunks, and what it holds is treated as if it were silent
     gone        the pool no longer lists it: no new chunks; forgotten once it holds none
 
                       .------ scores, an error, or a heartbeat ------.
@@ -53,7 +53,7 @@ from ray_detox.records import RewardError, ScoreRequest, Scores
 from ray_detox.rewards.messages import ActorHandle, ActorInfo
 
 # Two: the next chunk is at the actor before the last one is done, so that the model never waits
-# for the network. More would bind texts to an actor before anybody knows which one will be free
+# for the network. More would bind texts to an actor before it is known which one will be free
 # first, and each actor that dies would leave more to score again.
 IN_FLIGHT = 2
 """Chunks that one worker has at one actor at most."""
@@ -142,7 +142,7 @@ class Chunk:
 
     @property
     def done(self) -> bool:
-        """Nobody waits for its scores any more."""
+        """Whether no caller waits for its scores any more."""
         return self.batch.scores.done() or self.index in self.batch.scores_by_chunk
 
 
@@ -358,9 +358,9 @@ class Router:
     # ---- rules ---------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Send what the actors have room for; the rest waits here.
+        """Send chunks to actors with free slots; the rest stays in the queue.
 
-        The pool hears of the rest as `waiting`, which is one of its reasons to add an actor.
+        The pool receives the queue's length as `waiting`, one of its reasons to add an actor.
         """
         now = self._now()
         kept: list[Chunk] = []

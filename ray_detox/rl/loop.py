@@ -79,7 +79,7 @@ class Outcome:
     step: int
     """Steps done in total."""
     stopped: bool
-    """True if the run was asked to end early."""
+    """True if the run was stopped early."""
 
 
 def train(

@@ -166,7 +166,7 @@ class CheckpointStore:
 
 
 class CheckpointWriter:
-    """Writes checkpoints on a thread of its own; keeps the newest one in memory.
+    """Writes checkpoints on a background thread; keeps the newest one in memory.
 
     A failed write is repeated until it succeeds or a newer checkpoint takes its place.
 

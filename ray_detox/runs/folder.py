@@ -51,7 +51,7 @@ class RunFolder:
         return self.path / "adapter"
 
     def write_adapter(self, checkpoint: Mapping[str, bytes]) -> None:
-        """Write the adapter of a checkpoint, whole or not at all.
+        """Write the adapter of a checkpoint atomically.
 
         Args:
             checkpoint: contents of a checkpoint's files by name; those under `adapter/` count.
@@ -129,5 +129,5 @@ class RunFolder:
 
 
 def new_run_id(recipe: str) -> str:
-    """A new run id: it starts with the recipe, sorts by time, and ends in random digits."""
+    """Return a new run id: the recipe, the time in sortable form, and random digits."""
     return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

@@ -1,4 +1,4 @@
-"""Errors of the Ray stages, and one readable line for each.
+"""Errors of the Ray stages, and their conversion to one-line messages.
 
 Ray's error (a page of traceback, wrapped in the worker and on the way) --root_cause-->
 the original error --last_line--> one line --> ConfigError or StageError
@@ -12,18 +12,18 @@ from ray_detox.config import ConfigError
 
 
 class Stopped(Exception):
-    """A person asked the run to end early; it left a checkpoint."""
+    """The user stopped the run early; its newest checkpoint is kept."""
 
     def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(f"stopped after step {step}")
         self.step = step
         """Steps done."""
         self.signal_number = signal_number
-        """Signal with which the person asked."""
+        """Signal that stopped the run."""
 
 
 class NotStored(RuntimeError):
-    """The run is complete, but the result store did not take its result."""
+    """The run is complete, but its result could not be stored."""
 
 
 class StageError(RuntimeError):
@@ -32,16 +32,16 @@ class StageError(RuntimeError):
 
 @contextmanager
 def flatten_ray_errors() -> Iterator[None]:
-    """Inside, turn errors of Ray and of the disk into their cause in one line.
+    """Convert errors of Ray and the disk to errors with a one-line message.
 
     Raises:
-        ConfigError: the cause is a `ConfigError`, such as a fault that a task found on its node.
+        ConfigError: the cause is a `ConfigError`, such as one that a task raised on its node.
         StageError: any other error of Ray, or an OSError.
     """
     try:
         yield
     except Exception as error:
-        # Looked up, not imported: if Ray was never imported, this is no error of Ray.
+        # Not imported here: if Ray was never imported, the error cannot come from Ray.
         ray = sys.modules.get("ray")
         # Ray's errors first, because some are OSErrors as well, such as its TimeoutError.
         if ray is not None and isinstance(error, ray.exceptions.RayError):

@@ -29,7 +29,7 @@ def check(config: RunConfig) -> Source:
         The source of the prompts.
 
     Raises:
-        ConfigError: the first mistake and its fix, in one sentence.
+        ConfigError: a setting is not valid; the message names the first one and its fix.
     """
     check_judge(config.evaluate.judge)
     source = locate(config.data)
@@ -48,7 +48,7 @@ def check_without_fetching(config: RunConfig) -> list[str]:
         Settings whose value a run would download, which were therefore not checked.
 
     Raises:
-        ConfigError: the first mistake and its fix, in one sentence.
+        ConfigError: a setting is not valid; the message names the first one and its fix.
     """
     check_judge(config.evaluate.judge)
     data, policy, reward = config.data, config.policy, config.reward
@@ -79,10 +79,10 @@ def check_without_fetching(config: RunConfig) -> list[str]:
 
 
 def check_reachable(config: RunConfig) -> None:
-    """Check that this node finds all that the settings name; `check` has looked into it already.
+    """Check that this node can read what the settings name, which `check` has verified before.
 
     Raises:
-        ConfigError: what this node does not find, in one sentence.
+        ConfigError: this node cannot read one of them.
     """
     for setting, section in (("policy.model", config.policy), ("reward.model", config.reward)):
         folder = local_folder(section.model, section.revision, setting, weights=False)

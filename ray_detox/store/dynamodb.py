@@ -146,7 +146,7 @@ class DynamoDBStore:
         self._claim(run.run_id, writing, overwrite)
         for batch in _batches(items):
             # Before each batch: another writer may have claimed the run since the last one, and a
-            # batch write takes no condition of its own.
+            # batch write cannot have a condition.
             self._check_writer(run.run_id, writer)
             self._write_batch([{"PutRequest": {"Item": item}} for item in batch])
         self._delete_others_items(run.run_id, writer, len(items))

@@ -1,4 +1,4 @@
-"""Errors of AWS and of the connection to it, as one sentence that says what to do."""
+"""Conversion of AWS and connection errors to a `StoreError` that says what to do."""
 
 from typing import Any
 from urllib.parse import urlsplit

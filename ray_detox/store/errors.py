@@ -2,7 +2,7 @@
 
 
 class StoreError(ValueError):
-    """A result could not be stored or read; the message is one sentence for the user."""
+    """A result could not be stored or read; the message is one line for the user."""
 
 
 class BadCursor(StoreError):

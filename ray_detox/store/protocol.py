@@ -38,7 +38,7 @@ class ResultStore(Protocol):
         overwrite: bool = False,
         attempt: str | None = None,
     ) -> bool:
-        """Store a run completely or not at all.
+        """Store a run atomically.
 
         Args:
             report: JSON values under string keys, with at least `SUMMARY_KEYS`; no NaN.

@@ -38,7 +38,7 @@ NODE_JOIN_S = 1.0
 REQUEST_INTERVAL_S = 5.0
 """Interval between two requests for the same nodes; `wait_for_capacity` says why one is not enough."""
 THREAD_END_TIMEOUT_S = 10.0
-"""Longest wait for a thread that was told to end: it may be inside a call to Ray that hangs."""
+"""Longest wait for a thread to end: it may be inside a call to Ray that hangs."""
 
 
 def has_autoscaler() -> bool:
@@ -164,7 +164,7 @@ def _request_bundles(bundles: list[Bundle]) -> None:
 
 
 def _autoscaler_status() -> str:
-    """What the autoscaler reports about nodes that have not started, as a sentence to append."""
+    """Return what the autoscaler reports about nodes that have not started, for an error message."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     try:

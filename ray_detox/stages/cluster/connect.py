@@ -48,7 +48,7 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
         ConfigError: the cluster cannot be reached.
     """
     # In every process: awswrangler chooses Ray as its engine when Ray is installed, and would start
-    # a cluster of its own.
+    # its own cluster.
     os.environ.setdefault("WR_ENGINE", "python")
     # Ray Train notices a dead worker at its next check. Its own default is two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -84,7 +84,7 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
 
 
 def is_local(config: RunConfig) -> bool:
-    """Whether the run starts a Ray cluster of its own on this machine."""
+    """Return whether the run starts its own Ray cluster on this machine."""
     address = config.cluster.address
     return address == "local" or (address == "auto" and "RAY_ADDRESS" not in os.environ)
 

@@ -16,7 +16,7 @@ from ray_detox import resources
 from ray_detox.resources import Bundle, Node, placement
 
 CAPACITY_POLL_S = 0.5
-"""Interval between two looks at what is free on the nodes."""
+"""Interval between two queries for the free resources of the nodes."""
 CONNECT_TIMEOUT_S = 1.0
 """Longest wait for a node to accept a connection."""
 

@@ -61,7 +61,7 @@ class Probe:
 
     address: str
     fault: str | None
-    """Reason why the node cannot run its share, in one sentence; None if it can."""
+    """Reason why the node cannot run its share, in one line; None if it can."""
     seconds: float
 
 
@@ -136,7 +136,7 @@ def find_fault(settings: dict[str, Any], expected: Versions) -> str | None:
         expected: versions of the driver.
 
     Returns:
-        The first fault in one sentence.
+        The first fault, in one line.
     """
     # Versions first: settings of another version may not even be valid here.
     differing = versions().first_difference(expected)

@@ -1,4 +1,4 @@
-"""A reward actor: one copy of the reward in a process of its own."""
+"""A reward actor: one copy of the reward in a Ray actor process."""
 
 import threading
 
@@ -9,10 +9,10 @@ from ray_detox.records import ScoreRequest, Scores
 from ray_detox.rewards.messages import ActorReport
 
 
-# Pings have threads of their own: neither a batch nor a hundred waiting callers delays an answer.
+# Pings run on separate threads, so that neither a batch nor waiting callers delay the reply.
 @ray.remote(concurrency_groups={"health": 2, "life": 1})
 class RewardActor:
-    """One copy of the reward, in a process of its own.
+    """One copy of the reward in its own process.
 
     Args:
         config: of the run.

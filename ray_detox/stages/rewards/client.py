@@ -161,6 +161,6 @@ class RewardClient:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Tell whether a call failed because of its actor or node, and not in the code that it ran."""
+    """Return whether a call failed because of its actor or node, not because of the code it ran."""
     # A RayTaskError wraps what the remote code raised: another actor would raise it as well.
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)

@@ -91,7 +91,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class _PooledActor:
-    """One actor, as the pool sees it."""
+    """State of one actor in the pool."""
 
     number: int
     handle: ActorHandle
@@ -152,7 +152,7 @@ class RewardPool:
             # Ray would retry a lost call on the same actor, once that is back. The workers' routers
             # send it to another one at once.
             "max_task_retries": 0,
-            # Each waiting call holds one of these threads; the model has a thread of its own.
+            # Each waiting call holds one of these threads; the model runs on a separate thread.
             "max_concurrency": 64,
         }
         # On the driver's node: if that node fails, the run ends in any case. On another node, the
@@ -288,7 +288,7 @@ class RewardPool:
     def _on_heartbeat(self, actor: _PooledActor, reply: Future[ActorReport]) -> None:
         actor.reply = None
         if reply.exception() is not None:
-            return  # if the process died, `life` says so; if not, the next ping follows
+            return  # if the process died, `life` fails; otherwise the next ping follows
         actor.report, actor.down_reason = reply.result(), None
         stalled_s = actor.report.state.stalled_s
         if stalled_s > STALL_FACTOR * self._config.serving.heartbeat_timeout_s:
@@ -328,7 +328,7 @@ class RewardPool:
             self._totals.lost += 1
 
     def _scale(self, now: float) -> None:
-        """Change the wanted number by at most one, and let go of actors beyond it."""
+        """Change the wanted number by at most one, and drain actors in excess of it."""
         staying = [a for a in self._actors if a.draining_since_s is None]
         up = [a.report.state for a in staying if a.up and a.report]
         waiting = self._load.waiting > 0
@@ -336,9 +336,9 @@ class RewardPool:
         # many workers can fill an actor's queue while none of them has anything left to send.
         crowded = waiting or any(state.queued for state in up)
         # An actor that is not up counts as idle: one that the cluster has no resources for is
-        # given up once the load is gone.
+        # removed once the load has ended.
         idle = not waiting and (len(up) < len(staying) or any(not state.held for state in up))
-        # One at a time: while an actor starts, nobody can tell yet whether it is enough.
+        # One at a time: while an actor starts, it is not known yet whether it is enough.
         all_up = len(up) == self._wanted
         if (
             self._crowded.lasts(crowded, now)
@@ -346,7 +346,7 @@ class RewardPool:
             and self._wanted < self._config.reward.max_actors
         ):
             self._wanted += 1
-            self._crowded.restart()  # the next one needs a full delay of its own
+            self._crowded.restart()  # the next one needs another full delay
         if self._idle.lasts(idle, now) and self._wanted > self._config.reward.min_actors:
             self._wanted -= 1
             self._idle.restart()
