@@ -311,10 +311,24 @@ def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, t
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_metrics_of_another_version_in_a_checkpoint_are_rejected(
+    config, make_policy, make_rollout, tmp_path
+):
+    policy = make_policy()
+    learner = Learner(policy, config.ppo, seed=0)
+    rollout = make_rollout(policy, 8)
+    learner.update(rollout, learner.targets(rollout), step=0)
+    checkpoint.write(tmp_path, policy, learner, config, 1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "value_explained": 0.5}\n')
+
+    with pytest.raises(ValueError, match="do not fit this version .*value_explained"):
+        checkpoint.read(tmp_path, policy, learner)
+
+
 def test_a_checkpoint_of_another_format_is_rejected_with_the_version_that_wrote_it(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"format": 99, "version": "9.9"}))
 
-    with pytest.raises(ValueError, match=r"has format 99; this version reads 1\..*ray-detox 9\.9"):
+    with pytest.raises(ValueError, match=r"has format 99; this version reads 2\..*ray-detox 9\.9"):
         checkpoint.read_state(tmp_path)
 
 
