@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ray_detox.config import (
     RENAMED,
+    RESERVED_TERM_NAMES,
     ConfigError,
     DataConfig,
     PPOConfig,
