@@ -222,6 +222,12 @@ class SamplingConfig(Section):
         return count_range(self.max_new_tokens)[1]
 
 
+RESERVED_TERM_NAMES = frozenset(
+    "response reward toxicity length truncated rouge_l facts judge".split()
+)
+"""Fields of an evaluated response; a reward term of the same name would overwrite one of them."""
+
+
 class RewardTerm(Section):
     """One extra reward function in TRL's protocol, added to the classifier's score."""
 
@@ -277,6 +283,12 @@ class RewardConfig(Section):
         if len(set(names)) < len(names):
             raise ConfigError(
                 f"reward.terms names {', '.join(names)}: two terms share a name. Wrap one of them."
+            )
+        taken = [name for name in names if name in RESERVED_TERM_NAMES]
+        if taken:
+            raise ConfigError(
+                f"reward.terms names a function {taken[0]!r}, and results have a field of that name. "
+                "Give the function another name, or wrap it."
             )
         return self
 
@@ -518,8 +530,8 @@ class RunConfig(Section):
 
 RENAMED = {
     "data.lanes": "data.shards",
-    "sampling.lowest_limit": "sampling.max_new_tokens",
-    "sampling.highest_limit": "sampling.max_new_tokens",
+    "sampling.budget_min": "sampling.max_new_tokens",
+    "sampling.budget_max": "sampling.max_new_tokens",
     "reward.reads": "reward.input",
     "reward.deadline_s": "serving.timeout_s",
     "reward.silence_s": "serving.heartbeat_timeout_s",

@@ -40,7 +40,8 @@ class PreparedRow:
     query_ids: list[int]
     """The prompt as token ids, [Q]."""
     columns: dict[str, Any]
-    """The row as it was read, with values of JSON types."""
+    """The row as it was read, with values of JSON types; reward functions receive every column,
+    also one that is called `prompt`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,14 @@
 """Recipes, overrides and the one-line errors for settings that are not valid."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_detox.config import (
     RENAMED,
+    RESERVED_TERM_NAMES,
     ConfigError,
     DataConfig,
     PPOConfig,
@@ -13,6 +16,8 @@ from ray_detox.config import (
     RunConfig,
     Section,
 )
+from ray_detox.evaluation.examples import EvaluatedResponse
+from ray_detox.evaluation.metrics import RATINGS
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
 
 SECTIONS = [
@@ -341,6 +346,15 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
 )
 def test_contradictory_values_are_refused_with_both_and_a_way_out(overrides, sentence):
     assert sentence in refused(*overrides)
+
+
+def test_a_reward_term_cannot_have_the_name_of_a_field_of_the_results():
+    fields = {field.name for field in dataclasses.fields(EvaluatedResponse)} - {"terms", "ratings"}
+
+    assert fields | set(RATINGS) == RESERVED_TERM_NAMES
+    for name in RESERVED_TERM_NAMES:
+        sentence = refused(f"reward.terms=[{{function: mine.{name}}}]")
+        assert f"names a function {name!r}" in sentence
 
 
 def test_a_weight_that_is_no_number_is_refused():

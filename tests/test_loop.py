@@ -62,7 +62,7 @@ class StoppingRuntime(LocalRuntime):
         return len(self.logged) + 1 >= self.after
 
 
-def length(completions, **_):
+def word_count(completions, **_):
     """A reward term: the length of a response, in words."""
     return [float(len(text.split())) for text in completions]
 
@@ -78,7 +78,7 @@ def config(tiny_t5, tiny_roberta):
         sampling=SamplingConfig(max_new_tokens="6..8", min_new_tokens=2, batch_size=4),
         reward=RewardConfig(
             model=str(tiny_roberta),
-            terms=(RewardTerm(function=f"{__name__}.length", weight=0.1),),
+            terms=(RewardTerm(function=f"{__name__}.word_count", weight=0.1),),
         ),
         ppo=PPOConfig(
             prompts_per_step=8,
@@ -197,7 +197,7 @@ def test_the_metrics_are_in_the_range_of_the_settings(uninterrupted, config):
         assert 0 <= stats.toxicity <= 1
         assert stats.minibatches == 4
         assert stats.truncated == 0
-        assert stats.terms["length"] <= stats.length
+        assert stats.terms["word_count"] <= stats.length
         assert stats.entropy > 0
         assert stats.seconds >= stats.seconds_sample
     coefficients = [stats.kl_coef for stats in uninterrupted.logged]
@@ -207,7 +207,7 @@ def test_the_metrics_are_in_the_range_of_the_settings(uninterrupted, config):
 
 def test_training_increases_the_rewarded_length(train_run, tmp_path):
     runtime = LocalRuntime(tmp_path)
-    longer = RewardTerm(function=f"{__name__}.length", weight=1.0)
+    longer = RewardTerm(function=f"{__name__}.word_count", weight=1.0)
 
     train_run(
         runtime,
@@ -217,7 +217,7 @@ def test_training_increases_the_rewarded_length(train_run, tmp_path):
         train=TrainConfig(steps=8, workers=1, checkpoint_every=8),
     )
 
-    lengths = [stats.terms["length"] for stats in runtime.logged]
+    lengths = [stats.terms["word_count"] for stats in runtime.logged]
     assert sum(lengths[-2:]) > sum(lengths[:2]) + 1
 
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, t
     learner.update(rollout, learner.targets(rollout), step=0)
     learner.kl_coef = 0.123
     numbers = {f.name: 0.5 for f in dataclasses.fields(UpdateStats)}
-    stats = UpdateStats(**(numbers | {"step": 7, "terms": {"length": 2.0}}))
+    stats = UpdateStats(**(numbers | {"step": 7, "terms": {"word_count": 2.0}}))
 
     checkpoint.write(tmp_path, policy, learner, config, 7, history=[stats])
     step, history = checkpoint.read(tmp_path, other, restored)
@@ -311,10 +311,24 @@ def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, t
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_metrics_of_another_version_in_a_checkpoint_are_rejected(
+    config, make_policy, make_rollout, tmp_path
+):
+    policy = make_policy()
+    learner = Learner(policy, config.ppo, seed=0)
+    rollout = make_rollout(policy, 8)
+    learner.update(rollout, learner.targets(rollout), step=0)
+    checkpoint.write(tmp_path, policy, learner, config, 1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "value_explained": 0.5}\n')
+
+    with pytest.raises(ValueError, match=r"do not fit this version .*value_explained"):
+        checkpoint.read(tmp_path, policy, learner)
+
+
 def test_a_checkpoint_of_another_format_is_rejected_with_the_version_that_wrote_it(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"format": 99, "version": "9.9"}))
 
-    with pytest.raises(ValueError, match=r"has format 99; this version reads 1\..*ray-detox 9\.9"):
+    with pytest.raises(ValueError, match=r"has format 99; this version reads 2\..*ray-detox 9\.9"):
         checkpoint.read_state(tmp_path)
 
 

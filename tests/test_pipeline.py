@@ -12,6 +12,8 @@ from ray_detox.runs import resume
 from ray_detox.runs.console import Console
 from ray_detox.runs.folder import RunFolder
 from ray_detox.stages import errors
+from ray_detox.stages.session import TrainingFacts
+from ray_detox.stages.train import TrainingOutcome
 
 
 def run_with(stages, tmp_path, monkeypatch):
@@ -114,3 +116,24 @@ def test_a_different_run_with_the_same_id_is_refused(tmp_path, other):
         pipeline.prepare_run(changed, RunFolder(tmp_path / "three", "first"), resume=False)
 
     assert not (tmp_path / "three/first").exists()
+
+
+# ---- facts of the training ---------------------------------------------------------------------
+
+
+def test_training_that_an_earlier_process_did_reports_no_measurements():
+    unmeasured = TrainingFacts(TrainingOutcome(step=40), best_step=7, checkpoint_seconds=None)
+    measured = TrainingFacts(
+        TrainingOutcome(step=40, loop_seconds=1.5, peak_mb=700, lost=1), 7, 0.25
+    )
+
+    assert unmeasured.to_json() == {"best_step": 7, "checkpoint_seconds": None}
+    assert measured.to_json() == {
+        "loop_seconds": 1.5,
+        "peak_mb": 700,
+        "lost": 1,
+        "moved": 0,
+        "resized": 0,
+        "best_step": 7,
+        "checkpoint_seconds": 0.25,
+    }

@@ -49,6 +49,16 @@ def test_a_batch_has_the_prompts_and_the_columns_of_its_rows():
     assert batch.columns == {"summary": ["summary 2", "summary 0"], "topic": [2, 0]}
 
 
+def test_a_column_that_a_row_lacks_is_none_for_it():
+    with_all, without = row(0), row(1)
+    del without.columns["topic"]
+
+    for rows in ([with_all, without], [without, with_all]):
+        columns = make_batch(rows, pad_id=0).columns
+        assert sorted(columns) == ["summary", "topic"]
+        assert columns["topic"] == [r.columns.get("topic") for r in rows]
+
+
 def test_a_batch_of_no_rows_is_empty():
     assert len(make_batch([], pad_id=0)) == 0
 

@@ -19,15 +19,18 @@ from ray_detox.records import PreparedRow, PromptBatch
 
 
 def make_batch(rows: Sequence[PreparedRow], pad_id: int) -> PromptBatch:
-    """Collect prepared rows into a batch of prompts, padded with `pad_id`."""
+    """Collect prepared rows into a batch of prompts, padded with `pad_id`.
+
+    A column that a row does not have is None for it: rows of one file may differ in their keys.
+    """
     query_ids, query_mask = pad_rows([row.query_ids for row in rows], pad_id)
-    names = rows[0].columns if rows else {}
+    names = dict.fromkeys(name for row in rows for name in row.columns)
     return PromptBatch(
         ids=[row.prompt_id for row in rows],
         texts=[row.prompt for row in rows],
         query_ids=query_ids,
         query_mask=query_mask,
-        columns={name: [row.columns[name] for row in rows] for name in names},
+        columns={name: [row.columns.get(name) for row in rows] for name in names},
     )
 
 

@@ -25,7 +25,7 @@ from ray_detox.models.policy import Policy
 from ray_detox.records import UpdateStats
 from ray_detox.rl.learner import Learner
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(
@@ -57,7 +57,7 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
     """Restore the state that `write` saved; return its step and the metrics of the steps so far.
 
     Raises:
-        ValueError: the checkpoint has a format that this version cannot read.
+        ValueError: this version cannot read the checkpoint.
     """
     state = read_state(folder)
     policy.load_adapter(folder / "adapter")
@@ -65,7 +65,14 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
     learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
     learner.kl_coef = float(state["kl_coef"])
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return int(state["step"]), [UpdateStats(**json.loads(line)) for line in lines]
+    try:
+        history = [UpdateStats(**json.loads(line)) for line in lines]
+    except TypeError as error:
+        raise ValueError(
+            f"The metrics in the checkpoint {folder} do not fit this version ({error}). "
+            f"Resume the run with ray-detox {state.get('version')}."
+        ) from None
+    return int(state["step"]), history
 
 
 def read_state(folder: Path) -> dict[str, Any]:

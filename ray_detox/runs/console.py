@@ -102,8 +102,11 @@ class Console:
         if self.quiet:
             return
         text = encodable(escape_control(text), self.stream)
-        if self._drawn is not None:
-            self._drawn.print(text)
+        # Read once: another thread, such as the one that keeps checkpoints, may print while this
+        # one ends the bar.
+        drawn = self._drawn
+        if drawn is not None:
+            drawn.print(text)
         else:
             print(text, file=self.stream, flush=True)
 

@@ -139,17 +139,22 @@ def run_evaluation(
         if number not in found
     }
     watchdog = CapacityWatchdog(config, need.evaluation)
-    while waiting:
-        done, _ = ray.wait(list(waiting), timeout=EVENT_POLL_S)
-        for ref in done:
-            number = waiting.pop(ref)
-            found[number] = ray.get(ref)
-            kept.write(number, found[number])
-        events = ray.get(progress.take.remote(), timeout=ACTOR_TIMEOUT_S)
-        for event in events:
-            on_event(event)
-        watchdog.check(something_happened=bool(done or events))
-    ray.kill(progress)
+    try:
+        while waiting:
+            done, _ = ray.wait(list(waiting), timeout=EVENT_POLL_S)
+            for ref in done:
+                number = waiting.pop(ref)
+                found[number] = ray.get(ref)
+                kept.write(number, found[number])
+            events = ray.get(progress.take.remote(), timeout=ACTOR_TIMEOUT_S)
+            for event in events:
+                on_event(event)
+            watchdog.check(something_happened=bool(done or events))
+    finally:
+        # After an error the other tasks would go on for nobody, if the caller keeps its connection.
+        for ref in waiting:
+            ray.cancel(ref)
+        ray.kill(progress)
     examples: dict[int, PairedExample] = {}
     for number, shard in enumerate(shards):
         for i, example in zip(shard, found[number], strict=True):

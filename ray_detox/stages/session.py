@@ -68,8 +68,10 @@ class TrainingFacts:
             facts["step"],
             facts["stopped"],
         )  # the report has `steps`; only a complete run has a report
-        unmeasured = [n for n in ("loop_seconds", "peak_mb") if facts[n] is None]
-        return {name: value for name, value in facts.items() if name not in unmeasured}
+        if self.outcome.loop_seconds is None:  # an earlier process did all the training
+            for name in ("loop_seconds", "peak_mb", "lost", "moved", "resized"):
+                del facts[name]
+        return facts
 
 
 @dataclass(frozen=True, slots=True)
