@@ -118,7 +118,7 @@ def test_the_dry_run_names_a_missing_image(cluster, prices):
 
     (fault,) = tool["find_faults"](cluster, prices)
 
-    assert fault.startswith("docker.image is missing: Ray's autoscaler reads it even where")
+    assert fault.startswith("docker.image is missing: Ray's autoscaler reads it even if")
 
 
 def changed(cluster, change):
