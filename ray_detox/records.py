@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor  # a module that passes numbers and names only does not load torch
 
 Columns = Mapping[str, Sequence[Any]]
@@ -187,6 +186,8 @@ class Scores:
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:
         """Join several batches into one, in the order given."""
+        import numpy as np  # late: `ray-detox check` reads rows of data, and needs no numpy
+
         join = lambda name: np.concatenate([getattr(part, name) for part in parts])
         return Scores(
             rewards=join("rewards"),

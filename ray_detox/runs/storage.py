@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ray_detox.config import ConfigError
+from ray_detox.errors import ConfigError
 
 MIN_FREE_MB = 200
 """Free disk that checkpoints need: one of FLAN-T5-base takes 40 MB, and a run keeps several."""
