@@ -103,7 +103,7 @@ def evaluate(
         report = ray_detox.evaluate("first", ["evaluate.prompts=1024"])
         print(report["verdict"]["sentence"])
     """
-    folder = RunFolder(Path(output), run_id)
+    folder = RunFolder(Path(output), check_run_id(run_id))
     config = change_settings(folder.read_config(), overrides)
     from ray_detox import pipeline
     from ray_detox.runs.console import Console

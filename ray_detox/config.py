@@ -16,7 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -37,6 +45,26 @@ def _parse_number(value: object) -> object:
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)
+    return value
+
+
+def _parse_list(value: object) -> object:
+    # YAML and JSON have lists. A set has no order, so it stays what it is and is refused.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_json(value: object) -> object:
+    """Refuse values that a stored config.json would change, such as dates, sets and number keys."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for item in value.values():
+            _check_json(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_json(item)
+    elif value is not None and not isinstance(value, str | int | float):
+        raise ValueError(
+            "JSON values: text, numbers, true, false, null, lists, and names with values"
+        )
     return value
 
 
@@ -61,6 +89,7 @@ def count_range(value: object) -> tuple[int, int]:
 
 
 _PARSE = BeforeValidator(_parse_number)
+_LIST = BeforeValidator(_parse_list)
 Number = Annotated[float, _PARSE]
 """A finite number."""
 Positive = Annotated[float, Field(gt=0), _PARSE]
@@ -79,6 +108,7 @@ class Section(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
+        ser_json_inf_nan="constants",
         use_attribute_docstrings=True,
         defer_build=True,
     )
@@ -179,7 +209,8 @@ class PolicyConfig(Section):
     """Dropout stored with the adapter; PPO itself runs without dropout, so that the first ratio is 1."""
     lora_targets: Annotated[
         tuple[str, ...],
-        Field(strict=False, min_length=1),
+        Field(min_length=1),
+        _LIST,
         Remedy("name the layers to adapt, such as [q, v]"),
     ] = ("q", "v")
     """Names of the linear layers that get an adapter."""
@@ -237,7 +268,7 @@ class RewardTerm(Section):
     """Import path of `f(completions, prompts=..., completion_ids=..., **columns) -> list[float]`."""
     weight: Number = 1.0
     """Factor of the function's value in the reward."""
-    arguments: dict[str, Any] | None = None
+    arguments: Annotated[dict[str, Any], AfterValidator(_check_json)] | None = None
     """If given, `function` is first called with these and returns the reward function."""
 
     @model_validator(mode="after")
@@ -268,7 +299,7 @@ class RewardConfig(Section):
     """Label whose raw logit is the score; looked up by name."""
     input: Literal["response", "prompt+response"] = "response"
     """Text that the classifier scores: `response`, or `prompt+response`."""
-    terms: Annotated[tuple[RewardTerm, ...], Field(strict=False)] = ()
+    terms: Annotated[tuple[RewardTerm, ...], _LIST] = ()
     """Extra reward functions beside the classifier."""
     batch_size: AtLeastOne = 32
     """Texts per forward pass of the classifier; also the unit of work sent to an actor."""
@@ -348,7 +379,9 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.prompts_per_step % self.minibatches:
-            nearest = self.minibatches * max(1, round(self.prompts_per_step / self.minibatches))
+            nearest = self.minibatches * max(
+                1, (self.prompts_per_step + (self.minibatches - 1) // 2) // self.minibatches
+            )
             raise ConfigError(
                 f"ppo.prompts_per_step ({self.prompts_per_step}) does not divide into "
                 f"ppo.minibatches ({self.minibatches}). Use a multiple, such as {nearest}."
@@ -554,6 +587,7 @@ _EXPECTED = {
     "float_type": "a number",
     "finite_number": "a number",
     "string_type": "text",
+    "string_unicode": "text",
     "bool_type": "true or false",
     "tuple_type": "a list, such as [a, b]",
     "dict_type": "names with values",
@@ -569,7 +603,7 @@ def _first_message(section: type[Section], error: ValidationError) -> str:
 
 
 def _message(section: type[Section], error: ErrorDetails) -> str:
-    where = [part for part in error["loc"] if part not in ("int", "str")]
+    where = [part for part in error["loc"] if part not in ("int", "str", "[key]")]
     name = section.PATH
     for part in where:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
@@ -595,6 +629,8 @@ def _message(section: type[Section], error: ErrorDetails) -> str:
         return f"{name} is {value!r}; expected one of {choices}."
     if kind in _EXPECTED:
         return f"{name} is {value!r}; expected {_EXPECTED[kind].format(name=name)}."
+    if not set(bounds) & {"ge", "gt", "le", "lt"}:  # a kind without a sentence of ours
+        return f"{name} is {value!r}: {error['msg']}."
     return f"{name} is {value!r}; expected {_range(metadata, bounds)}."
 
 
@@ -607,16 +643,19 @@ def _range(metadata: Sequence[Any], violated: dict[str, Any]) -> str:
                 limits[bound] = getattr(item, bound)
     limits = {bound: limit for bound, limit in limits.items() if isinstance(limit, int | float)}
     low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    # Whole numbers in full: 2^63 - 1, rounded up, would be a value that is refused.
+    show = lambda limit: str(limit) if isinstance(limit, int) else f"{limit:g}"
     if low is not None and high is not None:
-        closed = "ge" in limits and "le" in limits
-        return (
-            f"a value from {low:g} to {high:g}"
-            if closed
-            else f"a value between {low:g} and {high:g}"
-        )
+        if "ge" in limits and "le" in limits:
+            return f"a value from {show(low)} to {show(high)}"
+        if "gt" in limits and "lt" in limits:
+            return f"a value between {show(low)} and {show(high)}"
+        least = f"at least {show(low)}" if "ge" in limits else f"above {show(low)}"
+        most = f"at most {show(high)}" if "le" in limits else f"below {show(high)}"
+        return f"a value {least} and {most}"
     if high is not None:
-        return f"at most {high:g}"
-    return f"at least {low:g}" if "ge" in limits else f"a value above {low or 0:g}"
+        return f"at most {show(high)}"
+    return f"at least {show(low)}" if "ge" in limits else f"a value above {show(low or 0)}"
 
 
 def _resolve(

@@ -173,3 +173,23 @@ def test_train_works_in_a_thread_that_gets_no_signals(begun, monkeypatch):
     thread.join()
 
     assert reports == [{"run_id": "first"}]
+
+
+@pytest.mark.parametrize("run_id", ["../elsewhere", "", None])
+def test_evaluating_a_run_with_an_invalid_id_is_refused(tmp_path, run_id):
+    with pytest.raises(ray_detox.StoreError, match="cannot be used"):
+        ray_detox.evaluate(run_id, output=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"data": {"lanes": 16}}'])
+def test_settings_of_a_run_that_cannot_be_read_are_refused_with_the_file(tmp_path, content):
+    (tmp_path / "first").mkdir()
+    file = tmp_path / "first" / "config.json"
+    file.write_text(content)
+
+    with pytest.raises(ray_detox.ConfigError) as error:
+        ray_detox.evaluate("first", output=tmp_path)
+
+    assert str(error.value).startswith(
+        f"{file} does not have the settings of a run of this version"
+    )

@@ -127,7 +127,7 @@ def with_pickled_weights(model: Path, folder: Path) -> Path:
         (["policy.frozen_encoder=1"], "policy.frozen_encoder is 1; expected true or false."),
         (["policy.lora_targets=q"], "policy.lora_targets is 'q'; expected a list"),
         (["ppo=3"], "ppo is 3; expected a section, such as ppo.key=value."),
-        (["ppo.kl_coef=["], "the value is no valid YAML"),
+        (["ppo.kl_coef=["], "the value is not valid YAML"),
         (["train.steps=0"], "train.steps is 0; expected at least 1."),
         (["reward.input=all"], "reward.input is 'all'; expected one of response, prompt+response"),
         (["data.template=Summarise"], "expected text that contains {dialogue}"),
@@ -148,7 +148,7 @@ def test_a_recipe_that_is_not_yaml_is_refused(mistake, tmp_path):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("ppo: [1\n")
 
-    assert f"Recipe {recipe} is no valid YAML" in mistake(recipe)
+    assert f"Recipe {recipe} is not valid YAML" in mistake(recipe)
 
 
 def test_settings_may_stand_before_and_after_options(monkeypatch, output, capsys):

@@ -57,6 +57,7 @@ def refused(capsys, monkeypatch):
         (["--resume", "a", "train.steps"], "train.steps"),
         (["--follow", "a", "lab"], "take nothing else"),
         (["--stop", "a", "--follow", "b"], "take nothing else"),
+        (["--stop", ""], "Run id '' cannot be used"),
         (["lab", "--env", "NAME"], "expected NAME=VALUE"),
         (["lab", "--env", "HF_TOKEN=hf_x"], "would be shown on the dashboard"),
         (["lab", "--env", "AWS_SECRET_ACCESS_KEY=x"], "would be shown on the dashboard"),

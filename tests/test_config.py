@@ -1,6 +1,8 @@
 """Recipes, overrides and the one-line errors for settings that are not valid."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 from hypothesis import given
@@ -149,7 +151,7 @@ def test_an_override_without_a_value_is_refused_with_how_to_write_it():
 
 
 def test_an_override_that_is_no_yaml_is_refused():
-    assert refused("seed=[") == "Override 'seed=[': the value is no valid YAML."
+    assert refused("seed=[") == "Override 'seed=[': the value is not valid YAML."
 
 
 def test_an_override_into_a_value_is_refused():
@@ -158,7 +160,10 @@ def test_an_override_into_a_value_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("ppo: [", "is no valid YAML"), ("- 1\n- 2\n", "holds a list; expected sections of settings")],
+    [
+        ("ppo: [", "is not valid YAML"),
+        ("- 1\n- 2\n", "holds a list; expected sections of settings"),
+    ],
 )
 def test_a_recipe_that_is_no_tree_of_settings_is_refused(tmp_path, text, sentence):
     (tmp_path / "bad.yaml").write_text(text)
@@ -169,7 +174,7 @@ def test_a_recipe_that_is_no_tree_of_settings_is_refused(tmp_path, text, sentenc
 def test_a_recipe_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\xfa")
 
-    assert "is no valid YAML" in refused(recipe=str(tmp_path / "bad.yaml"))
+    assert "is not valid YAML" in refused(recipe=str(tmp_path / "bad.yaml"))
 
 
 # ---- wrong types -------------------------------------------------------------------------------
@@ -202,6 +207,46 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path):
 )
 def test_a_value_of_another_type_is_refused_with_what_was_expected(override, sentence):
     assert sentence in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("ppo.kl_coef=2020-13-45", "the value is not valid YAML."),
+        ("policy.lora_targets=!!set {q, v}", "expected a list, such as [a, b]."),
+        ("ppo={1: 2}", "Unknown setting 'ppo.1'; known in ppo: "),
+        ('data.path="\\ud800"', "data.path is '\\ud800'; expected text."),
+        ("seed=-1", "seed is -1; expected a value from 0 to 9223372036854775807."),
+        ("ppo.clip_range=2", "expected a value above 0 and at most 1."),
+        ("data.held_out_fraction=1", "expected a value between 0 and 1."),
+        ("reward.terms=[{function: a.b, arguments: {day: 2020-01-02}}]", "expected JSON values"),
+        ("reward.terms=[{function: a.b, arguments: {x: {2: 3}}}]", "expected JSON values"),
+        (
+            "ppo.prompts_per_step=99999999999999999999999999",
+            "Use a multiple, such as 100000000000000000000000000.",
+        ),
+    ],
+)
+def test_unusual_yaml_values_are_refused_in_one_sentence(override, sentence):
+    message = refused(override)
+
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_arguments_of_a_reward_term_are_stored_unchanged():
+    override = "reward.terms=[{function: a.b, arguments: {x: .inf, y: [1, {z: null}]}}]"
+    config = load_config("lab", [override])
+
+    stored = json.loads(json.dumps(config.to_dict()))
+
+    assert stored["reward"]["terms"][0]["arguments"] == {"x": math.inf, "y": [1, {"z": None}]}
+    assert config_from_dict(stored) == config
+
+
+def test_overrides_in_one_text_are_refused():
+    with pytest.raises(ConfigError, match=r"expected a list of settings, such as \['seed=1'\]"):
+        load_config("lab", "seed=1")
 
 
 # ---- values that cannot work -------------------------------------------------------------------

@@ -211,3 +211,10 @@ def test_a_pipe_gets_plain_lines_and_no_rich():
     assert lines[1:5] == [f"line {i} [bold]:smile: café \\x1b[2J" for i in range(4)]
     assert lines[5] == "          measured"
     assert lines[-1] == "False"
+
+
+def test_a_process_without_a_standard_output_prints_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+
+    assert terminal_width() is None
+    Console().line("lost")

@@ -102,8 +102,9 @@ def add_verbs(add: Add) -> None:
 
 def _submit(args: argparse.Namespace) -> int:
     try:
-        if args.follow or args.stop:
-            return _look_after(args, check_run_id(args.follow or args.stop))
+        if args.follow is not None or args.stop is not None:
+            run_id = args.stop if args.follow is None else args.follow
+            return _look_after(args, check_run_id(run_id))
         return _send_and_follow(args)
     except OSError as error:  # includes the errors of requests
         reason = str(error).partition("\n")[0][:200]
@@ -135,7 +136,7 @@ def _send_and_follow(args: argparse.Namespace) -> int:
 
 def _look_after(args: argparse.Namespace, run_id: str) -> int:
     """Follow or stop a run that was submitted before."""
-    if args.words or args.run_id or args.resume or (args.follow and args.stop):
+    if args.words or args.run_id or args.resume or None not in (args.follow, args.stop):
         raise ConfigError("--follow and --stop name a run, and take nothing else but --address.")
     client = _reach(args.address)
     jobs = _jobs(client, run_id)

@@ -27,6 +27,7 @@ from ray_detox.recipes.loading import load_config, recipe_names, split_words
 from ray_detox.runs.folder import RunFolder, new_run_id
 from ray_detox.runs.printable import printable
 from ray_detox.store.errors import StoreError
+from ray_detox.store.protocol import check_run_id
 
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
@@ -291,7 +292,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    folder = RunFolder(args.output, args.run_id)
+    folder = RunFolder(args.output, check_run_id(args.run_id))
     config = folder.read_config()
     folder.require_adapter()
     if args.folder.exists() and any(args.folder.iterdir()):

@@ -4,6 +4,7 @@ pydantic and yaml are imported inside the functions: `ray-detox --help` only lis
 """
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> "RunConfig":
+def load_config(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "RunConfig":
     """Read a packaged recipe, or a YAML file by path, then apply overrides.
 
     Args:
@@ -31,6 +32,11 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> "RunConfig":
     Raises:
         ConfigError: unknown recipe, key or type, or contradictory values.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(
+            f"overrides is {overrides!r}; expected a list of settings, such as [{overrides!r}]."
+        )
+    recipe = os.fspath(recipe)
     tree = _read_recipe(recipe)
     for override in overrides:
         apply_override(tree, override)
@@ -71,23 +77,34 @@ def config_from_dict(tree: Mapping[str, Any]) -> "RunConfig":
     """
     from ray_detox.config import RunConfig
 
-    return RunConfig(**{str(name): value for name, value in tree.items()})
+    # YAML reads a key such as 1 as a number; no setting has such a name.
+    as_text: dict[str, Any] = {
+        str(name): {str(key): inner for key, inner in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in tree.items()
+    }
+    return RunConfig(**as_text)
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
     import yaml
 
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
+    if not _is_file(path):
         names = recipe_names()
         near = difflib.get_close_matches(recipe, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the recipes are {', '.join(names)}."
         raise ConfigError(f"Unknown recipe {recipe!r}; {hint} A path of your own .yaml works, too.")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise ConfigError(f"Recipe {path} is no valid YAML: {reason}.") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: a date such as 2020-13-45
+        reason = str(error).replace("\n", " ").rstrip(".")
+        raise ConfigError(f"Recipe {path} is not valid YAML: {reason}.") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -95,6 +112,13 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
             f"Recipe {path} holds a {type(tree).__name__}; expected sections of settings."
         )
     return tree
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long for a file
+        return False
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -106,8 +130,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"Override {override!r} has no '='. Write it as section.name=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is no valid YAML.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"Override {override[:200]!r}: the value is not valid YAML.") from error
     *sections, name = dotted.split(".")
     node = tree
     for section in sections:

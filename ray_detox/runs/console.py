@@ -60,7 +60,8 @@ def terminal_width(stream: TextIO | None = None) -> int | None:
         stream: None is the standard output.
     """
     stream = stream or sys.stdout
-    if not stream.isatty():
+    # A process that was started with its standard output closed has none.
+    if stream is None or not stream.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns):
@@ -83,7 +84,8 @@ class Console:
     def __init__(
         self, stream: TextIO | None = None, seconds_between: float = 10.0, quiet: bool = False
     ) -> None:
-        self.stream = stream or sys.stdout
+        # A process that was started with its standard output closed has none.
+        self.stream = stream or sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         # A dumb terminal cannot move its cursor, so it gets lines.
         is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         self.is_terminal = self.stream.isatty() and not is_dumb

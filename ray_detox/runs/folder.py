@@ -8,6 +8,7 @@ The result is written here before it goes to a store, so a store that fails lose
 """
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -80,14 +81,23 @@ class RunFolder:
         """The settings that the run was started with.
 
         Raises:
-            ConfigError: there is no such run.
+            ConfigError: there is no such run, or its settings cannot be read.
         """
         file = self.path / "config.json"
         if not file.is_file():
             runs = sorted(p.parent.name for p in self.output.glob("*/config.json"))
             known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
             raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
-        return config_from_dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"it holds a {type(settings).__name__}")
+            return config_from_dict(settings)
+        except (OSError, ValueError) as error:  # ConfigError is a ValueError
+            raise ConfigError(
+                f"{file} does not have the settings of a run of this version ({error}). Use the "
+                "version of ray-detox that started the run, or start a new run."
+            ) from None
 
     def read_history(self) -> list[dict[str, Any]]:
         """The metrics of every training step so far."""
@@ -130,4 +140,5 @@ class RunFolder:
 
 def new_run_id(recipe: str) -> str:
     """Return a new run id: the recipe, the time in sortable form, and random digits."""
-    return f"{recipe[:32]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", recipe[:32]).lstrip("._-") or "run"
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
