@@ -223,7 +223,7 @@ def test_a_value_of_another_type_is_refused_with_what_was_expected(override, sen
         ("reward.terms=[{function: a.b, arguments: {x: {2: 3}}}]", "expected JSON values"),
         (
             "ppo.prompts_per_step=99999999999999999999999999",
-            "Use a multiple, such as 100000000000000000000000000.",
+            "Use a multiple, such as 99999999999999999999999998.",
         ),
     ],
 )
