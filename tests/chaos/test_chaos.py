@@ -42,7 +42,7 @@ def test_a_lost_node_a_full_disk_a_killed_driver_and_a_damaged_checkpoint_do_not
 
     assert outcome.codes == [-9, 0]
     assert "No space left on device" in outcome.text
-    assert "It is passed over." in outcome.text or "only one checkpoint" in outcome.injected[-1]
+    assert "The run ignores it." in outcome.text or "only one checkpoint" in outcome.injected[-1]
     assert differences(nodes, "nodes", CALM, outcome, exact=True) == [], outcome.text
 
 
