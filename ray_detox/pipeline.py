@@ -77,14 +77,8 @@ def _run_stages(
         data = session.ingest(source)
         training = session.train(folder, data.shards)
         examples = session.measure(folder, data.held_out)
-        facts = RunFacts(
-            run_id=folder.run_id,
-            steps=training.outcome.step,
-            rows=asdict(data.counts),
-            seconds=dict(console.seconds),
-            fingerprints=_fingerprints(config, folder, data),
-            training=training.to_json() | {"actors": _actors(session)},
-        )
+        measured = training.to_json() | {"actors": _actors(session)}
+        facts = _facts(config, folder, console, data, training.outcome.step, measured)
         return session.finish(folder, examples, facts, overwrite=overwrite)
 
 
@@ -99,14 +93,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict
     with flatten_ray_errors(), _session(config, console) as session:
         data = session.ingest(source)
         examples = session.measure(folder, data.held_out, keep=False)
-    facts = RunFacts(
-        run_id=folder.run_id,
-        steps=config.train.steps,
-        rows=asdict(data.counts),
-        seconds=dict(console.seconds),
-        training={},
-        fingerprints=_fingerprints(config, folder, data),
-    )
+    facts = _facts(config, folder, console, data, config.train.steps, training={})
     return summarise(rate(examples, config), config, facts)
 
 
@@ -159,6 +146,24 @@ def _session(config: RunConfig, console: Console) -> Iterator["Session"]:
 
         with open_session(config, console, need) as session:
             yield session
+
+
+def _facts(
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    data: "Ingested",
+    steps: int,
+    training: dict[str, Any],
+) -> RunFacts:
+    return RunFacts(
+        run_id=folder.run_id,
+        steps=steps,
+        rows=asdict(data.counts),
+        seconds=dict(console.seconds),
+        training=training,
+        fingerprints=_fingerprints(config, folder, data),
+    )
 
 
 def _fingerprints(config: RunConfig, folder: RunFolder, data: "Ingested") -> dict[str, str]:

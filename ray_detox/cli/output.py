@@ -1,4 +1,4 @@
-"""How commands write to the terminal: nothing printed can steer it or fail on its encoding."""
+"""Terminal output of commands: it cannot steer the terminal or fail on its encoding."""
 
 import io
 import sys

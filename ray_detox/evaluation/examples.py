@@ -54,7 +54,7 @@ class PairedExample:
     reference: str | None
     """The data's own summary; None if it has none."""
     facts: tuple[str, ...] | None
-    """What a good response contains literally; None if the data does not say."""
+    """Texts that a good response contains literally; None if the data does not say."""
     kl: float
     """KL of the trained policy to the reference on the response after, in nats."""
     before: EvaluatedResponse

@@ -23,7 +23,7 @@ amount has one, and a share is from 0 to 1 and changes in points."""
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """How much of a metric a run may lose and still be called an improvement."""
+    """Largest loss of a metric with which a run still counts as an improvement."""
 
     limits: Literal["drop", "change", "value"]
     """`drop`: the relative loss; `change`: the relative change, up or down; `value`: the mean after

@@ -21,7 +21,7 @@ PACKAGES = ("ray-detox", "ray", "torch", "transformers", "peft", "trl", "dataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What the report says of a run beside its settings and its evaluated prompts."""
+    """Facts about a run for the report, beside its settings and its evaluated prompts."""
 
     run_id: str
     steps: int

@@ -142,7 +142,7 @@ class Chunk:
 
     @property
     def done(self) -> bool:
-        """Whether no caller waits for its scores any more."""
+        """True if no caller waits for its scores any more."""
         return self.batch.scores.done() or self.index in self.batch.scores_by_chunk
 
 

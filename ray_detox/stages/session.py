@@ -64,14 +64,11 @@ class TrainingFacts:
             "best_step": self.best_step,
             "checkpoint_seconds": self.checkpoint_seconds,
         }
-        del (
-            facts["step"],
-            facts["stopped"],
-        )  # the report has `steps`; only a complete run has a report
+        # The report has its own `steps`, and only a complete run has a report.
+        left_out = ["step", "stopped"]
         if self.outcome.loop_seconds is None:  # an earlier process did all the training
-            for name in ("loop_seconds", "peak_mb", "lost", "moved", "resized"):
-                del facts[name]
-        return facts
+            left_out += ["loop_seconds", "peak_mb", "lost", "moved", "resized"]
+        return {name: value for name, value in facts.items() if name not in left_out}
 
 
 @dataclass(frozen=True, slots=True)
