@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any, TextIO, overload
 
 from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import apply_override, config_from_dict, load_config
-from ray_detox.runs.folder import RunFolder, new_run_id
+from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder, new_run_id
 from ray_detox.store.errors import StoreError
 from ray_detox.store.opening import open_store
 from ray_detox.store.protocol import ResultStore, check_run_id
 
 if TYPE_CHECKING:
     from ray_detox.config import ResultsConfig, RunConfig
-
-FIXED = ("data", "policy", "seed", "recipe")
-"""Settings that make a run what it is; another value of one of them is another run."""
 
 
 def train(
@@ -163,7 +160,7 @@ def change_settings(config: "RunConfig", overrides: Sequence[str]) -> "RunConfig
         raise ConfigError("A run that exists keeps its recipe; give only section.name=value.")
     for override in overrides:
         section = override.partition("=")[0].partition(".")[0]
-        if section in FIXED:
+        if section in FIXED_SETTINGS:
             raise ConfigError(
                 f"{override!r} would make another run of {config.recipe!r}: data, policy and seed "
                 "of a run stay as they are. Start a new run instead."
@@ -257,7 +254,7 @@ def _resumed(config: "RunConfig | None", folder: RunFolder) -> "RunConfig":
 
         resume_from_storage(folder, config.train.storage)
     stored = folder.read_config()
-    for name in FIXED if config is not None else ():
+    for name in FIXED_SETTINGS if config is not None else ():
         if getattr(config, name) != getattr(stored, name):
             raise ConfigError(
                 f"Run {folder.run_id!r} was started with other settings of {name}. Pass those it "

@@ -28,6 +28,9 @@ from ray_detox.runs.storage import write_atomic
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
 
+FIXED_SETTINGS = ("recipe", "data", "policy", "seed")
+"""Settings that identify a run: another value of one of them makes a different run."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:

@@ -5,7 +5,7 @@ import json
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import CheckpointStore
-from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder
 from ray_detox.runs.storage import Storage, StorageError, check_storage, write_atomic
 from ray_detox.store.protocol import check_run_id
 
@@ -21,7 +21,7 @@ def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
     Raises:
         ConfigError: they are different runs.
     """
-    for name in ("recipe", "data", "policy", "seed"):
+    for name in FIXED_SETTINGS:
         if getattr(config, name) != getattr(begun, name):
             raise ConfigError(
                 f"train.storage={config.train.storage} keeps a run {run_id!r} with other settings "
