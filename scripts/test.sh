@@ -15,7 +15,7 @@ the tested versions (once), then runs ruff, mypy and pytest, even if one of them
   bash scripts/test.sh tests/test_ppo.py -x     one file, to the first failure
   bash scripts/test.sh -m "not ray"             without the tests that start Ray
 
-The tests run in two processes: one runs all tests that start Ray, and both run the others. If an
+The tests run in two processes: one runs most tests that start Ray, and both run the others. If an
 argument names a file, a folder or a test, pytest uses a single process, as debugging needs it;
 `-n 0` asks for that, too.
 USAGE

@@ -1,6 +1,6 @@
 """How the tests are divided among the worker processes of pytest-xdist (`-n 2`).
 
-    worker A   all files that start Ray, one after another
+    worker A   most files that start Ray, one after another
     worker B   the other files, the longest first; worker A takes some of them when Ray is done
 
 The tests of a file run on one worker, because they share the file's fixtures. `--dist loadgroup`
@@ -15,17 +15,22 @@ from typing import Any
 import pytest
 
 RAY = "ray"
-FOLDERS_WITH_RAY = ("tests/on_ray/", "tests/chaos/", "tests/many_nodes/")
+FOLDERS_WITH_RAY = ("tests/on_ray/", "tests/chaos/")
+NODES = "nodes"
 GROUPS = {
-    # They have tests that start Ray. Two clusters at once would compete for CPUs and memory.
+    # They have tests that start Ray. More than two clusters at once would need too much memory.
     "tests/test_cli_jobs.py": RAY,
     "tests/test_kuberay.py": RAY,
+    # They start Ray as well, in processes of their own, and wait more than they compute.
+    "tests/many_nodes/test_many_nodes.py": NODES,
+    "tests/on_ray/test_autoscaler.py": NODES,
     # They share the output of `scripts/aws_dry_run.py`, which a process makes once.
     "tests/test_cluster.py": "dry run",
     "tests/test_cluster_installer.py": "dry run",
 }
 LONGEST_FIRST = (
     RAY,
+    NODES,
     "tests/browser/test_page.py",
     "tests/test_store.py",
     "tests/test_store_faults.py",
@@ -42,7 +47,7 @@ def group_of(nodeid: str) -> str:
         nodeid: the test's id in pytest, such as `tests/test_ppo.py::test_gae`.
     """
     file = nodeid.partition("::")[0]
-    return RAY if file.startswith(FOLDERS_WITH_RAY) else GROUPS.get(file, file)
+    return GROUPS.get(file) or (RAY if file.startswith(FOLDERS_WITH_RAY) else file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,9 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups: dict[str, list[pytest.Item]] = {group: [] for group in LONGEST_FIRST}
     for item in items:
         group = group_of(item.nodeid)
-        if item.get_closest_marker("ray") and group != RAY:
+        if item.get_closest_marker("ray") and group not in (RAY, NODES):
             raise pytest.UsageError(
-                f"{item.nodeid} has the marker 'ray', but its file is not in the group 'ray'. "
+                f"{item.nodeid} has the marker 'ray', but its file is not in a group with Ray. "
                 "Add the file to GROUPS in tests/groups.py."
             )
         groups.setdefault(group, []).append(item)

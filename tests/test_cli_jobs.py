@@ -28,6 +28,7 @@ from ray_detox.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]
+SMALL += ["train.workers=1", "evaluate.shards=1"]  # these tests are about jobs
 
 
 @pytest.fixture

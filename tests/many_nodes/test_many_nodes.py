@@ -16,7 +16,7 @@ from tests.many_nodes.network import NoNetworkError, network
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
-STEPS, MEASURED, SHARDS, CUT_AFTER = 8, 32, 3, 2
+STEPS, MEASURED, SHARDS, CUT_AFTER = 8, 32, 2, 2
 STORAGE = "s3://bucket/runs"
 SETTINGS = [
     f"train.steps={STEPS}",

@@ -1,5 +1,6 @@
 """Complete short runs on Ray: their files and results, stopping and resuming, and refusals."""
 
+import contextlib
 import io
 import json
 import math
@@ -8,6 +9,8 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
@@ -235,32 +238,56 @@ class StopAtOnce(Console):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
-    finished, output, capsys, monkeypatch
-):
-    whole, report, _ = finished
-    part = RunFolder(output, "part")
+@dataclass
+class StoppedRun:
+    """A run that Ctrl-C stopped, with its storage; each test resumes a copy of it."""
 
+    words: list[str]
+    """Arguments of `ray-detox run`, without `--output`."""
+    output: Path
+    storage: Path
+    copy: Path
+    """Copy of the storage as it was when the run stopped."""
+    code: int
+    printed: str
+    steps: int
+    """Steps done when it stopped."""
+
+
+@pytest.fixture(scope="module")
+def stopped(output):
+    storage, home = output / "kept", output / "first-head"
     # A checkpoint every step slows training down, so that the signal arrives before the last step.
-    words = [*SHORT, "train.checkpoint_every=1", "--run-id", "part", "--output", str(output)]
-    with monkeypatch.context() as patch:
+    words = [*SHORT, "train.checkpoint_every=1", f"train.storage={storage}", "--run-id", "part"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(progress, "Console", StopAtOnce)
-        stopped = cli.main(["run", "lab", *words])
-    output_text = capsys.readouterr().out
-    done = len(read_metrics(part.path / "metrics.jsonl"))
-    command = output_text.partition("Go on with: ray-detox ")[2]
+        code = cli.main(["run", "lab", *words, "--output", str(home)])
+    steps = len(read_metrics(home / "part/metrics.jsonl"))
+    copy = shutil.copytree(storage, output / "kept-copy")
+    return StoppedRun(words, home, storage, copy, code, printed.getvalue(), steps)
 
-    assert stopped == 128 + signal.SIGINT
-    assert 1 <= done < STEPS
-    assert f"Stopped after step {done}, with a checkpoint." in output_text
+
+def assert_equal_runs(run, whole):
+    assert metrics_without_times(run) == metrics_without_times(whole)
+    weights = "adapter_model.safetensors"
+    assert (run.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(finished, stopped):
+    whole, report, _ = finished
+    part = RunFolder(stopped.output, "part")
+
+    assert stopped.code == 128 + signal.SIGINT
+    assert 1 <= stopped.steps < STEPS
+    assert f"Stopped after step {stopped.steps}, with a checkpoint." in stopped.printed
     assert not part.adapter.exists()
 
+    command = stopped.printed.partition("Go on with: ray-detox ")[2]
     assert cli.main(shlex.split(command)) == 0
 
     assert read_metrics(part.path / "metrics.jsonl")[-1]["step"] == STEPS
-    assert metrics_without_times(part) == metrics_without_times(whole)
-    weights = "adapter_model.safetensors"
-    assert (part.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+    assert_equal_runs(part, whole)
     samples = "samples.jsonl"
     assert (part.path / samples).read_text() == (whole.path / samples).read_text()
     resumed = json.loads((part.path / "report.json").read_text())
@@ -268,31 +295,20 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_the_same_command_on_another_machine_resumes_the_run_from_its_storage(
-    finished, output, capsys, monkeypatch
+    finished, stopped, output, capsys
 ):
     # As a retry of the job in cluster/kuberay.yaml: a new head, an empty disk, the same arguments.
-    whole, _, _ = finished
-    words = [*SHORT, "train.checkpoint_every=1", f"train.storage={output / 'kept'}"]
-    first, second = output / "first-head", output / "second-head"
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "Console", StopAtOnce)
-        stopped = cli.main(["run", "lab", *words, "--run-id", "tried", "--output", str(first)])
-    done = len(read_metrics(first / "tried/metrics.jsonl"))
-    shutil.rmtree(first)
-    capsys.readouterr()
+    shutil.rmtree(stopped.storage)
+    shutil.copytree(stopped.copy, stopped.storage)
+    second = output / "second-head"
 
-    code = cli.main(["run", "lab", *words, "--run-id", "tried", "--output", str(second)])
+    code = cli.main(["run", "lab", *stopped.words, "--output", str(second)])
 
     printed = capsys.readouterr()
-    tried = RunFolder(second, "tried")
-    assert stopped == 128 + signal.SIGINT
     assert code == 0, printed
-    assert 1 <= done < STEPS
     again = [int(step) for step in re.findall(rf"^step (\d)/{STEPS} ", printed.out, re.MULTILINE)]
-    assert again == list(range(done + 1, STEPS + 1))
-    assert metrics_without_times(tried) == metrics_without_times(whole)
-    weights = "adapter_model.safetensors"
-    assert (tried.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+    assert again == list(range(stopped.steps + 1, STEPS + 1))
+    assert_equal_runs(RunFolder(second, "part"), finished[0])
 
 
 def test_late_events_of_an_earlier_group_are_ignored(tmp_path):

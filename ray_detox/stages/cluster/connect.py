@@ -55,6 +55,8 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     # Ray Train gives up a worker that hangs after this long. Its own default is ten minutes.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "120")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # An actor for each worker group that watches for draining nodes, as `stages/train.py` does.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # A local cluster listens on ports that other users of this machine can reach, so it gets a
