@@ -123,6 +123,7 @@ class Chaos:
                 head_node_args={
                     "num_cpus": 0,
                     "include_dashboard": False,
+                    "include_log_monitor": False,
                     "object_store_memory": memory,
                     "temp_dir": self.temp,
                 },
@@ -132,7 +133,11 @@ class Chaos:
 
     def add_node(self) -> None:
         """Add a worker node."""
-        self.cluster.add_node(num_cpus=self.cpus, object_store_memory=100 * 1024 * 1024)
+        self.cluster.add_node(
+            num_cpus=self.cpus,
+            object_store_memory=100 * 1024 * 1024,
+            include_log_monitor=False,
+        )
 
     def close(self) -> None:
         """Stop all Ray processes that this object started."""
