@@ -294,7 +294,7 @@ class Targets:
     """Per-token learning targets computed from a rollout; every tensor is [B, R] float32."""
 
     kl: Tensor
-    """Per-token KL estimate to the reference, in nats."""
+    """Per-token estimate of KL(pi || ref), in nats (`ppo.reward_kl`)."""
     rewards: Tensor
     """Reward per token: the KL penalty on each, plus the score on the last."""
     advantages: Tensor

@@ -188,7 +188,7 @@ def _reduce_stats(
         "score_square": (scores.rewards.astype("float64") ** 2).sum(),
         "toxicity": scores.toxicity.astype("float64").sum(),
         "truncated": scores.truncated.sum(),
-        "kl": ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs)[mask].double().sum().item(),
+        "kl": ppo.reward_kl(rollout.logprobs, rollout.ref_logprobs)[mask].double().sum().item(),
         "negative_logprob": -rollout.logprobs[mask].double().sum().item(),
         "tokens": mask.sum().item(),
         "workers": 1,
