@@ -41,6 +41,8 @@ class PreparedRow:
     columns: dict[str, Any]
     """The row as it was read, with values of JSON types; reward functions receive every column,
     also one that is called `prompt`."""
+    copy: int
+    """Number of earlier rows of the data with the same prompt; 0 until `ingest` has counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class PromptBatch:
     """[B, Q] bool, True on prompt tokens."""
     columns: dict[str, list[Any]]
     """The data's other columns, such as the reference summary; reward functions receive them."""
+    occurrences: list[int]
+    """A number that tells the copies of a prompt in one step apart; 0 for the first."""
 
     def __post_init__(self) -> None:
         batch = len(self.ids)
@@ -94,6 +98,7 @@ class PromptBatch:
             query_ids=self.query_ids[list(rows), :width],
             query_mask=mask[:, :width],
             columns={name: [column[i] for i in rows] for name, column in self.columns.items()},
+            occurrences=[self.occurrences[i] for i in rows],
         )
 
 

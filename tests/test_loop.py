@@ -87,6 +87,7 @@ def config(tiny_t5, tiny_roberta):
             learning_rate=3e-3,
             kl_controller="adaptive",
             adaptive_kl_horizon=50,
+            adaptive_kl_coef_min=0.0,
         ),
         train=TrainConfig(steps=5, workers=1, checkpoint_every=2),
     )
@@ -107,6 +108,7 @@ def rows(make_prompts):
             prompt=batch.texts[n],
             query_ids=batch.query_ids[n][batch.query_mask[n]].tolist(),
             columns={"summary": f"summary {n}"},
+            copy=0,
         )
         for n in range(22)
     ]

@@ -1,5 +1,6 @@
 """Collecting: each response keeps its prompt, metrics and score, for any chunk size."""
 
+import dataclasses
 import zlib
 
 import numpy as np
@@ -185,6 +186,20 @@ def test_the_same_step_samples_the_same_responses_and_another_step_others(
 
     assert again.responses == first.responses
     assert other.responses != first.responses
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 8])
+def test_the_copies_of_a_prompt_get_different_responses(
+    policy, tokenizer, make_prompts, chunk_size
+):
+    one = make_prompts(8).select([5] * 6)
+    batch = dataclasses.replace(one, occurrences=list(range(6)))
+
+    collected = run(policy, tokenizer, batch, chunk_size=chunk_size)
+
+    assert len(set(collected.responses)) > 3
+    assert len(set(run(policy, tokenizer, one).responses)) == 1
+    assert collected.responses == run(policy, tokenizer, batch, chunk_size=6).responses
 
 
 def test_all_chunks_are_submitted_before_the_first_wait_for_scores(policy, tokenizer, make_prompts):

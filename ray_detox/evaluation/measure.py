@@ -47,7 +47,9 @@ def measure(
     size = config.evaluate.batch_size
     for start in range(0, len(order), size):
         chunk = order[start : start + size].tolist()
-        batch = make_batch([rows[i] for i in chunk], policy.pad_id)
+        batch = make_batch(
+            [rows[i] for i in chunk], policy.pad_id, occurrences=[rows[i].copy for i in chunk]
+        )
         settings = {"seed": config.seed, "step": EVALUATION, "chunk_size": size}
         with policy.as_reference():
             before = collect(policy, tokenizer, scorer, batch, **settings)

@@ -63,7 +63,7 @@ def collect(
         scorer: scores the responses, asynchronously if it can.
         batch: B prompts; the result keeps their order.
         seed: seed of the run.
-        step: step of the run; seed, step and prompt determine the sampling noise.
+        step: step of the run; seed, step, prompt and occurrence determine the sampling noise.
         chunk_size: prompts that are sampled, and then submitted for scoring, at a time.
     """
     # Sorted by length, so that the prompts of a chunk need little padding.
@@ -118,7 +118,9 @@ class _Chunk:
 def _generate(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, part: PromptBatch, seed: int, step: int
 ) -> _Chunk:
-    max_new_tokens, noise = draws.sampling_noise(part.ids, policy.sampling, seed, step)
+    max_new_tokens, noise = draws.sampling_noise(
+        part.ids, policy.sampling, seed, step, part.occurrences
+    )
     generation = policy.sample(
         part.query_ids.to(policy.device),
         part.query_mask.to(policy.device),
