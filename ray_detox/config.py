@@ -254,7 +254,7 @@ class SamplingConfig(Section):
 
 
 RESERVED_TERM_NAMES = frozenset(
-    "response reward toxicity length truncated rouge_l facts judge".split()
+    "response reward toxicity length truncated finished rouge_l facts judge".split()
 )
 """Fields of an evaluated response; a reward term of the same name would overwrite one of them."""
 
@@ -378,6 +378,8 @@ class PPOConfig(Section):
     """Discount per token."""
     gae_lambda: Share = 0.95
     """0 trusts the value head, 1 trusts the rewards."""
+    unfinished_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response that its limit cut before end-of-sequence."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -236,7 +236,7 @@ class Rollout:
     values: Tensor
     """[B, R] float32, the value estimated just before each token."""
     scores: Tensor
-    """[B] float32, the reward for the whole response."""
+    """[B] float32, the reward for the whole response, less `ppo.unfinished_penalty` if it was cut."""
 
     def __post_init__(self) -> None:
         batch, response = self.response_ids.shape
@@ -319,9 +319,9 @@ class UpdateStats:
     step: int
     """Steps done, including this one."""
     score: float
-    """Mean reward of a response."""
+    """Mean reward of a response, less `ppo.unfinished_penalty` if it was cut."""
     score_std: float
-    """Standard deviation of the rewards."""
+    """Standard deviation of these rewards."""
     toxicity: float
     """Mean probability of hate of the sampled responses."""
     kl: float
@@ -332,6 +332,8 @@ class UpdateStats:
     """Mean of -log p per sampled token, in nats."""
     length: float
     """Mean response length, in tokens."""
+    finished: float
+    """Share of responses that ended with end-of-sequence, before their limit cut them."""
     policy_loss: float
     """Mean over minibatches, per token."""
     value_loss: float

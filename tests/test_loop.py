@@ -197,6 +197,7 @@ def test_the_metrics_are_in_the_range_of_the_settings(uninterrupted, config):
     for stats in uninterrupted.logged:
         assert 3 <= stats.length <= 8
         assert 0 <= stats.toxicity <= 1
+        assert 0 <= stats.finished <= 1
         assert stats.minibatches == 4
         assert stats.truncated == 0
         assert stats.terms["word_count"] <= stats.length

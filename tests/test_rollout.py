@@ -213,6 +213,36 @@ def test_all_chunks_are_submitted_before_the_first_wait_for_scores(policy, token
     )
 
 
+def test_a_response_is_finished_if_it_ended_before_its_limit(policy, tokenizer, make_prompts):
+    batch = make_prompts(40)
+    limits, _ = draws.sampling_noise(batch.ids, policy.sampling, seed=0, step=0)
+
+    collected = run(policy, tokenizer, batch)
+
+    rollout = collected.rollout
+    lengths = rollout.response_mask.sum(dim=1)
+    last = rollout.response_ids[torch.arange(40), lengths - 1]
+    assert collected.finished.tolist() == (last == 1).tolist()
+    assert 0 < collected.finished.sum() < 40
+    assert (
+        lengths[~torch.from_numpy(collected.finished)].numpy() == limits[~collected.finished]
+    ).all()
+
+
+def test_an_unfinished_response_pays_its_penalty_in_the_rollout_only(
+    policy, tokenizer, make_prompts
+):
+    batch = make_prompts(40)
+    settings = {"seed": 0, "step": 0, "chunk_size": 8}
+
+    free = collect(policy, tokenizer, ImmediateScorer(), batch, **settings)
+    paid = collect(policy, tokenizer, ImmediateScorer(), batch, **settings, unfinished_penalty=1.5)
+
+    difference = free.rollout.scores - paid.rollout.scores
+    assert_close(difference, torch.from_numpy(1.5 * ~free.finished).float(), atol=1e-4, rtol=0.0)
+    assert (paid.scores.rewards == free.scores.rewards).all()
+
+
 def test_seconds_are_reported_per_part(policy, tokenizer, make_prompts):
     seconds = run(policy, tokenizer, make_prompts(3)).seconds
 

@@ -82,6 +82,7 @@ def _evaluated(collected: "Collected", position: int) -> EvaluatedResponse:
         toxicity=float(scores.toxicity[position]),
         length=int(collected.rollout.response_mask[position].sum()),
         truncated=bool(scores.truncated[position]),
+        finished=bool(collected.finished[position]),
         terms={name: float(values[position]) for name, values in scores.terms.items()},
     )
 

@@ -120,6 +120,7 @@ def train(
             seed=config.seed,
             step=step,
             chunk_size=config.sampling.batch_size,
+            unfinished_penalty=config.ppo.unfinished_penalty,
         )
         if step == 0:
             check_start(collected.rollout, policy.dtype)
@@ -184,8 +185,9 @@ def _reduce_stats(
     mask = rollout.response_mask
     sums = {
         "rows": len(rollout),
-        "score": scores.rewards.astype("float64").sum(),
-        "score_square": (scores.rewards.astype("float64") ** 2).sum(),
+        "score": rollout.scores.double().sum().item(),
+        "score_square": (rollout.scores.double() ** 2).sum().item(),
+        "finished": collected.finished.sum(),
         "toxicity": scores.toxicity.astype("float64").sum(),
         "truncated": scores.truncated.sum(),
         "kl": ppo.reward_kl(rollout.logprobs, rollout.ref_logprobs)[mask].double().sum().item(),
@@ -210,6 +212,7 @@ def _reduce_stats(
         kl_coef=kl_coef,
         entropy=total["negative_logprob"] / total["tokens"],
         length=total["tokens"] / rows,
+        finished=total["finished"] / rows,
         policy_loss=update.policy_loss,
         value_loss=update.value_loss,
         approx_kl=update.approx_kl,
