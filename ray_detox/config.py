@@ -378,6 +378,11 @@ class PPOConfig(Section):
     """Discount per token."""
     gae_lambda: Share = 0.95
     """0 trusts the value head, 1 trusts the rewards."""
+    max_kl: Positive | None = 50.0
+    """The run stops when the KL of a response to the reference exceeds this, in nats, mean of a step;
+    null never stops it. Healthy runs stay below 10, diverged ones reach hundreds."""
+    stop_on_collapse: bool = True
+    """Stop the run if the policy has lost its entropy, or no longer ends its responses."""
     unfinished_penalty: NonNegative = 0.0
     """Subtracted from the score of a response that its limit cut before end-of-sequence."""
 
@@ -435,6 +440,11 @@ class TrainConfig(Section):
     """PPO steps between checkpoints; the next step starts while one is written."""
     checkpoints_kept: AtLeastOne = 2
     """Newest checkpoints kept, beside the best one."""
+    probe_prompts: Annotated[int, Field(ge=0)] = 32
+    """Training prompts, always the same, with which checkpoints are compared to find the best one; 0
+    measures none, and then no checkpoint is the best."""
+    probe_every: AtLeastOne = 5
+    """PPO steps between two such measurements; each samples and scores the probe prompts once."""
     storage: str | None = None
     """Folder or `s3://...` for checkpoints that every node can reach; null takes the run's own folder."""
 

@@ -363,7 +363,13 @@ class UpdateStats:
     seconds_update: float
     """Time spent on targets and optimiser steps, mean over workers."""
     seconds: float
-    """Duration of the whole step, mean over workers."""
+    """Duration of the whole step without the probe, mean over workers."""
+    seconds_probe: float
+    """Time spent on the probe prompts, mean over workers; 0 if the step did not measure them."""
+    probe_score: float | None
+    """Mean reward on the probe prompts after the update; None if the step did not measure them."""
+    probe_kl: float | None
+    """KL to the reference per response on the probe prompts after the update, in nats; or None."""
 
 
 @dataclass(frozen=True, slots=True)

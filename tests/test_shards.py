@@ -162,3 +162,14 @@ def test_selected_rows_keep_their_occurrences():
     batch = make_batch([row(0), row(0), row(1)], pad_id=0, occurrences=[0, 1, 0])
 
     assert batch.select([2, 1]).occurrences == [0, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+@pytest.mark.parametrize("count", [5, 16, 1000])
+def test_the_probe_prompts_do_not_depend_on_the_number_of_workers(workers, count):
+    alone = worker_shards(0, 1).probe(count)
+
+    parts = [worker_shards(rank, workers).probe(count) for rank in range(workers)]
+
+    assert [name for part in parts for name in part.ids] == alone.ids
+    assert len(set(alone.ids)) == min(count, 50)

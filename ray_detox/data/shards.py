@@ -64,6 +64,7 @@ class PromptShards:
         self, config: RunConfig, rows: Mapping[int, Sequence[PreparedRow]], pad_id: int
     ) -> None:
         self.seed = config.seed
+        self.shards = config.data.shards
         self.rows_per_shard = config.ppo.prompts_per_step // config.data.shards
         self.rows = dict(sorted(rows.items()))
         self.pad_id = pad_id
@@ -82,6 +83,18 @@ class PromptShards:
                 occurrences.append(rows[index].copy * self.rows_per_shard + repeats[index])
                 repeats[index] += 1
         return make_batch(chosen, self.pad_id, occurrences)
+
+    def probe(self, prompts: int) -> PromptBatch:
+        """Return this worker's part of the run's first `prompts` prompts; it may be empty.
+
+        Each shard gives its first rows, an equal number of them, so the prompts do not depend on
+        the step or on the number of workers. They are fewer if the shards hold fewer rows.
+        """
+        chosen: list[PreparedRow] = []
+        for shard, rows in self.rows.items():
+            count = prompts * (shard + 1) // self.shards - prompts * shard // self.shards
+            chosen += rows[:count]
+        return make_batch(chosen, self.pad_id, [row.copy for row in chosen])
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
