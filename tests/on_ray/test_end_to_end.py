@@ -389,7 +389,8 @@ def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dy
     assert CheckpointStore(Storage(f"s3://{root}/remote")).steps() == [0, 1]
     assert (folder.adapter / "adapter_model.safetensors").is_file()
     assert not (folder.path / "checkpoints").exists()
-    assert sum(actor["texts"] for actor in report["training"]["actors"]) == PROMPTS + 2 * 8
+    texts = PROMPTS + 2 * PROBED + 2 * 8
+    assert sum(actor["texts"] for actor in report["training"]["actors"]) == texts
 
     # On another machine: all results are in the storage, so the run only publishes them again.
     elsewhere = output / "elsewhere"
