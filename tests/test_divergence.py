@@ -1,6 +1,7 @@
 """The rules by which a run has diverged, and the runs that they stop."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -8,8 +9,9 @@ from ray_detox.config import PPOConfig
 from ray_detox.records import UpdateStats
 from ray_detox.rl.divergence import DivergedError, check_divergence
 
+NUMBERS: dict[str, Any] = {field.name: 0.5 for field in dataclasses.fields(UpdateStats)}
 HEALTHY = UpdateStats(
-    **{field.name: 0.5 for field in dataclasses.fields(UpdateStats)}
+    **NUMBERS
     | {"step": 1, "terms": {}, "kl": 0.0, "entropy": 0.4, "finished": 0.98, "probe_kl": None}
 )
 
@@ -29,18 +31,18 @@ def test_a_healthy_run_goes_on():
         check_divergence(steps[:count], PPOConfig())
 
 
-@pytest.mark.parametrize("changed", [{"kl": 50.1}, {"kl": 3.0, "probe_kl": 50.1}])
+@pytest.mark.parametrize("changed", [{"kl": 60.1}, {"kl": 3.0, "probe_kl": 60.1}])
 def test_a_single_step_beyond_max_kl_stops_the_run(changed):
-    steps = history({"kl": 50.0, "probe_kl": 50.0}, changed)
+    steps = history({"kl": 60.0, "probe_kl": 60.0}, changed)
 
     check_divergence(steps[:2], PPOConfig())
     with pytest.raises(
         DivergedError,
-        match=r"diverged in step 3: the KL to the reference is 50 nats per response, above "
-        r"ppo.max_kl=50. Lower ppo.learning_rate or raise ppo.kl_coef",
+        match=r"diverged in step 3: the KL to the reference is 60 nats per response, above "
+        r"ppo.max_kl=60. Lower ppo.learning_rate or raise ppo.kl_coef",
     ):
         check_divergence(steps, PPOConfig())
-    check_divergence(steps, PPOConfig(max_kl=60))
+    check_divergence(steps, PPOConfig(max_kl=70))
     check_divergence(steps, PPOConfig(max_kl=None))
 
 
