@@ -76,6 +76,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     output: str | Path = "runs",
     *,
+    checkpoint: str | None = None,
     quiet: bool = False,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +87,8 @@ def evaluate(
         overrides: changed settings such as `evaluate.prompts=96`, values in YAML. Data, policy
             and seed of a run cannot change.
         output: folder where runs are kept.
+        checkpoint: measure a kept checkpoint instead of the final adapter: `best`, `newest` or
+            its step, such as `"20"`. The run need not have finished.
         quiet: print no progress.
         stream: where to print progress; None is the standard output.
 
@@ -93,7 +96,8 @@ def evaluate(
         A report like that of `train`, without the metrics of training.
 
     Raises:
-        ConfigError: the run does not exist or has no adapter, or a setting is not valid.
+        ConfigError: the run does not exist, or has no adapter or no such checkpoint, or a setting
+            is not valid.
         RuntimeError: the evaluation failed.
 
     Example:
@@ -105,7 +109,7 @@ def evaluate(
     from ray_detox import pipeline
     from ray_detox.runs.console import Console
 
-    return pipeline.evaluate_run(config, folder, Console(stream, quiet=quiet))
+    return pipeline.evaluate_run(config, folder, Console(stream, quiet=quiet), checkpoint)
 
 
 @overload

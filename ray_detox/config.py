@@ -254,7 +254,7 @@ class SamplingConfig(Section):
 
 
 RESERVED_TERM_NAMES = frozenset(
-    "response reward toxicity length truncated rouge_l facts judge".split()
+    "response reward toxicity length truncated finished rouge_l facts judge".split()
 )
 """Fields of an evaluated response; a reward term of the same name would overwrite one of them."""
 
@@ -358,23 +358,33 @@ class PPOConfig(Section):
     value_coef: NonNegative = 0.1
     """Weight of the value loss beside the policy loss."""
     kl_coef: NonNegative = 0.15
-    """KL coefficient: cost of one nat of KL to the reference, in units of reward-model score."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimate of the KL: `k1` (log ratio), `k2` (half its square), `k3` (never negative)."""
+    """KL coefficient: cost of one nat of KL(policy || reference), in units of reward-model score."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL term enters: in the `reward` of each token, or in the `loss` by its own gradient."""
+    """Where KL(policy || reference) is charged: in the `reward` of each token, as the log ratio (k1), or in
+    the `loss`, as half its square (k2). Both have the gradient of this KL; no other estimator does."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """`fixed` keeps kl_coef; `adaptive` steers the KL of a response towards adaptive_kl_target."""
+    """`fixed` keeps kl_coef; `adaptive` raises it while the KL of a response exceeds adaptive_kl_target,
+    and lowers it again below."""
     adaptive_kl_target: Positive = 6.0
     """KL per response, in nats, that the adaptive controller aims at."""
     adaptive_kl_horizon: AtLeastOne = 10_000
-    """Responses over which the adaptive controller reacts."""
+    """Responses over which the adaptive controller reacts; more than a fifth of prompts_per_step."""
+    adaptive_kl_coef_min: NonNegative | None = None
+    """Smallest KL coefficient of the adaptive controller; null takes kl_coef, so that a KL below the
+    target never becomes cheaper. 0 is the controller of TRL."""
     target_kl: Positive | None = None
     """An update stops early when its KL per token from the sampling policy exceeds this, in nats."""
     gamma: Share = 1.0
     """Discount per token."""
     gae_lambda: Share = 0.95
     """0 trusts the value head, 1 trusts the rewards."""
+    max_kl: Positive | None = 60.0
+    """The run stops when the KL of a response to the reference exceeds this, in nats, mean of a step;
+    null never stops it. Useful runs stay below 10; the recipe lab without a KL penalty reaches 49."""
+    stop_on_collapse: bool = True
+    """Stop the run if the policy has lost its entropy, or no longer ends its responses."""
+    unfinished_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response that its limit cut before end-of-sequence."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -386,12 +396,29 @@ class PPOConfig(Section):
                 f"ppo.prompts_per_step ({self.prompts_per_step}) does not divide into "
                 f"ppo.minibatches ({self.minibatches}). Use a multiple, such as {nearest}."
             )
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ConfigError(
-                "ppo.kl_estimator=k1 with ppo.kl_in=loss has a gradient of zero on average. "
-                "Use k2 or k3, or ppo.kl_in=reward."
-            )
+        if self.kl_controller == "adaptive":
+            self._check_adaptive_kl()
         return self
+
+    def _check_adaptive_kl(self) -> None:
+        # The controller reacts to an error of at most a fifth, so at this horizon one step could
+        # take the coefficient to zero, where it stays for ever.
+        if self.adaptive_kl_horizon * 5 <= self.prompts_per_step:
+            raise ConfigError(
+                f"ppo.adaptive_kl_horizon is {self.adaptive_kl_horizon}; expected more than a fifth "
+                f"of ppo.prompts_per_step ({self.prompts_per_step}), or one step could take the KL "
+                f"coefficient to zero or below. Use at least {10 * self.prompts_per_step}."
+            )
+        if self.kl_coef_min > self.kl_coef:
+            raise ConfigError(
+                f"ppo.adaptive_kl_coef_min is {self.kl_coef_min:g}; expected at most ppo.kl_coef "
+                f"({self.kl_coef:g}), with which the run starts."
+            )
+
+    @property
+    def kl_coef_min(self) -> float:
+        """Smallest KL coefficient that the adaptive controller sets."""
+        return self.kl_coef if self.adaptive_kl_coef_min is None else self.adaptive_kl_coef_min
 
     @property
     def minibatch_size(self) -> int:
@@ -413,6 +440,11 @@ class TrainConfig(Section):
     """PPO steps between checkpoints; the next step starts while one is written."""
     checkpoints_kept: AtLeastOne = 2
     """Newest checkpoints kept, beside the best one."""
+    probe_prompts: Annotated[int, Field(ge=0)] = 32
+    """Training prompts, always the same, with which checkpoints are compared to find the best one; 0
+    measures none, and then no checkpoint is the best."""
+    probe_every: AtLeastOne = 5
+    """PPO steps between two such measurements; each samples and scores the probe prompts once."""
     storage: str | None = None
     """Folder or `s3://...` for checkpoints that every node can reach; null takes the run's own folder."""
 
@@ -526,7 +558,8 @@ class RunConfig(Section):
     description: str = ""
     """What the recipe is for, in a sentence."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Seed of the split, the order of the data, response limits, sampling, minibatches and new weights."""
+    """Seed of the order of the data, response limits, sampling, minibatches, new adapter weights and the
+    report's intervals. The held-out rows do not depend on it, so runs with other seeds are comparable."""
     data: DataConfig = Field(default_factory=DataConfig)
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
@@ -577,6 +610,7 @@ RENAMED = {
     "ppo.stop_update_kl": "ppo.target_kl",
     "ppo.kl_target": "ppo.adaptive_kl_target",
     "ppo.kl_horizon": "ppo.adaptive_kl_horizon",
+    "ppo.kl_estimator": "ppo.kl_in",
     "evaluate.toxic_above": "evaluate.toxicity_threshold",
 }
 """Former names of settings, which are refused like any unknown name."""

@@ -1,7 +1,7 @@
 """All random numbers of a run: sampling noise, minibatch assignment and the order of shards.
 
-Each one is a pure function of the seed and its position (step and prompt, step and epoch, or
-epoch and shard), so a resumed run, or a run on another number of workers, draws the same numbers.
+Each one is a pure function of the seed and its position (step, prompt and its occurrence, step and
+epoch, or epoch and shard), so a resumed run, or a run on another number of workers, draws the same numbers.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ EVALUATION = -1
 
 
 def sampling_noise(
-    ids: Sequence[str], sampling: SamplingConfig, seed: int, step: int
+    ids: Sequence[str],
+    sampling: SamplingConfig,
+    seed: int,
+    step: int,
+    occurrences: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the response limit of each prompt and the sampling noise of its tokens.
 
@@ -24,6 +28,8 @@ def sampling_noise(
         sampling: settings with the range of `max_new_tokens`.
         seed: seed of the run.
         step: step of the run, or `EVALUATION`.
+        occurrences: numbers that give the copies of a prompt in one step different noise; None if
+            no prompt repeats.
 
     Returns:
         max_new_tokens [B] int64, uniform on the range of `sampling.max_new_tokens`, and noise
@@ -31,9 +37,12 @@ def sampling_noise(
     """
     max_new_tokens = np.empty(len(ids), dtype=np.int64)
     noise = np.empty((len(ids), sampling.highest_limit))
-    for row, name in enumerate(ids):
-        # +1 because EVALUATION is negative and numpy accepts no negative seeds.
-        rng = np.random.default_rng([seed, step + 1, int(name, 16)])
+    pairs = zip(ids, occurrences or [0] * len(ids), strict=True)
+    for row, (name, occurrence) in enumerate(pairs):
+        # +1 because EVALUATION is negative and numpy accepts no negative seeds. The noise of a
+        # prompt that occurs once does not depend on whether others repeat.
+        key = [seed, step + 1, int(name, 16), *([occurrence] if occurrence else [])]
+        rng = np.random.default_rng(key)
         max_new_tokens[row] = rng.integers(
             sampling.lowest_limit, sampling.highest_limit, endpoint=True
         )

@@ -10,7 +10,7 @@ The stages are methods of `stages/session.py`; the files of a run are in `runs/f
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,22 +20,37 @@ from ray_detox.data.files import Source
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.models.sources import fingerprint, folder_fingerprint
 from ray_detox.recipes.loading import config_from_dict
+from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
 from ray_detox.runs.console import Console
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.publish import check_store
-from ray_detox.runs.resume import require_same_run, run_storage
+from ray_detox.runs.resume import kept_checkpoint, require_same_run, run_storage
 from ray_detox.runs.storage import StorageError, write_atomic
 from ray_detox.signals import end_on_sigterm
 from ray_detox.stages import preflight
 from ray_detox.stages.cluster.connect import cluster, count_gpus, is_local
-from ray_detox.stages.errors import NotStored, StageError, Stopped, flatten_ray_errors
+from ray_detox.stages.errors import (
+    NotStored,
+    StageError,
+    Stopped,
+    TrainingDiverged,
+    flatten_ray_errors,
+)
 from ray_detox.store.protocol import check_run_id
 
 if TYPE_CHECKING:
     from ray_detox.stages.ingest import Ingested
     from ray_detox.stages.session import Session
 
-__all__ = ["NotStored", "StageError", "Stopped", "evaluate_run", "prepare_run", "run"]
+__all__ = [
+    "NotStored",
+    "StageError",
+    "Stopped",
+    "TrainingDiverged",
+    "evaluate_run",
+    "prepare_run",
+    "run",
+]
 
 
 def run(
@@ -53,6 +68,7 @@ def run(
         ConfigError, StoreError: the settings are not valid; nothing has started.
         Stopped: the user stopped the run; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
+        TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
         StageError: a task of another stage failed, or the cluster lost resources of the run.
         NotStored: the result is in the run's folder, but not in the result store.
     """
@@ -76,24 +92,46 @@ def _run_stages(
     with _session(config, console) as session:
         data = session.ingest(source)
         training = session.train(folder, data.shards)
-        examples = session.measure(folder, data.held_out)
+        adapter = read_files(folder.adapter)
+        examples = session.measure(folder, adapter, data.held_out)
         measured = training.to_json() | {"actors": _actors(session)}
-        facts = _facts(config, folder, console, data, training.outcome.step, measured)
+        facts = _facts(config, folder, console, data, adapter, training.outcome.step, measured)
         return session.finish(folder, examples, facts, overwrite=overwrite)
 
 
-def evaluate_run(config: RunConfig, folder: RunFolder, console: Console) -> dict[str, Any]:
+def evaluate_run(
+    config: RunConfig, folder: RunFolder, console: Console, checkpoint: str | None = None
+) -> dict[str, Any]:
     """Measure a run's adapter again, possibly with changed settings; store nothing.
 
+    Args:
+        config: of the run, with the changes.
+        folder: of the run.
+        console: shows progress.
+        checkpoint: measure a kept checkpoint (`best`, `newest` or its step) instead of the final
+            adapter; the run need not have finished.
+
     Raises:
-        ConfigError: the run has no adapter yet, or a setting is not valid.
+        ConfigError: the run has no adapter or checkpoint of that name, or a setting is not valid.
     """
-    folder.require_adapter()
+    steps, training = config.train.steps, dict[str, Any]()
+    if checkpoint is None:
+        folder.require_adapter()
+        adapter = read_files(folder.adapter)
+    else:
+        found = kept_checkpoint(config, folder, checkpoint)
+        adapter, steps = adapter_files(found.files), found.step
+        training["checkpoint"] = {
+            "name": checkpoint,
+            "step": found.step,
+            "objective": found.objective,
+        }
+        console.line(f"checkpoint of step {found.step} ({checkpoint})")
     source = preflight.check(config)
     with flatten_ray_errors(), _session(config, console) as session:
         data = session.ingest(source)
-        examples = session.measure(folder, data.held_out, keep=False)
-    facts = _facts(config, folder, console, data, config.train.steps, training={})
+        examples = session.measure(folder, adapter, data.held_out, keep=False)
+    facts = _facts(config, folder, console, data, adapter, steps, training)
     return summarise(rate(examples, config), config, facts)
 
 
@@ -153,6 +191,7 @@ def _facts(
     folder: RunFolder,
     console: Console,
     data: "Ingested",
+    adapter: Mapping[str, bytes],
     steps: int,
     training: dict[str, Any],
 ) -> RunFacts:
@@ -162,17 +201,19 @@ def _facts(
         rows=asdict(data.counts),
         seconds=dict(console.seconds),
         training=training,
-        fingerprints=_fingerprints(config, folder, data),
+        fingerprints=_fingerprints(config, adapter, data),
     )
 
 
-def _fingerprints(config: RunConfig, folder: RunFolder, data: "Ingested") -> dict[str, str]:
+def _fingerprints(
+    config: RunConfig, adapter: Mapping[str, bytes], data: "Ingested"
+) -> dict[str, str]:
     """Return content fingerprints of the models, the adapter and the prompts of this run."""
     policy, reward = config.policy, config.reward
     return {
         "policy": fingerprint(policy.model, policy.revision, "policy.model"),
         "reward": fingerprint(reward.model, reward.revision, "reward.model"),
-        "adapter": folder_fingerprint(folder.adapter),
+        "adapter": unpack_folder(adapter, folder_fingerprint),
         "prompts": data.fingerprint,
     }
 

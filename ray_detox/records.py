@@ -41,6 +41,8 @@ class PreparedRow:
     columns: dict[str, Any]
     """The row as it was read, with values of JSON types; reward functions receive every column,
     also one that is called `prompt`."""
+    copy: int
+    """Number of earlier rows of the data with the same prompt; 0 until `ingest` has counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class PromptBatch:
     """[B, Q] bool, True on prompt tokens."""
     columns: dict[str, list[Any]]
     """The data's other columns, such as the reference summary; reward functions receive them."""
+    occurrences: list[int]
+    """A number that tells the copies of a prompt in one step apart; 0 for the first."""
 
     def __post_init__(self) -> None:
         batch = len(self.ids)
@@ -94,6 +98,7 @@ class PromptBatch:
             query_ids=self.query_ids[list(rows), :width],
             query_mask=mask[:, :width],
             columns={name: [column[i] for i in rows] for name, column in self.columns.items()},
+            occurrences=[self.occurrences[i] for i in rows],
         )
 
 
@@ -231,7 +236,7 @@ class Rollout:
     values: Tensor
     """[B, R] float32, the value estimated just before each token."""
     scores: Tensor
-    """[B] float32, the reward for the whole response."""
+    """[B] float32, the reward for the whole response, less `ppo.unfinished_penalty` if it was cut."""
 
     def __post_init__(self) -> None:
         batch, response = self.response_ids.shape
@@ -294,7 +299,7 @@ class Targets:
     """Per-token learning targets computed from a rollout; every tensor is [B, R] float32."""
 
     kl: Tensor
-    """Per-token KL estimate to the reference, in nats."""
+    """Per-token estimate of KL(pi || ref), in nats (`ppo.reward_kl`)."""
     rewards: Tensor
     """Reward per token: the KL penalty on each, plus the score on the last."""
     advantages: Tensor
@@ -314,9 +319,9 @@ class UpdateStats:
     step: int
     """Steps done, including this one."""
     score: float
-    """Mean reward of a response."""
+    """Mean reward of a response, less `ppo.unfinished_penalty` if it was cut."""
     score_std: float
-    """Standard deviation of the rewards."""
+    """Standard deviation of these rewards."""
     toxicity: float
     """Mean probability of hate of the sampled responses."""
     kl: float
@@ -327,6 +332,8 @@ class UpdateStats:
     """Mean of -log p per sampled token, in nats."""
     length: float
     """Mean response length, in tokens."""
+    finished: float
+    """Share of responses that ended with end-of-sequence, before their limit cut them."""
     policy_loss: float
     """Mean over minibatches, per token."""
     value_loss: float
@@ -356,7 +363,13 @@ class UpdateStats:
     seconds_update: float
     """Time spent on targets and optimiser steps, mean over workers."""
     seconds: float
-    """Duration of the whole step, mean over workers."""
+    """Duration of the whole step without the probe, mean over workers."""
+    seconds_probe: float
+    """Time spent on the probe prompts, mean over workers; 0 if the step did not measure them."""
+    probe_score: float | None
+    """Mean reward on the probe prompts after the update; None if the step did not measure them."""
+    probe_kl: float | None
+    """KL to the reference per response on the probe prompts after the update, in nats; or None."""
 
 
 @dataclass(frozen=True, slots=True)

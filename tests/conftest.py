@@ -226,6 +226,7 @@ def some_prompts(count: int, seed: int = 0, longest: int = 9) -> PromptBatch:
         query_ids=query_ids,
         query_mask=query_mask,
         columns={"summary": [f"summary {index}" for index in range(count)]},
+        occurrences=[0] * count,
     )
 
 

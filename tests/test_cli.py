@@ -24,7 +24,10 @@ from transformers import AutoModelForSeq2SeqLM
 from ray_detox import pipeline, signals
 from ray_detox.cli import main as cli
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
+from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.resume import kept_checkpoint
+from ray_detox.runs.storage import Storage
 from ray_detox.stages import errors
 from tests.pseudo_terminal import on_terminal
 
@@ -571,6 +574,69 @@ def test_a_run_without_an_adapter_is_not_evaluated_or_exported(mistake, stored_r
     assert not (tmp_path / "model").exists()
 
 
+@pytest.fixture
+def checkpoints(stored_run):
+    """`checkpoints({step: objective})`: a run that keeps these checkpoints."""
+
+    def make(objectives):
+        folder = stored_run("first")
+        store = CheckpointStore(Storage(str(folder.path)), keep=9)
+        for step, objective in objectives.items():
+            files = {"adapter/adapter_config.json": b"{}", "state.json": str(step).encode()}
+            store.save(Checkpoint(step, files, objective))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+@pytest.mark.parametrize(
+    ("objectives", "name", "sentence"),
+    [
+        ({}, "best", "Run 'first' has no checkpoint yet."),
+        ({}, "bets", "--checkpoint is 'bets'; expected best, newest or the step of one."),
+        ({2: None, 3: None}, "best", "has measured none of its checkpoints (train.probe_prompts=0)"),
+        ({1: 0.5, 2: 0.9, 3: None}, "7", "keeps no checkpoint of step 7; it keeps those of steps "
+         "1, 2 (best), 3."),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_kept_is_refused_with_those_that_are(
+    mistake, checkpoints, tmp_path, verb, objectives, name, sentence
+):
+    checkpoints(objectives)
+    words = ["first", tmp_path / "model"] if verb == "export" else ["first"]
+
+    assert sentence in mistake(*words, "--checkpoint", name, verb=verb)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("name", "step"), [("best", 2), ("newest", 3), ("1", 1)])
+def test_a_checkpoint_is_found_by_its_name(checkpoints, name, step):
+    folder = checkpoints({1: 0.5, 2: 0.9, 3: None})
+
+    found = kept_checkpoint(folder.read_config(), folder, name)
+
+    assert (found.step, found.files["state.json"]) == (step, str(step).encode())
+
+
+def test_the_named_checkpoint_is_evaluated_and_exported(monkeypatch, checkpoints, output, tmp_path):
+    checkpoints({1: 0.5, 2: 0.9, 3: None})
+    seen = []
+    monkeypatch.setattr(
+        "ray_detox.models.loading.export_model",
+        lambda policy, adapter, target: seen.append(sorted(f.name for f in adapter.iterdir())),
+    )
+    monkeypatch.setattr(
+        pipeline, "evaluate_run", lambda config, folder, console, which: seen.append(which) or {}
+    )
+    where = ["--output", str(output)]
+
+    cli.main(["export", "first", str(tmp_path / "model"), "--checkpoint", "best", *where])
+    cli.main(["evaluate", "first", "--checkpoint", "newest", *where])
+
+    assert seen == [["adapter_config.json"], "newest"]
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
 def test_an_unknown_run_is_not_evaluated_or_exported(mistake, tmp_path, verb):
     words = ["first", tmp_path / "model"] if verb == "export" else ["first"]
@@ -618,6 +684,26 @@ def test_a_run_that_ends_early_prints_the_command_to_resume_it(
     assert ended == code
     assert said in printed.out + printed.err
     assert f"ray-detox run --resume first --output {output}" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "which"), [([], "best"), (["train.probe_prompts=0"], "newest")]
+)
+def test_a_run_that_diverges_says_how_to_measure_its_last_good_checkpoint(
+    monkeypatch, capsys, output, settings, which
+):
+    def run(config, folder, console, *, resume):
+        raise pipeline.TrainingDiverged("Training has diverged in step 7: the KL ...")
+
+    monkeypatch.setattr(pipeline, "run", run)
+
+    ended = cli.main(["run", "lab", *settings, "--run-id", "first", "--output", str(output)])
+
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert ended == cli.FAILED
+    assert first == "ray-detox: Training has diverged in step 7: the KL ..."
+    assert f"ray-detox evaluate first --checkpoint {which} --output {output}" in second
+    assert third.endswith(f"ray-detox run --resume first --output {output}")
 
 
 def test_an_unsupported_python_and_a_missing_package_are_reported(monkeypatch, capsys, output):

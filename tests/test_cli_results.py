@@ -126,11 +126,13 @@ SAMPLE = {
     "toxicity_before": 0.75,
     "length_before": 2,
     "truncated_before": False,
+    "finished_before": True,
     "response_after": "</script><b>a",
     "reward_after": 1.0,
     "toxicity_after": 0.25,
     "length_after": 5,
     "truncated_after": False,
+    "finished_after": True,
 }
 
 

@@ -21,6 +21,7 @@ from ray_detox.config import (
 from ray_detox.evaluation.examples import EvaluatedResponse
 from ray_detox.evaluation.metrics import RATINGS
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
+from ray_detox.rl.ppo import next_kl_coef
 
 SECTIONS = [
     field.annotation
@@ -297,7 +298,7 @@ BAD_VALUES = [
     ("ppo.value_clip_range", -1),
     ("ppo.value_coef", -1),
     ("ppo.kl_coef", -0.1),
-    ("ppo.kl_estimator", "k4"),
+    ("ppo.adaptive_kl_coef_min", -0.1),
     ("ppo.kl_in", "nowhere"),
     ("ppo.kl_controller", "wise"),
     ("ppo.adaptive_kl_target", 0),
@@ -305,6 +306,10 @@ BAD_VALUES = [
     ("ppo.target_kl", 0),
     ("ppo.gamma", 1.1),
     ("ppo.gae_lambda", -0.1),
+    ("ppo.max_kl", 0),
+    ("ppo.unfinished_penalty", -1),
+    ("train.probe_prompts", -1),
+    ("train.probe_every", 0),
     ("train.steps", 0),
     ("train.workers", 0),
     ("train.workers", 17),
@@ -378,9 +383,17 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
             "data.max_chars (100) leaves no length above data.min_chars (200)",
         ),
         (
-            ["ppo.kl_in=loss"],
-            "ppo.kl_estimator=k1 with ppo.kl_in=loss has a gradient of zero on average. "
-            "Use k2 or k3, or ppo.kl_in=reward.",
+            ["ppo.kl_estimator=k3"],
+            "Unknown setting 'ppo.kl_estimator'; did you mean 'ppo.kl_in'?",
+        ),
+        (
+            ["ppo.kl_controller=adaptive", "ppo.adaptive_kl_horizon=12"],
+            "ppo.adaptive_kl_horizon is 12; expected more than a fifth of ppo.prompts_per_step (64), "
+            "or one step could take the KL coefficient to zero or below. Use at least 640.",
+        ),
+        (
+            ["ppo.kl_controller=adaptive", "ppo.kl_coef=0.1", "ppo.adaptive_kl_coef_min=0.2"],
+            "ppo.adaptive_kl_coef_min is 0.2; expected at most ppo.kl_coef (0.1), with which",
         ),
         (
             ["reward.terms=[{function: a.f}, {function: b.f}]"],
@@ -409,6 +422,18 @@ def test_a_weight_that_is_no_number_is_refused():
 
 def test_a_config_error_is_a_value_error_so_that_libraries_may_treat_it_so():
     assert issubclass(ConfigError, ValueError)
+
+
+def test_a_short_horizon_is_accepted_if_the_controller_is_fixed_or_slow_enough():
+    assert load_config("lab", ["ppo.adaptive_kl_horizon=12"]).ppo.kl_controller == "fixed"
+    shortest = load_config("lab", ["ppo.kl_controller=adaptive", "ppo.adaptive_kl_horizon=13"]).ppo
+    assert next_kl_coef(0.2, 0.0, 6.0, shortest.adaptive_kl_horizon, responses=64) > 0
+
+
+def test_the_adaptive_controller_never_goes_below_kl_coef_unless_asked():
+    assert load_config("lab", ["ppo.kl_coef=0.3"]).ppo.kl_coef_min == 0.3
+    assert load_config("flan-t5-base", []).ppo.kl_coef_min == 0.2
+    assert load_config("seed", []).ppo.kl_coef_min == 0, "as in TRL"
 
 
 # ---- round trips -------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ def stats(step: int, **changes: object) -> UpdateStats:
 def test_a_step_is_one_line_in_fixed_order_with_units():
     metrics = stats(
         7, score=2.314, toxicity=0.0349, kl=0.43, clip_fraction=0.07, explained_variance=0.62,
-        length=31.2, seconds=5.07,
+        length=31.2, finished=0.984, seconds=5.07,
     )  # fmt: skip
 
     assert step_line(metrics, 200) == (
         "step   7/200 | score +2.31 | toxicity 0.03 | kl  0.43 nat | clip   7% "
-        "| explained variance +0.62 | length  31 | 5.1 s"
+        "| explained variance +0.62 | length  31 | finished  98% | 5.1 s"
     )
 
 

@@ -32,6 +32,8 @@ def example(index: int, before: float, after: float, **changes: object) -> Paire
         "length_after": 10,
         "truncated_before": False,
         "truncated_after": False,
+        "finished_before": True,
+        "finished_after": True,
     }
     return PairedExample.from_json(stored | changes)
 
@@ -106,6 +108,12 @@ def test_truncated_texts_are_counted_and_noted():
     assert any("3 of 8 prompts" in note for note in report["notes"])
 
 
+def test_the_share_of_finished_responses_is_reported_before_and_after():
+    report = report_of([example(i, 0.9, 0.1, finished_after=i < 6) for i in range(8)])
+
+    assert report["finished"] == {"before": 1.0, "after": 0.75}
+
+
 def test_the_judge_agrees_that_the_insult_is_gone():
     pytest.importorskip("profanity_check")
     examples = [example(i, 0.9, 0.1) for i in range(8)]
@@ -133,8 +141,8 @@ def test_the_judge_none_loads_nothing():
 
 
 def test_the_stored_form_is_flat_and_in_a_fixed_order():
-    before = EvaluatedResponse("You fool.", -1.0, 0.9, 3, False, {"brevity": 0.5})
-    after = EvaluatedResponse("Hello.", 2.0, 0.1, 2, True, {"brevity": 0.7})
+    before = EvaluatedResponse("You fool.", -1.0, 0.9, 3, False, True, {"brevity": 0.5})
+    after = EvaluatedResponse("Hello.", 2.0, 0.1, 2, True, False, {"brevity": 0.7})
     paired = PairedExample(
         index=3,
         prompt_id="00ff",
@@ -158,16 +166,18 @@ def test_the_stored_form_is_flat_and_in_a_fixed_order():
         ("toxicity_before", 0.9),
         ("length_before", 3),
         ("truncated_before", False),
+        ("finished_before", True),
         ("brevity_before", 0.5),
         ("response_after", "Hello."),
         ("reward_after", 2.0),
         ("toxicity_after", 0.1),
         ("length_after", 2),
         ("truncated_after", True),
+        ("finished_after", False),
         ("brevity_after", 0.7),
     ]
     (rated,) = rate([paired], load_config("lab"))
-    assert list(rated.to_json().items())[18:] == [
+    assert list(rated.to_json().items())[20:] == [
         ("rouge_l_before", 0.0),
         ("facts_before", 0.0),
         ("rouge_l_after", 1.0),

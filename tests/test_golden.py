@@ -44,7 +44,7 @@ DEFAULTS = {
     "vf_coef": 0.1,
     "gradient_accumulation_steps": 1,
 }
-ESTIMATOR = {"kl": "k1", "mse": "k2"}
+ESTIMATE = {"kl": ppo.reward_kl, "mse": ppo.loss_kl}
 
 
 def assert_agrees(actual, expected):
@@ -119,7 +119,7 @@ def advantages(case, mask=MASK, kl_coef=None):
     """KL, rewards, standardised advantages and returns of our functions on golden log-probs."""
     config = settings(case)
     kl_coef = config["init_kl_coef"] if kl_coef is None else kl_coef
-    kl = ppo.KL_ESTIMATORS[ESTIMATOR[config["kl_penalty"]]](PRE["logprobs"], PRE["ref_logprobs"])
+    kl = ESTIMATE[config["kl_penalty"]](PRE["logprobs"], PRE["ref_logprobs"])
     rewards = ppo.token_rewards(case["scores_used"], kl, mask, kl_coef)
     raw, returns = ppo.gae(rewards, PRE["values"], mask, config["gamma"], config["lam"])
     return kl, rewards, ppo.standardise(raw, mask), returns
@@ -166,7 +166,7 @@ def test_rewards_and_advantages_match_trl(name):
 def test_kl_per_response_and_next_kl_coefficient_match_trl():
     stats = GOLDEN["cases"]["default"]["stats"]
 
-    k1 = ppo.kl_k1(PRE["logprobs"], PRE["ref_logprobs"])
+    k1 = ppo.reward_kl(PRE["logprobs"], PRE["ref_logprobs"])
     kl = float(torch.where(MASK, k1, 0.0).sum(dim=1).mean())
     kl_coef = ppo.next_kl_coef(0.2, kl, kl_target=6.0, kl_horizon=10_000, responses=8)
 
@@ -230,7 +230,7 @@ def test_every_minibatch_and_the_trained_weights_match_trl(make_golden_policy, n
         if index % every == every - 1:
             optimiser.step()
             optimiser.zero_grad()
-        approx_kl = ppo.kl_k2(new, PRE["logprobs"][rows])
+        approx_kl = ppo.loss_kl(new, PRE["logprobs"][rows])
         metrics = (policy_loss, value_loss, clipped.float(), value_clipped.float(), approx_kl)
         measured.append([float(x.detach()[mask].mean()) for x in metrics])
 

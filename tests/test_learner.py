@@ -125,7 +125,7 @@ def test_targets_are_the_functions_of_ppo_applied_to_the_rollout(make_policy, ma
 
     targets = Learner(make_policy(), config, seed=0).targets(rollout)
 
-    kl = torch.where(mask, ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs), 0.0)
+    kl = torch.where(mask, ppo.reward_kl(rollout.logprobs, rollout.ref_logprobs), 0.0)
     rewards = ppo.token_rewards(rollout.scores, kl, mask, 0.3)
     advantages, returns = ppo.gae(rewards, rollout.values, mask, 0.9, 0.8)
     assert_close(targets.kl, kl)
@@ -423,13 +423,10 @@ def test_gradients_are_clipped_in_every_minibatch(make_policy, make_rollout):
 # ---- the KL coefficient ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_a_kl_penalty_in_the_loss_pulls_towards_the_reference(make_policy, make_rollout, estimator):
+def test_a_kl_penalty_in_the_loss_pulls_towards_the_reference(make_policy, make_rollout):
     policy = make_policy()
     rollout = make_rollout(policy, ROWS)
-    config = settings(
-        kl_in="loss", kl_estimator=estimator, kl_coef=0.5, value_coef=0.0, learning_rate=1e-3
-    )
+    config = settings(kl_in="loss", kl_coef=0.5, value_coef=0.0, learning_rate=1e-3)
     learner = Learner(policy, config, seed=0)
 
     first = learner.update(rollout, no_targets(rollout), step=0)
@@ -438,14 +435,14 @@ def test_a_kl_penalty_in_the_loss_pulls_towards_the_reference(make_policy, make_
 
     with torch.no_grad():
         now = policy.score_tokens(rollout.tokens).logprobs
-    far = ppo.kl_k2(rollout.logprobs, rollout.ref_logprobs).sum()
+    far = ppo.loss_kl(rollout.logprobs, rollout.ref_logprobs).sum()
     assert first.grad_norm > 0
-    assert ppo.kl_k2(now, rollout.ref_logprobs).sum() < 0.9 * far
+    assert ppo.loss_kl(now, rollout.ref_logprobs).sum() < 0.9 * far
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"kl_in": "loss", "kl_estimator": "k2", "kl_coef": 0.0}, {"kl_in": "reward", "kl_coef": 0.5}],
+    [{"kl_in": "loss", "kl_coef": 0.0}, {"kl_in": "reward", "kl_coef": 0.5}],
     ids=["kl-coef-zero", "kl-in-the-reward"],
 )
 def test_without_a_kl_penalty_in_the_loss_the_kl_has_no_gradient(
@@ -465,7 +462,7 @@ def test_a_kl_penalty_in_the_loss_is_not_in_the_reward_as_well(make_policy, make
     policy = make_policy()
     rollout = make_rollout(policy, ROWS)
 
-    targets = Learner(policy, settings(kl_in="loss", kl_estimator="k2"), 0).targets(rollout)
+    targets = Learner(policy, settings(kl_in="loss"), 0).targets(rollout)
 
     assert targets.kl.any()
     assert_close(targets.rewards.sum(dim=1), rollout.scores)
@@ -484,6 +481,19 @@ def test_only_the_adaptive_controller_changes_the_kl_coefficient(make_policy):
 
     assert fixed.kl_coef == 0.2
     assert adaptive.kl_coef == pytest.approx(0.2 * (1 + 0.2 * ROWS / 80))
+
+
+def test_the_adaptive_controller_is_one_sided_unless_a_lower_minimum_is_set(make_policy):
+    policy, config = make_policy(), {"kl_controller": "adaptive", "adaptive_kl_horizon": 80}
+    one_sided = Learner(policy, settings(kl_coef=0.2, **config), seed=0)
+    two_sided = Learner(policy, settings(kl_coef=0.2, **config, adaptive_kl_coef_min=0), seed=0)
+
+    for learner in (one_sided, two_sided):
+        for _ in range(3):
+            learner.adapt_kl_coef(0.1)
+
+    assert one_sided.kl_coef == 0.2
+    assert two_sided.kl_coef == pytest.approx(0.2 * (1 - 0.2 * ROWS / 80) ** 3)
 
 
 # ---- state -------------------------------------------------------------------------------------

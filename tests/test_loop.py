@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load
 from torch.testing import assert_close
 
+from ray_detox import draws
 from ray_detox.config import (
     DataConfig,
     PolicyConfig,
@@ -25,13 +26,22 @@ from ray_detox.models.loading import load_policy
 from ray_detox.records import PreparedRow, UpdateStats
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
+from ray_detox.rl.divergence import DivergedError
 from ray_detox.rl.learner import Learner, NonFiniteError
-from ray_detox.rl.loop import Outcome, check_start, train
+from ray_detox.rl.loop import Outcome, check_start, is_probed, train
+from ray_detox.rl.rollout import collect
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.local import LocalRuntime
 
 SHARDS = 4
-TIMINGS = {"seconds", "seconds_sample", "seconds_score", "seconds_reference", "seconds_update"}
+TIMINGS = {
+    "seconds",
+    "seconds_sample",
+    "seconds_score",
+    "seconds_reference",
+    "seconds_update",
+    "seconds_probe",
+}
 
 
 class WorkerCrash(Exception):
@@ -87,8 +97,9 @@ def config(tiny_t5, tiny_roberta):
             learning_rate=3e-3,
             kl_controller="adaptive",
             adaptive_kl_horizon=50,
+            adaptive_kl_coef_min=0.0,
         ),
-        train=TrainConfig(steps=5, workers=1, checkpoint_every=2),
+        train=TrainConfig(steps=5, workers=1, checkpoint_every=2, probe_prompts=6, probe_every=2),
     )
 
 
@@ -107,6 +118,7 @@ def rows(make_prompts):
             prompt=batch.texts[n],
             query_ids=batch.query_ids[n][batch.query_mask[n]].tolist(),
             columns={"summary": f"summary {n}"},
+            copy=0,
         )
         for n in range(22)
     ]
@@ -178,6 +190,8 @@ def test_every_step_is_logged_once_and_every_metric_is_finite(uninterrupted):
     for stats in uninterrupted.logged:
         plain = dataclasses.asdict(stats)
         terms = plain.pop("terms")
+        if stats.step not in (2, 4, 5):  # no probe
+            assert (plain.pop("probe_score"), plain.pop("probe_kl")) == (None, None)
         assert all(math.isfinite(value) for value in (plain | terms).values())
 
 
@@ -195,6 +209,7 @@ def test_the_metrics_are_in_the_range_of_the_settings(uninterrupted, config):
     for stats in uninterrupted.logged:
         assert 3 <= stats.length <= 8
         assert 0 <= stats.toxicity <= 1
+        assert 0 <= stats.finished <= 1
         assert stats.minibatches == 4
         assert stats.truncated == 0
         assert stats.terms["word_count"] <= stats.length
@@ -272,16 +287,65 @@ def test_resuming_a_complete_run_does_nothing(train_run, uninterrupted):
 # ---- checkpoints -------------------------------------------------------------------------------
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept(train_run, uninterrupted, tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(train_run, uninterrupted, config, tmp_path):
     more = LocalRuntime(tmp_path, keep=10)
 
     train_run(more)
 
     assert kept(more) == [0, 2, 4, 5]
-    objectives = {s.step: s.score - s.kl_coef * s.kl for s in more.logged if s.step in (2, 4, 5)}
+    start = more.store.load(0).objective
+    objectives = {0: start} | {
+        stats.step: stats.probe_score - config.ppo.kl_coef * stats.probe_kl
+        for stats in more.logged
+        if stats.probe_score is not None
+    }
+    assert objectives.keys() == {0, 2, 4, 5}
+    assert objectives == {step: more.store.load(step).objective for step in kept(more)}
     best = max(objectives, key=objectives.get)
     assert more.store.best() == best
     assert kept(uninterrupted) == sorted({4, 5, best})
+
+
+def test_an_objective_is_that_of_the_saved_policy_on_fixed_prompts_and_noise(
+    uninterrupted, config, reward, rows, tokenizer
+):
+    shards = PromptShards(config, rows, pad_id=0)
+    batch = shards.probe(6)
+    policy = load_policy(config.policy, config.sampling, config.seed)
+    learner = Learner(policy, config.ppo, config.seed)
+    newest = uninterrupted.store.newest()
+    unpack_folder(newest.files, lambda folder: checkpoint.read(folder, policy, learner))
+
+    collected = collect(
+        policy, tokenizer, reward, batch, seed=config.seed, step=draws.EVALUATION, chunk_size=3
+    )
+
+    rollout = collected.rollout
+    kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1).mean()
+    objective = rollout.scores.mean() - config.ppo.kl_coef * kl
+    assert newest.objective == pytest.approx(float(objective), abs=1e-4)
+    assert learner.kl_coef != config.ppo.kl_coef, "the controller's coefficient is another one"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "probe_every", "steps"),
+    [(1, 5, [0, 5, 10, 12]), (2, 5, [0, 6, 10, 12]), (5, 2, [0, 5, 10, 12]), (20, 1, [0, 12])],
+)
+def test_checkpoints_are_probed_at_regular_steps(checkpoint_every, probe_every, steps):
+    config = TrainConfig(steps=12, checkpoint_every=checkpoint_every, probe_every=probe_every)
+
+    assert [step for step in range(13) if is_probed(step, config)] == steps
+    assert not any(is_probed(step, config.replace(probe_prompts=0)) for step in range(13))
+
+
+def test_without_a_probe_no_checkpoint_is_the_best(train_run, config, tmp_path):
+    runtime = LocalRuntime(tmp_path)
+
+    train_run(runtime, train=config.train.replace(steps=2, probe_prompts=0))
+
+    assert kept(runtime) == [0, 2]
+    assert runtime.store.best() is None
+    assert [stats.probe_score for stats in runtime.logged] == [None, None]
 
 
 def test_the_state_of_a_checkpoint_is_independent_of_the_number_of_workers(uninterrupted, config):
@@ -395,6 +459,7 @@ def test_a_score_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
 
     runtime = LocalRuntime(tmp_path)
     policy = load_policy(config.policy, config.sampling, config.seed)
+    config = config.replace(train=config.train.replace(probe_prompts=0))
 
     with pytest.raises(NonFiniteError, match="in step 4"):
         train(
@@ -408,6 +473,44 @@ def test_a_score_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
 
     assert runtime.store.newest().step == 2
     assert [stats.step for stats in runtime.logged] == [1, 2, 3]
+
+
+def test_a_diverged_run_stops_keeps_earlier_checkpoints_and_stops_again_when_resumed(
+    train_run, config, uninterrupted, tmp_path
+):
+    # The third step samples the policy that two updates have moved.
+    kl = {stats.step: stats.kl for stats in uninterrupted.logged}
+    limit = (max(kl[1], kl[2], 1e-6) + kl[3]) / 2
+    assert kl[3] > limit
+    changes = {
+        "ppo": config.ppo.replace(max_kl=limit),
+        "train": config.train.replace(probe_every=5, checkpoint_every=1),
+    }
+    first, resumed, changed = (LocalRuntime(tmp_path) for _ in range(3))
+
+    with pytest.raises(DivergedError, match="in step 3") as stopped:
+        train_run(first, **changes)
+
+    assert [stats.step for stats in first.logged] == [1, 2, 3], "its metrics are kept"
+    assert kept(first) == [0, 1, 2], "two newest ones, and the best, which is the only one measured"
+    assert first.store.best() == 0
+    with pytest.raises(DivergedError) as again:
+        train_run(resumed, **changes)
+    assert str(again.value) == str(stopped.value)
+    assert kept(resumed) == [0, 1, 2]
+    changes["ppo"] = config.ppo.replace(max_kl=1e3)
+    assert train_run(changed, **changes) == Outcome(step=5, stopped=False)
+
+
+def test_a_checkpoint_whose_probe_has_diverged_is_not_kept(train_run, config, tmp_path):
+    runtime = LocalRuntime(tmp_path)
+    train = config.train.replace(probe_every=1, checkpoint_every=1)
+
+    with pytest.raises(DivergedError, match="in step 1"):
+        train_run(runtime, ppo=config.ppo.replace(max_kl=1e-3, learning_rate=0.3), train=train)
+
+    assert runtime.logged[0].kl < 1e-3 < runtime.logged[0].probe_kl
+    assert kept(runtime) == [0]
 
 
 # ---- several workers ---------------------------------------------------------------------------
@@ -436,6 +539,8 @@ def test_two_workers_with_equal_or_unequal_shares_equal_one_worker(
             terms = found.pop("terms")
             assert terms == pytest.approx(alone[step]["terms"], rel=1e-3)
             rest = {k: v for k, v in alone[step].items() if k != "terms"}
+            not_measured = [k for k, v in rest.items() if v is None]  # no probe in this step
+            assert [found.pop(k) or rest.pop(k) for k in not_measured] == [None] * len(not_measured)
             assert found == pytest.approx(rest, rel=1e-2, abs=1e-3)
     final_weights = [
         load(runtime.store.newest().files["adapter/adapter_model.safetensors"])

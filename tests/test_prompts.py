@@ -1,6 +1,7 @@
 """From rows to prompts, and all random numbers, which are functions of seed and position."""
 
 import datetime
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_a_prepared_row_has_its_prompt_its_tokens_and_its_columns():
         prompt="Sum up: A: hello",
         query_ids=[2, 3, 4, 5, 1],
         columns=row,
+        copy=0,
     )
 
 
@@ -208,6 +210,24 @@ def test_seed_step_and_prompt_each_change_the_noise():
     ]
 
     assert len(set(found)) == len(found)
+
+
+def test_the_copies_of_a_prompt_get_different_noise_and_the_first_that_of_a_single_one():
+    ids = [IDS[0], IDS[1], IDS[0], IDS[0]]
+
+    _, noise = draws.sampling_noise(ids, SAMPLING, seed=0, step=3, occurrences=[0, 0, 1, 2])
+
+    assert len({row.tobytes() for row in noise}) == 4
+    _, alone = draws.sampling_noise(IDS[:2], SAMPLING, seed=0, step=3)
+    np.testing.assert_array_equal(noise[:2], alone)
+
+
+def test_copies_are_numbered_across_parts():
+    seen = Counter()
+
+    parts = [prompts.number_copies(part, seen) for part in (["a", "b", "b"], ["b", "a", "c"])]
+
+    assert parts == [[0, 0, 1], [2, 1, 0]]
 
 
 def test_the_noise_does_not_depend_on_the_global_generator():

@@ -109,9 +109,9 @@ def test_prompts_and_ids_of_different_numbers_are_rejected():
     with pytest.raises(
         ValueError, match=r"query_ids has shape \(2, 3\).* for 1 ids; expected \[1, Q\]"
     ):
-        PromptBatch(["a"], ["a"], torch.zeros(2, 3), torch.zeros(2, 3), {})
+        PromptBatch(["a"], ["a"], torch.zeros(2, 3), torch.zeros(2, 3), {}, [0])
     with pytest.raises(ValueError, match=r"query_mask \(1, 2\) for 1 ids"):
-        PromptBatch(["a"], ["a"], torch.zeros(1, 3), torch.zeros(1, 2), {})
+        PromptBatch(["a"], ["a"], torch.zeros(1, 3), torch.zeros(1, 2), {}, [0])
 
 
 # ---- tokens ------------------------------------------------------------------------------------

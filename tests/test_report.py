@@ -78,6 +78,14 @@ def test_a_run_is_described_in_full(report):
     assert "notes:\n- The reward model" in shown
 
 
+def test_a_report_of_a_checkpoint_says_which_one(report):
+    report["training"] = {"checkpoint": {"name": "best", "step": 20, "objective": 1.5}}
+
+    heading = text.describe_run(report).partition("\n")[0]
+
+    assert heading.startswith("run first | recipe lab | complete | checkpoint of step 20 | 2026")
+
+
 @pytest.mark.parametrize("width", [None, 200, 100, 80, 60, 46])
 def test_lines_fit_a_terminal(report, width):
     texts = ["word " * 200, "汉字" * 300, "x" * 999, "a\u0301" * 5000]

@@ -1,5 +1,6 @@
 """Collecting: each response keeps its prompt, metrics and score, for any chunk size."""
 
+import dataclasses
 import zlib
 
 import numpy as np
@@ -187,6 +188,20 @@ def test_the_same_step_samples_the_same_responses_and_another_step_others(
     assert other.responses != first.responses
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 8])
+def test_the_copies_of_a_prompt_get_different_responses(
+    policy, tokenizer, make_prompts, chunk_size
+):
+    one = make_prompts(8).select([5] * 6)
+    batch = dataclasses.replace(one, occurrences=list(range(6)))
+
+    collected = run(policy, tokenizer, batch, chunk_size=chunk_size)
+
+    assert len(set(collected.responses)) > 3
+    assert len(set(run(policy, tokenizer, one).responses)) == 1
+    assert collected.responses == run(policy, tokenizer, batch, chunk_size=6).responses
+
+
 def test_all_chunks_are_submitted_before_the_first_wait_for_scores(policy, tokenizer, make_prompts):
     batch, scorer = make_prompts(9), LazyScorer()
 
@@ -196,6 +211,36 @@ def test_all_chunks_are_submitted_before_the_first_wait_for_scores(policy, token
     assert (
         collected.rollout.scores.tolist() == run(policy, tokenizer, batch).rollout.scores.tolist()
     )
+
+
+def test_a_response_is_finished_if_it_ended_before_its_limit(policy, tokenizer, make_prompts):
+    batch = make_prompts(40)
+    limits, _ = draws.sampling_noise(batch.ids, policy.sampling, seed=0, step=0)
+
+    collected = run(policy, tokenizer, batch)
+
+    rollout = collected.rollout
+    lengths = rollout.response_mask.sum(dim=1)
+    last = rollout.response_ids[torch.arange(40), lengths - 1]
+    assert collected.finished.tolist() == (last == 1).tolist()
+    assert 0 < collected.finished.sum() < 40
+    assert (
+        lengths[~torch.from_numpy(collected.finished)].numpy() == limits[~collected.finished]
+    ).all()
+
+
+def test_an_unfinished_response_pays_its_penalty_in_the_rollout_only(
+    policy, tokenizer, make_prompts
+):
+    batch = make_prompts(40)
+    settings = {"seed": 0, "step": 0, "chunk_size": 8}
+
+    free = collect(policy, tokenizer, ImmediateScorer(), batch, **settings)
+    paid = collect(policy, tokenizer, ImmediateScorer(), batch, **settings, unfinished_penalty=1.5)
+
+    difference = free.rollout.scores - paid.rollout.scores
+    assert_close(difference, torch.from_numpy(1.5 * ~free.finished).float(), atol=1e-4, rtol=0.0)
+    assert (paid.scores.rewards == free.scores.rewards).all()
 
 
 def test_seconds_are_reported_per_part(policy, tokenizer, make_prompts):

@@ -1,5 +1,7 @@
 """PromptShards: the global batch of a step is the same for any number of workers."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ def row(number):
         prompt=text,
         query_ids=[*range(3, 4 + number % 5), 1],
         columns={"summary": f"summary {number}", "topic": number},
+        copy=0,
     )
 
 
@@ -124,3 +127,49 @@ def test_a_shard_shorter_than_its_share_of_a_step_repeats_its_rows():
     batch = PromptShards(config(prompts_per_step=32), rows, pad_id=0).batch(0)
 
     assert batch.texts == [f"prompt {shard}" for shard in range(SHARDS) for _ in range(4)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_copies_of_a_prompt_in_a_step_have_different_occurrences_for_any_number_of_workers(workers):
+    # Two prompts in eight shards of two rows, each shard giving four rows to a step.
+    rows = {
+        shard: [dataclasses.replace(row(shard // 4), copy=2 * (shard % 4) + i) for i in range(2)]
+        for shard in range(SHARDS)
+    }
+    parts = [
+        PromptShards(
+            config(prompts_per_step=32, workers=workers),
+            {shard: rows[shard] for shard in shards_of_worker(SHARDS, rank, workers)},
+            pad_id=0,
+        )
+        for rank in range(workers)
+    ]
+
+    batches = [part.batch(step=5) for part in parts]
+
+    found = [pair for batch in batches for pair in zip(batch.ids, batch.occurrences, strict=True)]
+    assert len(set(found)) == 32
+    assert len({name for name, _ in found}) == 2
+    alone = PromptShards(config(prompts_per_step=32), rows, pad_id=0).batch(step=5)
+    assert found == list(zip(alone.ids, alone.occurrences, strict=True))
+
+
+def test_a_prompt_that_occurs_once_has_occurrence_zero():
+    assert worker_shards(0, 1).batch(1).occurrences == [0] * 16
+
+
+def test_selected_rows_keep_their_occurrences():
+    batch = make_batch([row(0), row(0), row(1)], pad_id=0, occurrences=[0, 1, 0])
+
+    assert batch.select([2, 1]).occurrences == [0, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+@pytest.mark.parametrize("count", [5, 16, 1000])
+def test_the_probe_prompts_do_not_depend_on_the_number_of_workers(workers, count):
+    alone = worker_shards(0, 1).probe(count)
+
+    parts = [worker_shards(rank, workers).probe(count) for rank in range(workers)]
+
+    assert [name for part in parts for name in part.ids] == alone.ids
+    assert len(set(alone.ids)) == min(count, 50)

@@ -299,7 +299,7 @@ FACTS = RunFacts(
 
 def scored():
     before, after = (
-        EvaluatedResponse("They met.", 1.0, toxicity, 3, False) for toxicity in (0.9, 0.1)
+        EvaluatedResponse("They met.", 1.0, toxicity, 3, False, True) for toxicity in (0.9, 0.1)
     )
     return [
         PairedExample(

@@ -100,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
             help="folder where runs are kept; default: runs",
         )
 
+    def add_checkpoint(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--checkpoint",
+            metavar="best|newest|STEP",
+            help="take a kept checkpoint instead of the final adapter",
+        )
+
     recipes = f"a recipe ({', '.join(recipe_names())}, or a .yaml file) and section.name=value"
     sub = add("check", _check, "Show all settings of a run and what it needs; starts nothing.")
     sub.add_argument("words", nargs="*", default=(), metavar="RECIPE|SETTING", help=recipes)
@@ -130,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         help="changed settings, section.name=value",
     )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_checkpoint(sub)
     add_output(sub)
     cli_results.add_verbs(add, add_output)
     add("schema", _schema, "Print the JSON schema of a recipe, for editors.")
@@ -138,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "folder", type=Path, metavar="FOLDER", help="folder for the model, new or empty"
     )
+    add_checkpoint(sub)
     add_output(sub)
     return parser
 
@@ -249,6 +258,15 @@ def _run(args: argparse.Namespace) -> int:
         if folder.path.is_dir():
             console.line(f"Stopped. Go on from the last checkpoint with: {go_on}")
         raise
+    except pipeline.TrainingDiverged as error:
+        print_error(error)
+        which = "best" if config.train.probe_prompts else "newest"
+        print_error(
+            f"its {which} checkpoint before that can be measured with: "
+            f"ray-detox evaluate {folder.run_id} --checkpoint {which}{output}"
+        )
+        print_error(f"after a change of settings, go on from an earlier step with: {go_on}")
+        return FAILED
     except RuntimeError as error:
         # TrainingError, RewardError: the message is for the user; the details are in Ray's logs.
         print_error(error)
@@ -273,7 +291,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     progress = sys.stderr if args.json else sys.stdout
     try:
-        report = api.evaluate(args.run_id, args.words, args.output, stream=progress)
+        report = api.evaluate(
+            args.run_id, args.words, args.output, checkpoint=args.checkpoint, stream=progress
+        )
     except RuntimeError as error:
         print_error(error)
         return FAILED
@@ -292,14 +312,21 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
+    from ray_detox.runs.resume import kept_checkpoint
+
     folder = RunFolder(args.output, check_run_id(args.run_id))
     config = folder.read_config()
-    folder.require_adapter()
+    if args.checkpoint is None:
+        folder.require_adapter()
+        adapter = read_files(folder.adapter)
+    else:
+        adapter = adapter_files(kept_checkpoint(config, folder, args.checkpoint).files)
     if args.folder.exists() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder} is not empty. Give a new folder for the model.")
     from ray_detox.models.loading import export_model
 
-    export_model(config.policy, folder.adapter, args.folder)
+    unpack_folder(adapter, lambda files: export_model(config.policy, files, args.folder))
     print(
         f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."
     )

@@ -6,6 +6,7 @@ Plain functions of values: no Ray, no random numbers (`draws.py`) and no files (
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def prepare(
             reason = f"over {data.max_prompt_tokens} prompt tokens"
         if reason is None:
             columns = _with_json_values(row)
-            prepared.append(PreparedRow(prompt_id(texts[i]), texts[i], query_ids[i], columns))
+            prepared.append(PreparedRow(prompt_id(texts[i]), texts[i], query_ids[i], columns, 0))
         else:
             prepared.append(LeftOutRow(_name(row, data), reason))
     return prepared
@@ -95,9 +96,24 @@ def unpack_rows(rows: Iterable[Mapping[str, Any]]) -> list[PreparedRow]:
             prompt=row["prompt"],
             query_ids=list(row["query_ids"]),
             columns=json.loads(row["columns"]),
+            copy=row.get("copy", 0),
         )
         for row in rows
     ]
+
+
+def number_copies(prompt_ids: Iterable[str], seen: Counter[str]) -> list[int]:
+    """Return for each row how many rows before it have the same prompt.
+
+    Args:
+        prompt_ids: of the rows, in order.
+        seen: rows before these by prompt; the function adds these rows.
+    """
+    copies = []
+    for name in prompt_ids:
+        copies.append(seen[name])
+        seen[name] += 1
+    return copies
 
 
 def held_out_count(rows: int, fraction: float) -> int:

@@ -25,6 +25,8 @@ class EvaluatedResponse:
     """Tokens, end-of-sequence included."""
     truncated: bool
     """True if the text was longer than the reward model reads."""
+    finished: bool
+    """True if it ended with end-of-sequence, False if its limit cut it."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """Each extra reward term by name, before its weight."""
     ratings: Mapping[str, float | None] = field(default_factory=dict)
@@ -40,7 +42,7 @@ class PairedExample:
         {"index": 0, "prompt_id": "3f...", "query": "Summarize ...", "reference": "Tom is late.",
          "facts": ["late"], "kl": 1.5,
          "response_before": "...", "reward_before": -1.0, "toxicity_before": 0.9,
-         "length_before": 10, "truncated_before": false,
+         "length_before": 10, "truncated_before": false, "finished_before": true,
          "response_after": "...", ...,
          "rouge_l_before": 0.4, "facts_before": 1.0, "rouge_l_after": 0.5, "facts_after": 1.0}
     """
@@ -76,6 +78,7 @@ class PairedExample:
             flat[f"toxicity_{side}"] = response.toxicity
             flat[f"length_{side}"] = response.length
             flat[f"truncated_{side}"] = response.truncated
+            flat[f"finished_{side}"] = response.finished
             flat |= {f"{name}_{side}": value for name, value in response.terms.items()}
         for side, response in self._sides():
             flat |= {f"{name}_{side}": value for name, value in response.ratings.items()}
@@ -127,6 +130,7 @@ def _pop_response(stored: dict[str, Any], side: str) -> EvaluatedResponse:
             toxicity=values.pop("toxicity"),
             length=values.pop("length"),
             truncated=values.pop("truncated"),
+            finished=values.pop("finished"),
             terms=values,  # the remaining values are the reward terms, under their names
             ratings=ratings,
         )

@@ -47,7 +47,9 @@ def measure(
     size = config.evaluate.batch_size
     for start in range(0, len(order), size):
         chunk = order[start : start + size].tolist()
-        batch = make_batch([rows[i] for i in chunk], policy.pad_id)
+        batch = make_batch(
+            [rows[i] for i in chunk], policy.pad_id, occurrences=[rows[i].copy for i in chunk]
+        )
         settings = {"seed": config.seed, "step": EVALUATION, "chunk_size": size}
         with policy.as_reference():
             before = collect(policy, tokenizer, scorer, batch, **settings)
@@ -80,6 +82,7 @@ def _evaluated(collected: "Collected", position: int) -> EvaluatedResponse:
         toxicity=float(scores.toxicity[position]),
         length=int(collected.rollout.response_mask[position].sum()),
         truncated=bool(scores.truncated[position]),
+        finished=bool(collected.finished[position]),
         terms={name: float(values[position]) for name, values in scores.terms.items()},
     )
 

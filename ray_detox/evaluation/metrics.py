@@ -114,6 +114,13 @@ METRICS = (
         floor=Floor("change", lambda config: config.max_length_change),
     ),
     Metric(
+        name="finished",
+        label="finished",
+        kind="share",
+        better="higher",
+        measured=lambda example, response: float(response.finished),
+    ),
+    Metric(
         name="distinct_2",
         label="distinct-2",
         kind="amount",

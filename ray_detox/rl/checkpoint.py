@@ -7,7 +7,7 @@
     state.json                step, KL coefficient, seed, the run's settings
 
 A checkpoint does not depend on the number of workers. It needs no state of a random generator:
-every random number is a function of (seed, step, prompt), and so is the position in the data.
+every random number is a function of seed, step and prompt, and so is the position in the data.
 `runs/checkpoint_store.py` decides where checkpoints are kept.
 """
 

@@ -62,8 +62,7 @@ class Learner:
     def targets(self, rollout: Rollout) -> Targets:
         """Compute per-token KL, rewards, advantages and returns with the current KL coefficient."""
         config, mask = self.config, rollout.response_mask
-        estimate = ppo.KL_ESTIMATORS[config.kl_estimator]
-        kl = torch.where(mask, estimate(rollout.logprobs, rollout.ref_logprobs), 0.0)
+        kl = torch.where(mask, ppo.reward_kl(rollout.logprobs, rollout.ref_logprobs), 0.0)
         kl_coef = self.kl_coef if config.kl_in == "reward" else 0.0
         rewards = ppo.token_rewards(rollout.scores, kl, mask, kl_coef)
         advantages, returns = ppo.gae(
@@ -162,17 +161,15 @@ class Learner:
         )
         loss = policy_loss.sum() + config.value_coef * value_loss.sum()
         if config.kl_in == "loss" and self.kl_coef:
-            estimate = ppo.KL_ESTIMATORS[config.kl_estimator]
-            loss = loss + self.kl_coef * estimate(new.logprobs, rollout.ref_logprobs).sum()
+            loss = loss + self.kl_coef * ppo.loss_kl(new.logprobs, rollout.ref_logprobs).sum()
 
         with torch.no_grad():
-            ratio = torch.where(mask, torch.exp(new.logprobs - rollout.logprobs), 0.0)
+            ratio = torch.where(mask, ppo.probability_ratio(new.logprobs, rollout.logprobs), 0.0)
             metrics = torch.stack(
                 [
                     policy_loss.sum(),
                     value_loss.sum(),
-                    # k3 between the policy that sampled and the policy being trained
-                    torch.where(mask, ppo.kl_k3(rollout.logprobs, new.logprobs), 0.0).sum(),
+                    torch.where(mask, ppo.approx_kl(rollout.logprobs, new.logprobs), 0.0).sum(),
                     clipped.sum(),
                     ratio.sum(),
                 ]
@@ -215,6 +212,7 @@ class Learner:
                 config.adaptive_kl_target,
                 config.adaptive_kl_horizon,
                 config.prompts_per_step,
+                config.kl_coef_min,
             )
 
     # ---- state ---------------------------------------------------------------------------------

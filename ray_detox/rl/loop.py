@@ -2,7 +2,8 @@ r"""The training loop of one worker: collect a rollout, update the policy, log, 
 
     shards.batch(step) -> collect(...) -> learner.targets -> learner.update
                                                     \-> UpdateStats -> runtime.log
-                               every k steps: checkpoint -> runtime.save (rank 0)
+      every probe_every steps: shards.probe() -> collect(...) -> objective of the checkpoint
+                 every checkpoint_every steps: checkpoint -> runtime.save (rank 0)
 
 The loop reaches its surroundings through the small `Runtime` protocol. `stages/train.py`
 implements it for a Ray Train worker, `runs/local.py` for a single process.
@@ -10,7 +11,7 @@ implements it for a Ray Train worker, `runs/local.py` for a single process.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ray_detox.config import RunConfig
+from ray_detox.config import RunConfig, TrainConfig
 from ray_detox.data.shards import PromptShards
+from ray_detox.draws import EVALUATION
 from ray_detox.models.policy import Policy
-from ray_detox.records import Rollout, Scorer, Targets, UpdateStats
+from ray_detox.records import PromptBatch, Rollout, Scorer, Targets, UpdateStats
 from ray_detox.rl import checkpoint, ppo
+from ray_detox.rl.divergence import check_divergence
 from ray_detox.rl.learner import Learner, Update
 from ray_detox.rl.rollout import Collected, collect
 
@@ -58,7 +61,7 @@ class Runtime(Protocol):
         Args:
             step: steps done.
             write: fills an empty folder.
-            objective: PPO's objective in the last step, score - kl_coef * kl; None before step 1.
+            objective: of the saved policy on the probe prompts, see `Probe`; None if not measured.
             last: True if no step follows: return only when the checkpoint is safely stored.
         """
 
@@ -82,6 +85,26 @@ class Outcome:
     """True if the run was stopped early."""
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The policy on the probe prompts: always the same prompts and the same sampling noise."""
+
+    score: float
+    """Mean reward of a response."""
+    kl: float
+    """KL to the reference per response, in nats."""
+    seconds: float
+    """Duration, mean over workers."""
+
+    def objective(self, kl_coef: float) -> float:
+        """Return the score less the KL penalty, by which checkpoints are compared.
+
+        Args:
+            kl_coef: the same for all checkpoints of a run, whatever an adaptive controller does.
+        """
+        return self.score - kl_coef * self.kl
+
+
 def train(
     config: RunConfig,
     runtime: Runtime,
@@ -94,6 +117,8 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is kept.
+        DivergedError: the policy has drifted too far or collapsed; the last checkpoint is that of
+            an earlier step. A resumed run repeats the steps since, and stops again.
         StartError: the untrained policy differs from its reference.
     """
     learner = Learner(policy, config.ppo, config.seed, runtime.sum_over_workers)
@@ -101,26 +126,37 @@ def train(
     step, history = found or (0, list[UpdateStats]())
     stop = False
 
-    def save(objective: float | None, last: bool) -> None:
-        if runtime.rank == 0:
-            write = lambda folder: checkpoint.write(folder, policy, learner, config, step, history)
-            runtime.save(step, write, objective, last)
-
-    if step == 0:
-        save(None, last=False)
-
-    while step < config.train.steps and not stop:
-        began = time.perf_counter()
-        batch = shards.batch(step)
-        collected = collect(
+    def respond(batch: PromptBatch, position: int) -> Collected:
+        return collect(
             policy,
             tokenizer,
             scorer,
             batch,
             seed=config.seed,
-            step=step,
+            step=position,
             chunk_size=config.sampling.batch_size,
+            unfinished_penalty=config.ppo.unfinished_penalty,
         )
+
+    def probe() -> Probe | None:
+        if not is_probed(step, config.train):
+            return None
+        batch = shards.probe(config.train.probe_prompts)
+        return measure_probe(runtime, batch, respond, policy.device)
+
+    def save(probed: Probe | None, last: bool) -> None:
+        if runtime.rank == 0:
+            write = lambda folder: checkpoint.write(folder, policy, learner, config, step, history)
+            # The coefficient of the settings, not the controller's: one price for all checkpoints.
+            objective = None if probed is None else probed.objective(config.ppo.kl_coef)
+            runtime.save(step, write, objective, last)
+
+    if step == 0:
+        save(probe(), last=False)
+
+    while step < config.train.steps and not stop:
+        began = time.perf_counter()
+        collected = respond(shards.batch(step), step)
         if step == 0:
             check_start(collected.rollout, policy.dtype)
 
@@ -137,14 +173,69 @@ def train(
             runtime, collected, targets, update, step, kl_coef, seconds, stop_here
         )
         learner.adapt_kl_coef(stats.kl)
+        probed = probe()
+        if probed is not None:
+            stats = replace(
+                stats,
+                probe_score=probed.score,
+                probe_kl=probed.kl,
+                seconds_probe=probed.seconds,
+            )
         history.append(stats)
         if runtime.rank == 0:
             runtime.log(stats)
+        # Before the checkpoint: that of a diverged policy must not replace an earlier one.
+        check_divergence(history, config.ppo)
         last = stop or step == config.train.steps
         if last or step % config.train.checkpoint_every == 0:
-            save(stats.score - kl_coef * stats.kl, last)
+            save(probed, last)
 
     return Outcome(step=step, stopped=stop and step < config.train.steps)
+
+
+def is_probed(step: int, train: TrainConfig) -> bool:
+    """Return True if the policy after `step` steps is measured on the probe prompts.
+
+    It is at the start, at the end, and at the first regular checkpoint after each `probe_every`
+    steps. This depends on the step alone, so a resumed run measures the same checkpoints.
+    """
+    if train.probe_prompts == 0:
+        return False
+    if step in (0, train.steps):
+        return True
+    before, off = step - train.checkpoint_every, step % train.checkpoint_every
+    return off == 0 and step // train.probe_every > before // train.probe_every
+
+
+def measure_probe(
+    runtime: Runtime,
+    batch: PromptBatch,
+    respond: Callable[[PromptBatch, int], Collected],
+    device: torch.device,
+) -> Probe:
+    """Measure the policy on the probe prompts of all workers.
+
+    Args:
+        runtime: sums over workers; every worker calls this.
+        batch: this worker's probe prompts, maybe none.
+        respond: `collect` with the policy, from a batch and the position of its sampling noise.
+        device: of the policy, on which workers exchange sums.
+    """
+    began = time.perf_counter()
+    score = kl = 0.0
+    if len(batch):
+        rollout = respond(batch, EVALUATION).rollout
+        score, kl = rollout.scores.double().sum().item(), _kl_sum(rollout)
+    seconds = time.perf_counter() - began
+    packed = torch.tensor([len(batch), score, kl, seconds, 1], dtype=torch.float64)
+    rows, score, kl, seconds, workers = runtime.sum_over_workers(packed.to(device)).tolist()
+    return Probe(score / rows, kl / rows, seconds / workers)
+
+
+def _kl_sum(rollout: Rollout) -> float:
+    """Sum the KL to the reference over all tokens, in nats."""
+    kl = ppo.reward_kl(rollout.logprobs, rollout.ref_logprobs)[rollout.response_mask]
+    return kl.double().sum().item()
 
 
 def check_start(rollout: Rollout, dtype: torch.dtype) -> None:
@@ -184,11 +275,12 @@ def _reduce_stats(
     mask = rollout.response_mask
     sums = {
         "rows": len(rollout),
-        "score": scores.rewards.astype("float64").sum(),
-        "score_square": (scores.rewards.astype("float64") ** 2).sum(),
+        "score": rollout.scores.double().sum().item(),
+        "score_square": (rollout.scores.double() ** 2).sum().item(),
+        "finished": collected.finished.sum(),
         "toxicity": scores.toxicity.astype("float64").sum(),
         "truncated": scores.truncated.sum(),
-        "kl": ppo.kl_k1(rollout.logprobs, rollout.ref_logprobs)[mask].double().sum().item(),
+        "kl": _kl_sum(rollout),
         "negative_logprob": -rollout.logprobs[mask].double().sum().item(),
         "tokens": mask.sum().item(),
         "workers": 1,
@@ -210,6 +302,7 @@ def _reduce_stats(
         kl_coef=kl_coef,
         entropy=total["negative_logprob"] / total["tokens"],
         length=total["tokens"] / rows,
+        finished=total["finished"] / rows,
         policy_loss=update.policy_loss,
         value_loss=update.value_loss,
         approx_kl=update.approx_kl,
@@ -227,5 +320,8 @@ def _reduce_stats(
         seconds_reference=total["seconds reference"] / workers,
         seconds_update=total["seconds update"] / workers,
         seconds=total["seconds total"] / workers,
+        seconds_probe=0.0,
+        probe_score=None,
+        probe_kl=None,
     )
     return stats, total["stop"] > 0

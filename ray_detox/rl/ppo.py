@@ -26,40 +26,77 @@ def identity(x: Tensor) -> Tensor:
 # ---- KL ------------------------------------------------------------------------------------
 
 
-def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k1 = log p - log p_ref: unbiased, may be negative. Same shape as the arguments, in nats.
+#
+# Estimates of KL(p || p_ref) per token, at tokens that were sampled from p. What PPO optimises is
+# the gradient of a penalty, and only two of the usual penalties have the gradient of that KL:
+#
+#     estimate   in the reward                             in the loss
+#     k1         the KL's gradient                         zero on average
+#     k2         far too small near the reference          the KL's gradient
+#     k3         far too small near the reference          the gradient of KL(p_ref || p)
+#
+# So `reward_kl` is k1, `loss_kl` is k2, and k3 only measures how far an update has moved.
+# Source of the estimates: Schulman 2020, "Approximating KL divergence".
 
-    Source: Schulman 2020, "Approximating KL divergence".
+MAX_LOG_RATIO = 60.0
+"""Largest log ratio of two probabilities, in nats, that the functions below exponentiate: float32
+overflows at 89. Beyond it the result is constant and its gradient zero."""
+MAX_TOKEN_KL = 1e4
+"""Largest log ratio of a token, in nats, that `reward_kl` and `loss_kl` distinguish."""
+
+
+def reward_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = log p - log p_ref, the KL penalty in the reward: unbiased, may be negative.
+
+    The policy gradient of this reward is the gradient of KL(p || p_ref). Same shape as the
+    arguments, in nats, at most `MAX_TOKEN_KL` in size.
     """
-    return logprobs - ref_logprobs
+    return (logprobs - ref_logprobs).clamp(-MAX_TOKEN_KL, MAX_TOKEN_KL)
 
 
-def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = (log p - log p_ref)^2 / 2: low variance, biased; as a loss its gradient is the KL's.
+def loss_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = (log p - log p_ref)^2 / 2, the KL penalty in the loss: its gradient is the KL's.
 
-    Source: Schulman 2020, "Approximating KL divergence".
+    Its value is the KL only to second order. Same shape as the arguments, in nats; the log ratio
+    is cut at `MAX_TOKEN_KL`.
     """
-    return 0.5 * (logprobs - ref_logprobs) ** 2
+    return 0.5 * (logprobs - ref_logprobs).clamp(-MAX_TOKEN_KL, MAX_TOKEN_KL) ** 2
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = (r - 1) - log r with r = p_ref / p: unbiased and never negative.
+def approx_kl(logprobs: Tensor, new_logprobs: Tensor) -> Tensor:
+    """k3 = (r - 1) - log r with r = p_new / p: KL(p || p_new), unbiased and never negative.
 
-    Source: Schulman 2020, "Approximating KL divergence".
+    Only a measurement of how far an update has moved from the policy that sampled. Same shape as
+    the arguments, in nats; the log ratio is cut at `MAX_LOG_RATIO`.
     """
-    log_ratio = ref_logprobs - logprobs
+    log_ratio = (new_logprobs - logprobs).clamp(-MAX_TOKEN_KL, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio
 
 
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+def probability_ratio(new_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """exp(new_logprobs - logprobs), with the log ratio cut at `MAX_LOG_RATIO`."""
+    return torch.exp((new_logprobs - logprobs).clamp(max=MAX_LOG_RATIO))
+
+
+MAX_KL_ERROR = 0.2
+"""Largest relative distance from the target KL to which `next_kl_coef` reacts."""
 
 
 def next_kl_coef(
-    kl_coef: float, kl: float, kl_target: float, kl_horizon: int, responses: int
+    kl_coef: float,
+    kl: float,
+    kl_target: float,
+    kl_horizon: int,
+    responses: int,
+    kl_coef_min: float = 0.0,
 ) -> float:
     """Adapt the KL coefficient so that a response's KL moves towards a target.
 
-        kl_coef * (1 + clip(kl / kl_target - 1, -0.2, 0.2) * responses / kl_horizon)
+        max(kl_coef_min,
+            kl_coef * (1 + clip(kl / kl_target - 1, -0.2, 0.2) * responses / kl_horizon))
+
+    Without a lower bound the controller makes KL cheaper as long as it is below the target: it
+    pays the policy for drifting there.
 
     Args:
         kl_coef: the coefficient of this step.
@@ -67,11 +104,12 @@ def next_kl_coef(
         kl_target: the target KL, in nats.
         kl_horizon: time constant of the controller, in responses.
         responses: responses in this step, over all workers.
+        kl_coef_min: lower bound of the result, at least 0; 0 is the controller of the paper.
 
-    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2, without the lower bound.
     """
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * responses / kl_horizon)
+    error = min(max(kl / kl_target - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
+    return max(kl_coef_min, kl_coef * (1 + error * responses / kl_horizon))
 
 
 # ---- rewards and advantages ----------------------------------------------------------------
@@ -87,7 +125,7 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
 
     Args:
         scores: [B] reward-model logits; higher is less toxic.
-        kl: [B, R] per-token estimate of log pi - log pi_ref, in nats.
+        kl: [B, R] `reward_kl` of each token, in nats.
         response_mask: [B, R] True on response tokens, at least one per row.
         kl_coef: KL penalty per nat, in units of score.
 
@@ -219,8 +257,9 @@ def policy_loss(
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
     """
-    # Padding is masked before exp(): an overflow there would turn its zero gradient into NaN.
-    ratio = torch.exp(torch.where(response_mask, new_logprobs - logprobs, 0.0))
+    # Padding is masked before exp(): an infinity there would turn its zero gradient into NaN.
+    new_logprobs, logprobs = (torch.where(response_mask, x, 0.0) for x in (new_logprobs, logprobs))
+    ratio = probability_ratio(new_logprobs, logprobs)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     loss = torch.where(response_mask, -torch.minimum(unclipped, clipped), 0.0)

@@ -13,7 +13,7 @@ and with the reference pass; only then does this process wait for scores. No gra
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class Collected:
     rollout: Rollout
     scores: Scores
     responses: list[str]
+    finished: np.ndarray
+    """[B] bool, True if the response ended with end-of-sequence, False if its limit cut it."""
     seconds: dict[str, float]
     """Seconds by part: `sample`, `reference`, and `score` (waiting for scores after both)."""
 
@@ -54,6 +56,7 @@ def collect(
     seed: int,
     step: int,
     chunk_size: int,
+    unfinished_penalty: float = 0.0,
 ) -> Collected:
     """Sample one response per prompt, have the responses scored, and return the rollout.
 
@@ -63,8 +66,10 @@ def collect(
         scorer: scores the responses, asynchronously if it can.
         batch: B prompts; the result keeps their order.
         seed: seed of the run.
-        step: step of the run; seed, step and prompt determine the sampling noise.
+        step: step of the run; seed, step, prompt and occurrence determine the sampling noise.
         chunk_size: prompts that are sampled, and then submitted for scoring, at a time.
+        unfinished_penalty: subtracted in the rollout from the score of a response that its limit
+            cut; `Collected.scores` stays as the scorer returned it.
     """
     # Sorted by length, so that the prompts of a chunk need little padding.
     order = torch.argsort(batch.query_mask.sum(dim=1), stable=True).tolist()
@@ -91,17 +96,27 @@ def collect(
     original_order = np.argsort(order)
     scores = scores.select(original_order)
     responses = [text for chunk in chunks for text in chunk.responses]
+    rollout = _assemble(
+        [chunk.generation for chunk in chunks],
+        references,
+        scores,
+        torch.from_numpy(original_order).to(policy.device),
+    )
+    finished = is_finished(rollout.tokens, policy.eos_ids)
+    penalised = rollout.scores - unfinished_penalty * ~finished
     return Collected(
-        rollout=_assemble(
-            [chunk.generation for chunk in chunks],
-            references,
-            scores,
-            torch.from_numpy(original_order).to(policy.device),
-        ),
+        rollout=replace(rollout, scores=penalised),
         scores=scores,
         responses=[responses[i] for i in original_order],
+        finished=finished.cpu().numpy(),
         seconds=seconds,
     )
+
+
+def is_finished(tokens: TokenBatch, eos_ids: Sequence[int]) -> Tensor:
+    """Return [B] bool: True if a response ended with end-of-sequence within its limit."""
+    eos = torch.tensor(eos_ids, device=tokens.response_ids.device)
+    return (torch.isin(tokens.response_ids, eos) & tokens.response_mask).any(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +133,9 @@ class _Chunk:
 def _generate(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, part: PromptBatch, seed: int, step: int
 ) -> _Chunk:
-    max_new_tokens, noise = draws.sampling_noise(part.ids, policy.sampling, seed, step)
+    max_new_tokens, noise = draws.sampling_noise(
+        part.ids, policy.sampling, seed, step, part.occurrences
+    )
     generation = policy.sample(
         part.query_ids.to(policy.device),
         part.query_mask.to(policy.device),

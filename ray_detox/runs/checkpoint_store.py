@@ -46,7 +46,7 @@ class Checkpoint:
     files: Mapping[str, bytes]
     """Contents by name, such as `adapter/adapter_model.safetensors`."""
     objective: float | None = None
-    """Score minus KL penalty of the last step, in units of score; None before the first step."""
+    """Score less KL penalty on the run's probe prompts, in units of score; None if not measured."""
 
 
 class CheckpointStore:
@@ -127,6 +127,11 @@ class CheckpointStore:
             except StorageError as error:
                 on_damage(f"{error} The run ignores it.")
         return None
+
+    def complete(self) -> list[int]:
+        """Return the steps of the complete checkpoints, oldest first."""
+        self._read_objectives()
+        return sorted(self._objectives)
 
     def best(self) -> int | None:
         """Return the step of the kept checkpoint with the best objective; the later if equal."""
@@ -289,6 +294,11 @@ def pack_folder(write: Callable[[Path], None]) -> dict[str, bytes]:
         }
 
 
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read the files of a flat folder, by name."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+
+
 def unpack_folder(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
     """Write files to a temporary folder, and return the result of `read` on it."""
     with tempfile.TemporaryDirectory() as name:
@@ -302,3 +312,9 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+
+
+def adapter_files(checkpoint: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the adapter's files of a packed checkpoint, by their names in the adapter's folder."""
+    prefix = "adapter/"
+    return {n.removeprefix(prefix): c for n, c in checkpoint.items() if n.startswith(prefix)}

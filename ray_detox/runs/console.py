@@ -42,9 +42,10 @@ def step_line(stats: "UpdateStats", steps: int, width: int | None = None) -> str
         "clip": f"clip {stats.clip_fraction:4.0%}",
         "explained variance": f"explained variance {stats.explained_variance:+.2f}",
         "length": f"length {stats.length:3.0f}",
+        "finished": f"finished {stats.finished:4.0%}",
         "seconds": f"{stats.seconds:.1f} s",
     }
-    for name in ("explained variance", "clip", "length", "score", "kl"):
+    for name in ("finished", "explained variance", "clip", "length", "score", "kl"):
         if width is None or len(" | ".join(parts.values())) <= width:
             break
         del parts[name]

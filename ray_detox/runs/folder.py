@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
-from ray_detox.runs.checkpoint_store import write_files
+from ray_detox.runs.checkpoint_store import adapter_files, write_files
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
@@ -62,9 +62,7 @@ class RunFolder:
         """
         part = self.adapter.with_name(self.adapter.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        prefix = "adapter/"
-        files = {n.removeprefix(prefix): c for n, c in checkpoint.items() if n.startswith(prefix)}
-        write_files(files, part)
+        write_files(adapter_files(checkpoint), part)
         shutil.rmtree(self.adapter, ignore_errors=True)
         part.rename(self.adapter)
 

@@ -98,10 +98,16 @@ def _heading(report: Mapping[str, Any], width: int) -> str:
         f"run {report.get('run_id', '?')}",
         f"recipe {report.get('recipe', '?')}",
         report.get("status"),
+        _checkpoint(_mapping(report.get("training")).get("checkpoint")),
         _moment(report.get("created"), zone=" UTC"),
         None if n is None else f"{n} prompts",
     ]
     return _paragraph(" | ".join(printable(part) for part in parts if part), width)
+
+
+def _checkpoint(found: Any) -> str | None:
+    """Name the checkpoint that a report measured, if it is not the run's final adapter."""
+    return f"checkpoint of step {found.get('step')}" if isinstance(found, Mapping) else None
 
 
 def _cells(summary: Mapping[str, Any]) -> tuple[str, ...]:

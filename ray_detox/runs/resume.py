@@ -1,10 +1,10 @@
-"""Resume a run: find it in its storage, and refuse a different run of the same id."""
+"""Find a run and its checkpoints in its storage, and refuse a different run of the same id."""
 
 import json
 
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import config_from_dict
-from ray_detox.runs.checkpoint_store import CheckpointStore
+from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder
 from ray_detox.runs.storage import Storage, StorageError, check_storage, write_atomic
 from ray_detox.store.protocol import check_run_id
@@ -65,3 +65,39 @@ def run_storage(config: RunConfig, folder: RunFolder) -> Storage:
     if config.train.storage is None:
         return Storage(str(folder.path.resolve()))
     return Storage(f"{config.train.storage.rstrip('/')}/{folder.run_id}")
+
+
+def kept_checkpoint(config: RunConfig, folder: RunFolder, name: str) -> Checkpoint:
+    """Read a kept checkpoint of a run.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        name: `best`, `newest` or the number of its step.
+
+    Raises:
+        ConfigError: the run keeps no such checkpoint, or it cannot be read.
+    """
+    if name not in ("best", "newest") and not (name.isascii() and name.isdecimal()):
+        raise ConfigError(f"--checkpoint is {name!r}; expected best, newest or the step of one.")
+    store = CheckpointStore(run_storage(config, folder))
+    try:
+        steps, best = store.complete(), store.best()
+        if not steps:
+            raise ConfigError(f"Run {folder.run_id!r} has no checkpoint yet.")
+        kept = ", ".join(f"{step} (best)" if step == best else str(step) for step in steps)
+        if name == "best" and best is None:
+            raise ConfigError(
+                f"Run {folder.run_id!r} has measured none of its checkpoints "
+                f"(train.probe_prompts=0), so none is the best; it keeps those of steps {kept}."
+            )
+        step = {"best": best, "newest": steps[-1]}[name] if name.isalpha() else int(name)
+        assert step is not None, "checked above"
+        if step not in steps:
+            raise ConfigError(
+                f"Run {folder.run_id!r} keeps no checkpoint of step {step}; it keeps those of "
+                f"steps {kept}."
+            )
+        return store.load(step)
+    except StorageError as error:
+        raise ConfigError(str(error)) from error

@@ -64,6 +64,10 @@ class TrainingError(RuntimeError):
     """Training failed; the newest checkpoint is kept."""
 
 
+class TrainingDiverged(TrainingError):
+    """The policy has diverged; checkpoints of earlier steps are kept, the best one among them."""
+
+
 def describe(error: BaseException) -> str:
     """Describe in one line why a worker group ended."""
     failures = getattr(error, "worker_failures", None) or {}

@@ -13,9 +13,8 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,7 +30,8 @@ from ray_detox.stages.cluster.admission import CapacityWatchdog
 from ray_detox.stages.events import PromptsMeasured
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 
-AdapterFiles = dict[str, bytes]
+AdapterFiles = Mapping[str, bytes]
+"""The files of an adapter's folder, by name."""
 Examples = list[PairedExample]
 
 # Settings of the reward on which a score depends; the number of actors is not one.
@@ -44,11 +44,6 @@ _DECISIVE_REWARD_SETTINGS = (
     "batch_size",
     "max_tokens",
 )
-
-
-def pack_adapter(folder: Path) -> AdapterFiles:
-    """Read the files of an adapter's folder, by name."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 @ray.remote(max_retries=5)
@@ -108,7 +103,7 @@ def run_evaluation(
 
     Args:
         config: of the run.
-        adapter: from `pack_adapter`.
+        adapter: the trained adapter.
         rows: held-out rows from `ingest`.
         directory: of the reward pool.
         need: resolved for this cluster.

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
 from ray_detox.data.files import LAB_ROWS, Source, load_hub, read_rows
-from ray_detox.data.prompts import held_out_count, prepare, unpack_rows
+from ray_detox.data.prompts import held_out_count, number_copies, prepare, unpack_rows
 from ray_detox.lab import corpus
 from ray_detox.models.sources import local_folder
 from ray_detox.records import LeftOutRow, PreparedRow
@@ -123,17 +124,31 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     else:
         train, held_out = train.sort(order).materialize(), held_out.sort(order)
     bounds = [round((count - held) * shard / data.shards) for shard in range(1, data.shards)]
+    seen: Counter[str] = Counter()
+    measured = held_out.take(config.evaluate.prompts)
+    copies = number_copies([row["prompt_id"] for row in measured], Counter())
     return Ingested(
-        shards=[_hold(shard) for shard in (train.split_at_indices(bounds) if bounds else [train])],
-        held_out=unpack_rows(held_out.take(config.evaluate.prompts)),
+        shards=[
+            _hold(shard, seen) for shard in (train.split_at_indices(bounds) if bounds else [train])
+        ],
+        held_out=unpack_rows(
+            row | {"copy": copy} for row, copy in zip(measured, copies, strict=True)
+        ),
         counts=RowCounts(read_count, left_out, examples, count - held, held),
         fingerprint=_fingerprint(kept),
     )
 
 
-def _hold(shard: ray.data.Dataset) -> Any:
-    """Copy a shard to the driver's node as one table, so that losing another node cannot lose it."""
-    return ray.put(pa.concat_tables(ray.get(shard.to_arrow_refs())))
+def _hold(shard: ray.data.Dataset, seen: Counter[str]) -> Any:
+    """Copy a shard to the driver's node as one table, so that losing another node cannot lose it.
+
+    Args:
+        shard: prepared rows.
+        seen: rows of earlier shards by prompt; the table's column `copy` continues their count.
+    """
+    table = pa.concat_tables(ray.get(shard.to_arrow_refs()))
+    copies = number_copies(table["prompt_id"].to_pylist(), seen)
+    return ray.put(table.append_column("copy", pa.array(copies, pa.int32())))
 
 
 def read(source: Source, config: DataConfig) -> ray.data.Dataset:

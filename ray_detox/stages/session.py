@@ -37,7 +37,7 @@ from ray_detox.stages.cluster.admission import (
 )
 from ray_detox.stages.cluster.nodes import place_actors
 from ray_detox.stages.errors import Stopped
-from ray_detox.stages.evaluate import pack_adapter, run_evaluation
+from ray_detox.stages.evaluate import AdapterFiles, run_evaluation
 from ray_detox.stages.events import GroupLost, GroupStarted, StepDone, TrainingEvent, WorkerStarted
 from ray_detox.stages.finish import finish
 from ray_detox.stages.ingest import Ingested, RowCounts, ingest
@@ -54,7 +54,7 @@ class TrainingFacts:
 
     outcome: TrainingOutcome
     best_step: int | None
-    """Step of the best checkpoint by PPO's objective."""
+    """Step of the checkpoint with the best objective on the probe prompts; None if none was measured."""
     checkpoint_seconds: float | None
     """Median time to store a checkpoint."""
 
@@ -150,12 +150,18 @@ class Session:
         return TrainingFacts(outcome, store.best(), seconds)
 
     def measure(
-        self, folder: RunFolder, rows: Sequence[PreparedRow], *, keep: bool = True
+        self,
+        folder: RunFolder,
+        adapter: AdapterFiles,
+        rows: Sequence[PreparedRow],
+        *,
+        keep: bool = True,
     ) -> list[PairedExample]:
         """Generate and score a response to each held-out prompt, before and after training.
 
         Args:
-            folder: of the run, with its adapter.
+            folder: of the run.
+            adapter: the trained adapter to measure, its files by name.
             rows: held-out rows from `ingest`.
             keep: store each measured shard in the run's storage, and reuse those already there.
         """
@@ -165,7 +171,7 @@ class Session:
         ):
             return run_evaluation(
                 self.config,
-                pack_adapter(folder.adapter),
+                adapter,
                 rows,
                 self.pool.directory,
                 self.need,

@@ -47,7 +47,7 @@ from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import CheckpointWriter
 from ray_detox.stages.cluster.elastic import UpscaleTrigger, wait_for_workers
 from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
-from ray_detox.stages.errors import TrainingError, describe
+from ray_detox.stages.errors import TrainingDiverged, TrainingError, describe
 from ray_detox.stages.events import (
     CheckpointTaken,
     GroupLost,
@@ -111,6 +111,7 @@ def run_training(
 
     Raises:
         TrainingError: training failed; the newest checkpoint is kept.
+        TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
         ConfigError: fewer than the smallest number of `train.workers` fit, for longer than
             `cluster.capacity_timeout_s`.
         StorageError: the last checkpoint could not be stored.
@@ -140,7 +141,7 @@ def run_training(
                 failures.count(step, group.error)
                 on_event(GroupLost(describe(group.error), step))
             elif result.error is not None:
-                raise TrainingError(result.error)
+                raise (TrainingDiverged if result.diverged else TrainingError)(result.error)
             elif result.stopped and group.stop_reason == "moved":
                 outcome = replace(outcome, moved=outcome.moved + 1)
             elif result.stopped and group.stop_reason == "resized":

@@ -57,6 +57,8 @@ class WorkerResult:
     peak_mb: int = 0
     error: str | None = None
     """An error that another attempt would repeat, such as a loss that is not finite."""
+    diverged: bool = False
+    """True if the error is that the policy has diverged."""
 
 
 class RayRuntime:
@@ -99,6 +101,10 @@ class RayRuntime:
         if last:
             ray.get(sent, timeout=ACTOR_TIMEOUT_S)
 
+    def flush(self) -> None:
+        """Wait until the driver can see all events sent so far: calls of an actor keep their order."""
+        self.should_stop()
+
     def restore(self, read: Callable[[Path], T]) -> T | None:
         """Read the checkpoint that this group resumes from, if there is one."""
         return unpack_folder(self._start, read) if self._start else None
@@ -122,6 +128,7 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
     from ray_detox.data.shards import PromptShards, shards_of_worker
     from ray_detox.models.loading import load_policy
     from ray_detox.models.sources import local_folder
+    from ray_detox.rl.divergence import DivergedError
     from ray_detox.rl.learner import NonFiniteError
     from ray_detox.rl.loop import StartError, train
     from ray_detox.stages.rewards.client import RewardClient
@@ -151,10 +158,11 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         outcome = train(config, runtime, policy, tokenizer, scorer, shards)
-    except (NonFiniteError, StartError) as error:
+    except (NonFiniteError, StartError, DivergedError) as error:
         # Another attempt from the checkpoint would fail again. Returning the error, instead of
         # raising it, keeps the driver from starting a new group.
-        return WorkerResult(error=str(error))
+        runtime.flush()
+        return WorkerResult(error=str(error), diverged=isinstance(error, DivergedError))
     finally:
         scorer.close()
     return WorkerResult(

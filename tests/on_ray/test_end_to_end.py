@@ -45,10 +45,11 @@ from ray_detox.store.dynamodb import DynamoDBStore
 
 pytestmark = pytest.mark.ray
 
-STEPS, PROMPTS, MEASURED, SHARDS = 4, 32, 24, 4
+STEPS, PROMPTS, MEASURED, SHARDS, PROBED = 4, 32, 24, 4, 8
 SHORT = [
     f"train.steps={STEPS}",
     "train.checkpoint_every=2",
+    f"train.probe_prompts={PROBED}",
     f"ppo.prompts_per_step={PROMPTS}",
     "sampling.max_new_tokens=8..16",
     f"evaluate.prompts={MEASURED}",
@@ -121,7 +122,8 @@ def test_two_workers_trained_and_the_reward_actor_scored_every_text(finished):
     shares = [int(n) for n in re.findall(r"worker \d on .*, (\d+) prompts", printed)]
     assert sum(shares) == report["rows"]["train"]
     (actor,) = report["training"]["actors"]
-    assert actor["texts"] == STEPS * PROMPTS + 2 * MEASURED
+    # The probe is measured at the start and at the end.
+    assert actor["texts"] == STEPS * PROMPTS + 2 * PROBED + 2 * MEASURED
 
 
 def test_every_step_has_a_line_and_a_row_of_finite_metrics(finished):
@@ -133,6 +135,8 @@ def test_every_step_has_a_line_and_a_row_of_finite_metrics(finished):
     for row in rows:
         assert set(row) == {*UpdateStats.__dataclass_fields__, "pool"}
         plain = {name: value for name, value in row.items() if name != "terms"}
+        if row["step"] < STEPS:
+            assert (plain.pop("probe_score"), plain.pop("probe_kl")) == (None, None)
         assert all(math.isfinite(value) for value in (plain | plain.pop("pool")).values())
         assert row["ratio"] == pytest.approx(1, abs=1e-4)
         assert row["minibatches"] == 4
@@ -152,7 +156,9 @@ def test_the_files_of_a_run_agree_with_its_report(finished):
     )
     assert list((folder.path / "tensorboard").iterdir())
     store = CheckpointStore(resume.run_storage(load_config("lab", SHORT), folder))
-    assert store.steps() == [2, 4]
+    assert store.best() in (0, 4), "the probed ones"
+    assert store.steps() == sorted({2, 4, store.best()})
+    assert report["training"]["best_step"] == store.best()
     assert store.newest().step == STEPS
     assert (
         store.newest().files["adapter/adapter_model.safetensors"]
@@ -205,6 +211,34 @@ def test_evaluating_a_run_again_reproduces_its_report(finished, output, capsys):
     report = finished[1]
     for name in ("toxicity", "rouge_l", "facts", "length", "kl", "n", "verdict"):
         assert again[name] == report[name]
+
+
+def test_a_run_that_diverges_stops_and_its_best_checkpoint_can_be_measured(output, capsys):
+    words = [*SHORT, "ppo.learning_rate=1", "ppo.max_kl=0.05", "train.workers=1"]
+    where = ["--output", str(output)]
+
+    code = cli.main(["run", "lab", *words, "--run-id", "far", *where])
+
+    printed = capsys.readouterr()
+    folder = RunFolder(output, "far")
+    rows = read_metrics(folder.path / "metrics.jsonl")
+    step = rows[-1]["step"]
+    assert code == cli.FAILED
+    assert f"Training has diverged in step {step}: the KL to the reference is" in printed.err
+    assert "ray-detox evaluate far --checkpoint best --output" in printed.err
+    assert step < STEPS
+    assert max(rows[-1]["kl"], rows[-1]["probe_kl"] or 0) > 0.05
+    assert max(CheckpointStore(Storage(str(folder.path))).steps()) < step
+    assert not folder.adapter.exists()
+
+    few = ["evaluate.prompts=4", "evaluate.shards=1"]
+    code = cli.main(["evaluate", "far", *few, "--checkpoint", "best", "--json", *where])
+
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert report["steps"] == report["training"]["checkpoint"]["step"] == 0
+    assert report["kl"] == pytest.approx(0, abs=1e-3)
+    assert not (folder.path / "evaluation").exists()
 
 
 def test_an_interrupted_evaluation_measures_only_the_missing_shards(finished, output):
@@ -371,7 +405,8 @@ def test_a_run_of_other_models_with_data_and_checkpoints_on_s3_and_results_in_dy
     assert CheckpointStore(Storage(f"s3://{root}/remote")).steps() == [0, 1]
     assert (folder.adapter / "adapter_model.safetensors").is_file()
     assert not (folder.path / "checkpoints").exists()
-    assert sum(actor["texts"] for actor in report["training"]["actors"]) == PROMPTS + 2 * 8
+    texts = PROMPTS + 2 * PROBED + 2 * 8
+    assert sum(actor["texts"] for actor in report["training"]["actors"]) == texts
 
     # On another machine: all results are in the storage, so the run only publishes them again.
     elsewhere = output / "elsewhere"

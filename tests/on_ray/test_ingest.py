@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from collections import Counter
 
 import datasets
 import pyarrow as pa
@@ -161,8 +162,10 @@ def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t
 
 def test_prepared_rows_are_restored_from_their_table():
     prepared = [
-        PreparedRow("00ff", "Sum up: ü", [3, 1], {"summary": None, "facts": ["one", 2], "id": "a"}),
-        PreparedRow("01ff", "Sum up: b", [4, 5, 1], {"dialogue": "b\ud800"}),
+        PreparedRow(
+            "00ff", "Sum up: ü", [3, 1], {"summary": None, "facts": ["one", 2], "id": "a"}, 0
+        ),
+        PreparedRow("01ff", "Sum up: b", [4, 5, 1], {"dialogue": "b\ud800"}, 0),
     ]
 
     table = pack_rows([*prepared, LeftOutRow("'c'", "empty dialogue")])
@@ -306,6 +309,10 @@ def test_copies_of_a_dialogue_are_held_out_together(tmp_path, rows, tiny_t5):
     assert (one.counts.train, one.counts.held_out) == (117, 33)
     assert one.shards == two.shards
     assert one.held_out == two.held_out
+    for rows_of_a_part in (one.train, one.held_out):
+        numbered = Counter((row.prompt_id, row.copy) for row in rows_of_a_part)
+        assert max(numbered.values()) == 1, "copies are numbered, also across shards"
+        assert Counter(row.copy for row in rows_of_a_part).keys() == {0, 1, 2}
 
 
 # ---- prompts of the workers ------------------------------------------------------------------

@@ -38,8 +38,8 @@ def make_examples():
             reference="They met.",
             facts=("met",),
             kl=0.5,
-            before=EvaluatedResponse("They met.", 1.0, toxicity, 3, False),
-            after=EvaluatedResponse("They met.", 1.0, 0.1, 3, False),
+            before=EvaluatedResponse("They met.", 1.0, toxicity, 3, False, True),
+            after=EvaluatedResponse("They met.", 1.0, 0.1, 3, False, True),
         )
         for index, toxicity in enumerate((0.9, 0.1))
     ]

@@ -70,7 +70,7 @@ const SERIES = [
   ["Time per phase, s", [["seconds_sample", "sample"], ["seconds_score", "score"], ["seconds_reference", "reference"], ["seconds_update", "update"]]],
 ];
 // Metrics in the table that have no chart.
-const TABLE_ONLY = [["explained_variance", "explained variance"]];
+const TABLE_ONLY = [["finished", "finished"], ["explained_variance", "explained variance"]];
 const COLOURS = ["a", "b", "c", "d"];
 
 /** Training metrics by step; redrawn when the theme or the width changes. */

@@ -110,6 +110,7 @@ const QUALITY_METRICS = [
   ["ROUGE-L against reference", "rouge_l", (value) => number(value)],
   ["Facts kept", "facts", (value) => percent(value)],
   ["Length, tokens", "length", (value) => number(value, 1)],
+  ["Finished responses", "finished", (value) => percent(value)],
   ["Distinct bigrams", "distinct_2", (value) => percent(value)],
   ["Unique responses", "unique_share", (value) => percent(value)],
   ["Truncated for the classifier", "truncated", (value) => count(value)],
