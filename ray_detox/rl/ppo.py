@@ -232,7 +232,7 @@ def value_loss(
     values: Tensor,
     returns: Tensor,
     response_mask: Tensor,
-    clip_range: float,
+    clip_range: float | None,
 ) -> Tensor:
     """The clipped value loss per token: half the squared error of the value head.
 
@@ -245,7 +245,7 @@ def value_loss(
         returns: [B, R].
         response_mask: [B, R] True on response tokens.
         clip_range: distance of a value from its old estimate beyond which a further move towards
-            the return brings no gain.
+            the return brings no gain; None leaves out the clipped term.
 
     Returns:
         loss [B, R], zero outside the mask.
@@ -256,5 +256,8 @@ def value_loss(
     new_values, values, returns = (
         torch.where(response_mask, x, 0.0) for x in (new_values, values, returns)
     )
-    clipped = values + (new_values - values).clamp(-clip_range, clip_range)
-    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
+    error = (new_values - returns) ** 2
+    if clip_range is not None:
+        clipped = values + (new_values - values).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return 0.5 * error
