@@ -379,7 +379,7 @@ class PPOConfig(Section):
     """An update stops early when its KL per token from the sampling policy exceeds this, in nats."""
     gamma: Share = 1.0
     """Discount per token."""
-    gae_lambda: Share = 0.95
+    gae_lambda: Share = 1.0
     """0 trusts the critic, 1 trusts the rewards; without a critic it discounts later rewards."""
 
     @model_validator(mode="after")

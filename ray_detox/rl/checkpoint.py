@@ -1,7 +1,7 @@
 """Checkpoints: the complete state of a run, in one folder of safetensors and JSON.
 
     adapter/                  LoRA weights and settings; plain peft loads this folder
-    value_head.safetensors
+    value_head.safetensors    not without a critic
     optimiser.safetensors     Adam's moments by parameter name
     metrics.jsonl             the metrics of every step so far
     state.json                step, KL coefficient, seed, the run's settings

@@ -168,11 +168,11 @@ class Learner:
         policy_loss, clipped = ppo.policy_loss(
             new.logprobs, rollout.logprobs, targets.advantages, mask, config.clip_range
         )
-        value_loss = ppo.value_loss(
-            new.values, rollout.values, targets.returns, mask, config.value_clip_range
-        )
-        loss = policy_loss.sum()
+        loss, value_loss = policy_loss.sum(), torch.zeros_like(policy_loss)
         if config.critic != "none":
+            value_loss = ppo.value_loss(
+                new.values, rollout.values, targets.returns, mask, config.value_clip_range
+            )
             # The weight balances two losses on the same parameters; a detached head has its own.
             weight = config.value_coef if config.critic == "shared" else 1.0
             loss = loss + weight * value_loss.sum()

@@ -121,7 +121,8 @@ def gae(
         values: [B, R] V_t, the value estimated just before token t is generated.
         response_mask: [B, R] True on response tokens.
         gamma: discount per token, in [0, 1].
-        gae_lambda: in [0, 1]; 0 is one-step TD (relies on the value head), 1 is Monte Carlo.
+        gae_lambda: in [0, 1]; 0 is one-step TD (relies on the critic), 1 is Monte Carlo. If all
+            values are 0, it has the effect of a discount.
 
     Returns:
         advantages [B, R] and returns [B, R] = advantages + values, both zero outside the mask.
