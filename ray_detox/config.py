@@ -353,10 +353,10 @@ class PPOConfig(Section):
     """Gradients are scaled down to this norm; a detached critic's by themselves."""
     clip_range: Annotated[float, Field(gt=0, le=1), _PARSE] = 0.2
     """Largest move of the probability ratio from 1 that the policy loss rewards."""
-    critic: Literal["none", "detached", "shared"] = "detached"
-    """Baseline of the advantages: `none` (values of 0), `detached` (a value head that trains itself
-    alone), or `shared` (a value head whose loss also trains the policy, as in TRL)."""
-    critic_learning_rate: Positive = 3e-3
+    critic: Literal["none", "detached", "shared"] = "none"
+    """Baseline of the advantages: `none` (values of 0), `detached` (a value head whose loss trains only
+    itself), or `shared` (a value head whose loss also trains the policy, as in TRL)."""
+    critic_learning_rate: Positive = 1e-3
     """Adam step size for a detached critic."""
     value_clip_range: Positive | None = None
     """Largest move of a value from its estimate at sampling time that the value loss rewards; null

@@ -316,6 +316,26 @@ def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, t
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("critic", ["none", "shared"])
+def test_a_run_resumed_with_another_critic_keeps_the_policy_and_starts_a_new_value_head(
+    config, make_policy, make_rollout, tmp_path, critic
+):
+    policy = make_policy(critic="detached")
+    learner, rollout = Learner(policy, config.ppo, seed=0), make_rollout(policy, 8)
+    learner.update(rollout, learner.targets(rollout), step=0)
+    checkpoint.write(tmp_path, policy, learner, config, 1)
+    other = make_policy(seed=1, critic=critic, randomised=False)
+    resumed = Learner(other, config.ppo.replace(critic=critic), seed=0)
+
+    checkpoint.read(tmp_path, other, resumed)
+
+    scores, before = other.score_tokens(rollout.tokens), policy.score_tokens(rollout.tokens)
+    assert torch.equal(scores.logprobs, before.logprobs)
+    assert before.values.any()
+    assert not scores.values.any()
+    resumed.update(rollout, resumed.targets(rollout), step=1)
+
+
 def test_metrics_of_another_version_in_a_checkpoint_are_rejected(
     config, make_policy, make_rollout, tmp_path
 ):

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-HIDDEN_SIZE = 256
+HIDDEN_SIZE = 1024
 """Width of the detached head's hidden layer."""
 
 

@@ -61,7 +61,9 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
     """
     state = read_state(folder)
     policy.load_adapter(folder / "adapter")
-    policy.load_value_head(folder / "value_head.safetensors")
+    # A run that is resumed with another `ppo.critic` continues with a new value head.
+    if state["config"]["ppo"]["critic"] == learner.config.critic:
+        policy.load_value_head(folder / "value_head.safetensors")
     learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
     learner.kl_coef = float(state["kl_coef"])
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
