@@ -348,15 +348,21 @@ class PPOConfig(Section):
     micro_batch_size: AtLeastOne = 32
     """Sequences per forward and backward pass on one worker; gradients add up. For memory only."""
     learning_rate: NonNegative = 1e-3
-    """Adam step size for the LoRA weights and the value head."""
+    """Adam step size for the LoRA weights, and for a shared critic's value head."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; a detached critic's by themselves."""
     clip_range: Annotated[float, Field(gt=0, le=1), _PARSE] = 0.2
     """Largest move of the probability ratio from 1 that the policy loss rewards."""
-    value_clip_range: Positive = 0.2
-    """Largest move of a value from its estimate at sampling time that the value loss rewards."""
+    critic: Literal["none", "detached", "shared"] = "none"
+    """Baseline of the advantages: `none` (values of 0), `detached` (a value head whose loss trains only
+    itself), or `shared` (a value head whose loss also trains the policy, as in TRL)."""
+    critic_learning_rate: Positive = 1e-3
+    """Adam step size for a detached critic."""
+    value_clip_range: Positive | None = None
+    """Largest move of a value from its estimate at sampling time that the value loss rewards; null
+    does not limit it."""
     value_coef: NonNegative = 0.1
-    """Weight of the value loss beside the policy loss."""
+    """Weight of a shared critic's loss beside the policy loss."""
     kl_coef: NonNegative = 0.15
     """KL coefficient: cost of one nat of KL(policy || reference), in units of reward-model score."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -376,8 +382,8 @@ class PPOConfig(Section):
     """An update stops early when its KL per token from the sampling policy exceeds this, in nats."""
     gamma: Share = 1.0
     """Discount per token."""
-    gae_lambda: Share = 0.95
-    """0 trusts the value head, 1 trusts the rewards."""
+    gae_lambda: Share = 1.0
+    """0 trusts the critic, 1 trusts the rewards; without a critic it discounts later rewards."""
     max_kl: Positive | None = 60.0
     """The run stops when the KL of a response to the reference exceeds this, in nats, mean of a step;
     null never stops it. Useful runs stay below 10; the recipe lab without a KL penalty reaches 49."""

@@ -305,7 +305,7 @@ class Targets:
     advantages: Tensor
     """Generalised advantage estimates, standardised over all workers."""
     returns: Tensor
-    """Regression targets of the value head."""
+    """Regression targets of the critic."""
 
     def select(self, rows: Tensor, responses: int) -> Targets:
         """Return the given rows (int64 [N]), cut to `responses` tokens."""
@@ -337,7 +337,7 @@ class UpdateStats:
     policy_loss: float
     """Mean over minibatches, per token."""
     value_loss: float
-    """Mean over minibatches, per token, before value_coef."""
+    """Mean over minibatches, per token, before value_coef; 0 without a critic."""
     approx_kl: float
     """Per-token KL from the sampling policy, mean over minibatches, in nats (k3)."""
     clip_fraction: float
@@ -345,9 +345,9 @@ class UpdateStats:
     ratio: float
     """Mean probability ratio of the first minibatch; 1 if sampling and training agree."""
     explained_variance: float
-    """1 - Var(returns - values) / Var(returns), before the update."""
+    """1 - Var(returns - values) / Var(returns), before the update; 0 without a critic."""
     grad_norm: float
-    """Mean gradient norm before clipping."""
+    """Mean norm of the policy's gradient before clipping."""
     minibatches: int
     """Optimiser steps taken; fewer than configured if `ppo.target_kl` ended the update early."""
     truncated: int

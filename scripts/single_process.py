@@ -45,7 +45,9 @@ def main() -> None:
     config = load_config(
         "lab", [f"train.steps={args.steps}", f"policy.dtype={args.dtype}", *args.settings]
     )
-    policy = load_policy(config.policy, config.sampling, config.seed, args.device)
+    policy = load_policy(
+        config.policy, config.sampling, config.seed, args.device, config.ppo.critic
+    )
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prepared = prepare(corpus.rows("ppo", 400), config.data, tokenizer)

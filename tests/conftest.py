@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -184,7 +184,7 @@ def make_policy(tiny_t5: Path) -> MakePolicy:
     """`make_policy(...)`: a policy on the tiny T5, loaded by `load_policy`.
 
     Keywords `sampling` and `policy` change settings, and `seed` sets the seed of new LoRA weights.
-    Adapter and value head get random weights unless `randomised=False`.
+    Adapter and value head get random weights unless `randomised=False`. `critic` names the value head.
     """
 
     def make(
@@ -192,6 +192,7 @@ def make_policy(tiny_t5: Path) -> MakePolicy:
         policy: dict[str, Any] | None = None,
         seed: int = 0,
         randomised: bool = True,
+        critic: Literal["none", "detached", "shared"] = "shared",
     ) -> Policy:
         settings: dict[str, Any] = {
             "model": str(tiny_t5),
@@ -204,6 +205,7 @@ def make_policy(tiny_t5: Path) -> MakePolicy:
             PolicyConfig(**(settings | (policy or {}))),
             SamplingConfig(**(sampling_settings | (sampling or {}))),
             seed,
+            critic=critic,
         )
         return randomise_weights(made) if randomised else made
 

@@ -64,6 +64,13 @@ def test_the_seed_recipe_holds_the_published_settings():
     assert (config.train.steps, config.ppo.kl_controller) == (10, "adaptive")
     assert (config.reward.label, config.reward.input) == ("nothate", "prompt+response")
     assert (config.data.held_out_rows, config.data.held_out_fraction) == ("last", 0.2)
+    # TRL's critic, whose loss trains the policy as well.
+    assert (config.ppo.critic, config.ppo.value_coef, config.ppo.value_clip_range) == (
+        "shared",
+        0.1,
+        0.2,
+    )
+    assert (config.ppo.gamma, config.ppo.gae_lambda) == (1.0, 0.95)
 
 
 def test_a_recipe_of_ones_own_is_read_by_its_path(tmp_path):
@@ -295,6 +302,8 @@ BAD_VALUES = [
     ("ppo.max_grad_norm", 0),
     ("ppo.clip_range", 0),
     ("ppo.clip_range", 1.5),
+    ("ppo.critic", "wise"),
+    ("ppo.critic_learning_rate", 0),
     ("ppo.value_clip_range", -1),
     ("ppo.value_coef", -1),
     ("ppo.kl_coef", -0.1),

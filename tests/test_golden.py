@@ -80,6 +80,7 @@ def make_golden_policy(tmp_path_factory):
             ),
             SamplingConfig(max_new_tokens=16),
             seed=0,
+            critic="shared",
         )
         weights = dict(policy.named_parameters())
         with torch.no_grad():
@@ -274,11 +275,20 @@ def test_the_first_token_has_reward_advantage_and_gradient_under_our_mask_only(
 
 
 def test_explained_variance_ignores_a_constant_error_unlike_trl():
-    stats = GOLDEN["cases"]["default"]["stats"]
+    case = GOLDEN["cases"]["default"]
     *_, returns = advantages(PRE | {"ppo_config": {}})
+    error = returns - PRE["values"]
 
     explained = ppo.explained_variance(PRE["values"], returns, MASK)
 
-    assert explained > stats["ppo/val/var_explained"]
-    error, kept = (returns - PRE["values"])[MASK], returns[MASK]
-    assert explained == pytest.approx(float(1 - error.var() / kept.var()), rel=1e-5)
+    # TRL averages the mean squared error and the variance over minibatches before it divides.
+    parts = [(error[rows][MASK[rows]], returns[rows][MASK[rows]]) for rows in minibatches(case)]
+    squares, variances = sum((e**2).mean() for e, _ in parts), sum(r.var() for _, r in parts)
+    trls = case["stats"]["ppo/val/var_explained"]
+    assert float(1 - squares / variances) == pytest.approx(trls, rel=1e-4)
+    # The same formula over the whole batch: a constant error counts as an error, and not in ours.
+    error, returns = error[MASK], returns[MASK]
+    variance = returns.var(unbiased=False)
+    as_trl = 1 - (error**2).mean() / variance
+    assert explained == pytest.approx(float(1 - error.var() / returns.var()), rel=1e-5)
+    assert explained == pytest.approx(float(as_trl + error.mean() ** 2 / variance), rel=1e-5)

@@ -20,7 +20,13 @@ ROWS = 8
 
 
 def settings(**changes):
-    base = {"prompts_per_step": ROWS, "minibatches": 2, "epochs": 2, "learning_rate": 3e-4}
+    base = {
+        "prompts_per_step": ROWS,
+        "minibatches": 2,
+        "epochs": 2,
+        "learning_rate": 3e-4,
+        "critic": "shared",
+    }
     return PPOConfig(**(base | changes))
 
 
@@ -134,6 +140,91 @@ def test_targets_are_the_functions_of_ppo_applied_to_the_rollout(make_policy, ma
     assert_close(targets.advantages, ppo.standardise(advantages, mask))
 
 
+# ---- the critic --------------------------------------------------------------------------------
+
+
+def adapter_gradients(make_policy, make_rollout, critic, returns_scale=1.0, **changes):
+    """The adapter's gradient at every optimiser step of an update, [steps, weights]."""
+    policy = make_policy(critic=critic)
+    rollout = make_rollout(policy, ROWS)
+    # Random advantages, the same for all critics: their values would give different ones.
+    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0))
+    advantages = torch.where(rollout.response_mask, noise, 0.0)
+    targets = no_targets(rollout, advantages=advantages, returns=returns_scale * noise)
+    learner = Learner(policy, settings(critic=critic, **changes), seed=0)
+    found = []
+    adapter = [p for name, p in learner.trainable.items() if "lora_" in name]
+    learner.optimiser.register_step_pre_hook(
+        lambda *_: found.append(torch.cat([p.grad.flatten() for p in adapter]))
+    )
+    learner.update(rollout, targets, step=0)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e9, 1e-2], ids=["unclipped", "clipped"])
+def test_only_a_shared_critic_moves_the_policy(make_policy, make_rollout, max_grad_norm):
+    find = lambda critic, **changes: adapter_gradients(
+        make_policy, make_rollout, critic, max_grad_norm=max_grad_norm, **changes
+    )
+
+    without = find("none")
+    detached = [find("detached", value_coef=coef) for coef in (0.0, 0.1, 1.0, 10.0)]
+    far = find("detached", returns_scale=100.0, value_clip_range=None)
+    shared = [find("shared", value_coef=coef) for coef in (0.0, 1.0)]
+
+    for gradient in (*detached, far, shared[0]):
+        assert_close(gradient, without, atol=1e-6, rtol=1e-6)
+    assert (shared[1] - without).norm() > 0.1 * without.norm()
+
+
+def test_a_detached_critic_takes_steps_of_its_own_size(make_policy, make_rollout):
+    policy = make_policy(critic="detached")
+    rollout, before = make_rollout(policy, ROWS), weights(policy)
+    config = settings(
+        critic="detached", learning_rate=1e-5, critic_learning_rate=1e-2, minibatches=1, epochs=1
+    )
+
+    learn(policy, config, rollout, updates=1)
+
+    # Adam's first step has the size of the learning rate, whatever the gradient is.
+    moves = {name: float((w - before[name]).abs().max()) for name, w in weights(policy).items()}
+    for name, move in moves.items():
+        step = 1e-2 if name.startswith("value_head.") else 1e-5
+        assert move == pytest.approx(step, rel=0.05), name
+
+
+def test_a_detached_critic_learns_the_returns(make_policy, make_rollout):
+    policy = make_policy(critic="detached", randomised=False)
+    rollout = make_rollout(policy, ROWS)
+    config = settings(critic="detached", epochs=30, kl_coef=0.0, gae_lambda=1.0)
+    learner = Learner(policy, config, seed=0)
+    targets = learner.targets(rollout)
+
+    learner.update(rollout, targets, step=0)
+
+    with torch.no_grad():
+        values = policy.score_tokens(rollout.tokens).values
+    mask = rollout.response_mask
+    assert ppo.explained_variance(rollout.values, targets.returns, mask) == 0
+    assert ppo.explained_variance(values, targets.returns, mask) > 0.5
+
+
+def test_without_a_critic_values_are_zero_and_lambda_discounts(make_policy, make_rollout):
+    policy = make_policy(critic="none")
+    rollout = make_rollout(policy, ROWS)
+    config = settings(critic="none", kl_coef=0.0, gae_lambda=0.9)
+
+    learner = Learner(policy, config, seed=0)
+    targets = learner.targets(rollout)
+    update = learner.update(rollout, targets, step=0)
+
+    assert not rollout.values.any()
+    lengths = rollout.response_mask.sum(dim=1)
+    assert_close(targets.returns[:, 0], rollout.scores * 0.9 ** (lengths - 1))
+    assert update.critic_grad_norm == 0
+    assert not any("value_head" in name for name in learner.optimiser_state())
+
+
 # ---- what has no effect ------------------------------------------------------------------------
 
 
@@ -209,14 +300,15 @@ def test_minibatches_have_the_same_rows_for_any_number_of_workers(make_policy, m
 # ---- several workers ---------------------------------------------------------------------------
 
 GLOO_STEPS = 4
-MIN_NEW_TOKENS = {"uneven": 3, "even": 11}
+CASES = {"uneven": (3, "shared"), "even": (11, "shared"), "detached": (3, "detached")}
+"""Smallest number of new tokens, and the critic."""
 
 
 def rollouts_by_name(make_policy, make_rollout):
     """A rollout with responses of different lengths, and one with responses of equal length."""
     made = {}
-    for name, min_new_tokens in MIN_NEW_TOKENS.items():
-        policy = make_policy({"min_new_tokens": min_new_tokens})
+    for name, (min_new_tokens, critic) in CASES.items():
+        policy = make_policy({"min_new_tokens": min_new_tokens}, critic=critic)
         made[name] = (policy, make_rollout(policy, ROWS))
     return made
 
@@ -231,7 +323,7 @@ def gloo_worker(rank, folder, model):
         dist.all_reduce(x)
         return x
 
-    for name, min_new_tokens in MIN_NEW_TOKENS.items():
+    for name, (min_new_tokens, critic) in CASES.items():
         fields = torch.load(f"{folder}/{name}.pt", weights_only=True)
         tokens = TokenBatch(**fields.pop("tokens"))
         rollout = Rollout(tokens=tokens, **fields)
@@ -241,12 +333,13 @@ def gloo_worker(rank, folder, model):
             PolicyConfig(model=model, dtype="float32", lora_rank=4, lora_alpha=8),
             SamplingConfig(max_new_tokens=12, min_new_tokens=min_new_tokens),
             seed=0,
+            critic=critic,
         )
         start = load_file(f"{folder}/{name}-start.safetensors")
         with torch.no_grad():
             for weight, parameter in policy.trainable().items():
                 parameter.copy_(start[weight])
-        learner = Learner(policy, settings(), seed=0, sum_over_workers=total)
+        learner = Learner(policy, settings(critic=critic), seed=0, sum_over_workers=total)
         for step in range(GLOO_STEPS):
             update = learner.update(part, learner.targets(part), step=step, first_row=rank * share)
         save_file(weights(policy), f"{folder}/{name}-{rank}.safetensors")
@@ -273,14 +366,14 @@ def two_processes(make_policy, make_rollout, tiny_t5, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", ["uneven", "even"])
+@pytest.mark.parametrize("name", list(CASES))
 def test_two_processes_take_the_same_steps_as_one_with_all_rows(two_processes, name):
     found, metrics, policy, rollout = two_processes[name]
     lengths = rollout.response_mask.sum(dim=1)
     assert (lengths.unique().numel() == 1) == (name == "even")
     start = weights(policy)
 
-    update = learn(policy, settings(), rollout, updates=GLOO_STEPS)
+    update = learn(policy, settings(critic=CASES[name][1]), rollout, updates=GLOO_STEPS)
 
     alone = weights(policy)
     unmoved = {n: gap for n in alone if (gap := float((alone[n] - start[n]).abs().max())) < 2e-5}
@@ -420,6 +513,26 @@ def test_gradients_are_clipped_in_every_minibatch(make_policy, make_rollout):
     assert update.grad_norm > 1e-2, "the logged norm is the one before clipping"
 
 
+def test_the_gradients_of_policy_and_detached_critic_are_clipped_apart(make_policy, make_rollout):
+    policy = make_policy(critic="detached")
+    rollout = make_rollout(policy, ROWS)
+    config = settings(critic="detached", max_grad_norm=1e-3)
+    learner = Learner(policy, config, seed=0)
+    norms = []
+    norm = lambda weights: float(torch.cat([p.grad.flatten() for p in weights]).norm())
+    learner.optimiser.register_step_pre_hook(
+        lambda *_: norms.append((norm(learner.policy_weights), norm(learner.critic_weights)))
+    )
+
+    update = learner.update(rollout, learner.targets(rollout), step=0)
+
+    assert len(norms) == 4
+    for pair in norms:
+        assert pair == pytest.approx((1e-3, 1e-3), rel=1e-3)
+    assert update.grad_norm > 1e-2
+    assert update.critic_grad_norm > 1e-2
+
+
 # ---- the KL coefficient ------------------------------------------------------------------------
 
 
@@ -499,16 +612,17 @@ def test_the_adaptive_controller_is_one_sided_unless_a_lower_minimum_is_set(make
 # ---- state -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("critic", ["none", "detached", "shared"])
 def test_a_restored_optimiser_takes_the_same_steps_as_an_uninterrupted_one(
-    make_policy, make_rollout, tmp_path
+    make_policy, make_rollout, tmp_path, critic
 ):
-    policy, other = make_policy(), make_policy()
+    policy, other = make_policy(critic=critic), make_policy(critic=critic)
     rollout = make_rollout(policy, ROWS)
-    learner = Learner(policy, settings(), seed=0)
+    learner = Learner(policy, settings(critic=critic), seed=0)
     learner.update(rollout, learner.targets(rollout), step=0)
 
     save_file(learner.optimiser_state(), tmp_path / "optimiser.safetensors")
-    resumed = Learner(other, settings(), seed=0)
+    resumed = Learner(other, settings(critic=critic), seed=0)
     with torch.no_grad():
         for name, weight in weights(policy).items():
             other.trainable()[name].copy_(weight)

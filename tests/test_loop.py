@@ -77,6 +77,10 @@ def word_count(completions, **_):
     return [float(len(text.split())) for text in completions]
 
 
+def new_policy(config):
+    return load_policy(config.policy, config.sampling, config.seed, critic=config.ppo.critic)
+
+
 @pytest.fixture(scope="module")
 def config(tiny_t5, tiny_roberta):
     """Five steps of eight prompts, with dropout in every config that has a setting for it."""
@@ -95,6 +99,7 @@ def config(tiny_t5, tiny_roberta):
             minibatches=2,
             epochs=2,
             learning_rate=3e-3,
+            critic="detached",
             kl_controller="adaptive",
             adaptive_kl_horizon=50,
             adaptive_kl_coef_min=0.0,
@@ -131,7 +136,7 @@ def train_run(config, reward, rows, tokenizer):
 
     def run(runtime, policy=None, **changes):
         settings = config.replace(**changes)
-        policy = policy or load_policy(settings.policy, settings.sampling, settings.seed)
+        policy = policy or new_policy(settings)
         return train(
             settings, runtime, policy, tokenizer, reward, PromptShards(settings, rows, pad_id=0)
         )
@@ -174,7 +179,7 @@ def assert_same_final_state(runtime, other):
 def uninterrupted(config, reward, rows, tokenizer, tmp_path_factory):
     """A run of five steps."""
     runtime = LocalRuntime(tmp_path_factory.mktemp("uninterrupted"))
-    policy = load_policy(config.policy, config.sampling, config.seed)
+    policy = new_policy(config)
     outcome = train(
         config, runtime, policy, tokenizer, reward, PromptShards(config, rows, pad_id=0)
     )
@@ -357,7 +362,7 @@ def test_the_state_of_a_checkpoint_is_independent_of_the_number_of_workers(unint
 
 
 def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, tmp_path):
-    policy, other = make_policy(), make_policy(seed=1)
+    policy, other = (make_policy(seed=seed, critic="detached") for seed in (0, 1))
     learner, restored = (Learner(p, config.ppo, seed=0) for p in (policy, other))
     rollout = make_rollout(policy, 8)
     learner.update(rollout, learner.targets(rollout), step=0)
@@ -375,10 +380,30 @@ def test_a_checkpoint_is_restored_from_disk(config, make_policy, make_rollout, t
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("critic", ["none", "shared"])
+def test_a_run_resumed_with_another_critic_keeps_the_policy_and_starts_a_new_value_head(
+    config, make_policy, make_rollout, tmp_path, critic
+):
+    policy = make_policy(critic="detached")
+    learner, rollout = Learner(policy, config.ppo, seed=0), make_rollout(policy, 8)
+    learner.update(rollout, learner.targets(rollout), step=0)
+    checkpoint.write(tmp_path, policy, learner, config, 1)
+    other = make_policy(seed=1, critic=critic, randomised=False)
+    resumed = Learner(other, config.ppo.replace(critic=critic), seed=0)
+
+    checkpoint.read(tmp_path, other, resumed)
+
+    scores, before = other.score_tokens(rollout.tokens), policy.score_tokens(rollout.tokens)
+    assert torch.equal(scores.logprobs, before.logprobs)
+    assert before.values.any()
+    assert not scores.values.any()
+    resumed.update(rollout, resumed.targets(rollout), step=1)
+
+
 def test_metrics_of_another_version_in_a_checkpoint_are_rejected(
     config, make_policy, make_rollout, tmp_path
 ):
-    policy = make_policy()
+    policy = make_policy(critic="detached")
     learner = Learner(policy, config.ppo, seed=0)
     rollout = make_rollout(policy, 8)
     learner.update(rollout, learner.targets(rollout), step=0)
@@ -402,7 +427,7 @@ def test_a_checkpoint_of_another_format_is_rejected_with_the_version_that_wrote_
 def test_a_policy_that_differs_from_its_reference_before_training_is_rejected(
     train_run, config, make_policy, tmp_path
 ):
-    moved = make_policy(sampling=config.sampling.model_dump())
+    moved = make_policy(sampling=config.sampling.model_dump(), critic="detached")
     runtime = LocalRuntime(tmp_path)
 
     with pytest.raises(
@@ -432,10 +457,8 @@ def test_a_run_that_starts_from_an_adapter_starts_at_its_reference(
 
     train_run(
         runtime,
-        policy=load_policy(
-            config.policy.replace(adapter=str(tmp_path / "start")),
-            config.sampling,
-            config.seed,
+        policy=new_policy(
+            config.replace(policy=config.policy.replace(adapter=str(tmp_path / "start")))
         ),
         train=TrainConfig(steps=2, workers=1),
     )
@@ -458,7 +481,7 @@ def test_a_score_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
             return pending
 
     runtime = LocalRuntime(tmp_path)
-    policy = load_policy(config.policy, config.sampling, config.seed)
+    policy = new_policy(config)
     config = config.replace(train=config.train.replace(probe_prompts=0))
 
     with pytest.raises(NonFiniteError, match="in step 4"):
@@ -521,7 +544,7 @@ def test_two_workers_with_equal_or_unequal_shares_equal_one_worker(
     config, rows, tokenizer, uninterrupted, two_workers, tmp_path, first
 ):
     # Loaded before the threads start, because loading a model is not thread-safe.
-    policies = [load_policy(config.policy, config.sampling, config.seed) for _ in range(2)]
+    policies = [new_policy(config) for _ in range(2)]
     rewards = [Reward(config.reward) for _ in range(2)]
     runtimes = [LocalRuntime(tmp_path / str(rank)) for rank in range(2)]
 

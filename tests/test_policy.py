@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox import draws
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.models.critic import make_value_head
 from ray_detox.models.loading import compute_dtype, export_model, load_policy, lora_config
 from ray_detox.models.policy import Policy, _invert_cdf
 from ray_detox.records import TokenBatch
@@ -308,6 +309,55 @@ def test_a_new_policy_equals_its_reference(make_policy, make_prompts):
     assert not generation.values.any(), "a new value head returns 0"
 
 
+# ---- the critic --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("critic", ["none", "detached", "shared"])
+def test_the_first_values_are_zero(make_policy, make_prompts, critic):
+    policy = make_policy(critic=critic, randomised=False)
+
+    generation = generate(policy, make_prompts(8))
+
+    assert not generation.values.any()
+    assert not score(policy, generation.tokens).values.any()
+
+
+def test_the_values_of_a_detached_critic_have_no_gradient_in_the_policy(make_policy, make_prompts):
+    detached, shared = make_policy(critic="detached"), make_policy(critic="shared")
+    tokens = generate(shared, make_prompts(8)).tokens
+
+    for policy in (detached, shared):
+        policy.score_tokens(tokens).values.sum().backward()
+
+    trained = detached.trainable()
+    assert {name for name, p in trained.items() if p.grad is not None and p.grad.any()} == {
+        name for name in trained if name.startswith("value_head.")
+    }
+    assert any(p.grad.any() for name, p in shared.trainable().items() if "lora_" in name)
+
+
+def test_sampled_values_of_a_detached_critic_equal_teacher_forced_ones(make_policy, make_prompts):
+    policy = make_policy(critic="detached")
+
+    generation = generate(policy, make_prompts(8))
+
+    assert generation.values.std() > 0.1
+    assert_close(generation.values, score(policy, generation.tokens).values, atol=2e-5, rtol=1e-4)
+
+
+def test_a_critic_does_not_change_the_responses(make_policy, make_prompts):
+    batch = make_prompts(8)
+
+    found = [
+        generate(make_policy(critic=critic, randomised=False), batch)
+        for critic in ("none", "detached", "shared")
+    ]
+
+    for other in found[1:]:
+        assert torch.equal(other.tokens.response_ids, found[0].tokens.response_ids)
+        assert torch.equal(other.logprobs, found[0].logprobs)
+
+
 def test_the_kl_is_measured_to_the_starting_adapter_and_not_to_the_base_model(
     make_policy, make_prompts, tmp_path
 ):
@@ -505,8 +555,10 @@ def test_an_adapter_trained_from_a_starting_adapter_is_saved_completely(
     assert torch.equal(logits(plain, batch), logits(policy.model, batch))
 
 
-def test_adapter_and_value_head_are_restored_from_disk(make_policy, tmp_path):
-    policy, other = make_policy(), make_policy(seed=1, randomised=False)
+@pytest.mark.parametrize("critic", ["none", "detached", "shared"])
+def test_adapter_and_value_head_are_restored_from_disk(make_policy, tmp_path, critic):
+    policy = make_policy(critic=critic)
+    other = make_policy(seed=1, randomised=False, critic=critic)
 
     policy.save_adapter(tmp_path / "adapter")
     policy.save_value_head(tmp_path / "value_head.safetensors")
@@ -516,6 +568,7 @@ def test_adapter_and_value_head_are_restored_from_disk(make_policy, tmp_path):
     weights, read_back = policy.trainable(), other.trainable()
     assert weights.keys() == read_back.keys()
     assert all(torch.equal(weights[name], read_back[name]) for name in weights)
+    assert (tmp_path / "value_head.safetensors").exists() == (critic != "none")
 
 
 def test_loading_an_adapter_with_other_layers_fails(make_policy, tmp_path):
@@ -598,7 +651,8 @@ def test_other_encoder_decoders_score_tokens_as_they_sampled_them(
     base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **settings))
     config = PolicyConfig(lora_rank=4, lora_targets=targets, frozen_encoder=frozen_encoder)
     model = get_peft_model(base, lora_config(config))
-    policy = Policy(model, SamplingConfig(max_new_tokens=12), frozen_encoder)
+    head = make_value_head("shared", model.config.hidden_size, seed=0)
+    policy = Policy(model, SamplingConfig(max_new_tokens=12), frozen_encoder, value_head=head)
     for parameter in policy.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)
     query_mask = torch.arange(9) < torch.tensor([9, 4, 7, 3])[:, None]

@@ -623,6 +623,16 @@ def test_the_loss_of_an_unchanged_value_is_half_its_squared_error(batch):
     assert_close(loss, torch.where(mask, 0.5 * (values - returns) ** 2, 0.0))
 
 
+@given(responses(3))
+def test_without_a_clip_range_the_value_loss_is_half_the_squared_error(batch):
+    mask, new, old, returns = batch
+
+    loss = ppo.value_loss(new, old, returns, mask, clip_range=None)
+
+    assert_close(loss, torch.where(mask, 0.5 * (new - returns) ** 2, 0.0))
+    assert (loss <= ppo.value_loss(new, old, returns, mask, clip_range=0.2)).all()
+
+
 @given(responses(3), st.integers(0, 3), padding_values)
 def test_padding_does_not_change_the_value_loss_and_has_zero_gradient(batch, extra, value):
     mask, new, old, returns = batch

@@ -3,12 +3,14 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.models.critic import make_value_head
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
 from ray_detox.models.sources import local_folder
 
@@ -44,10 +46,11 @@ def load_policy(
     sampling: SamplingConfig,
     seed: int,
     device: torch.device | str = "cpu",
+    critic: Literal["none", "detached", "shared"] = "none",
 ) -> Policy:
-    """Load the base model, attach the adapter and add a value head.
+    """Load the base model, attach the adapter and, to train with a critic, add a value head.
 
-    New LoRA weights depend on `seed` alone, so that all workers start from the same weights.
+    New weights depend on `seed` alone, so that all workers start from the same weights.
 
     Raises:
         ConfigError: the model or the starting adapter does not exist.
@@ -75,7 +78,13 @@ def load_policy(
     encoder_has_adapter = any(
         "lora_" in name and ".encoder." in name for name, _ in model.named_parameters()
     )
-    policy = Policy(model, sampling, frozen_encoder=not encoder_has_adapter, dtype=dtype)
+    policy = Policy(
+        model,
+        sampling,
+        frozen_encoder=not encoder_has_adapter,
+        dtype=dtype,
+        value_head=make_value_head(critic, model.config.hidden_size, seed),
+    )
     return policy.to(device)
 
 

@@ -1,4 +1,4 @@
-"""The policy: an encoder-decoder with a LoRA adapter and a value head.
+"""The policy: an encoder-decoder with a LoRA adapter and, with a critic, a value head.
 
 It samples responses, scores tokens, and is its own reference: the same weights with the adapter
 off (or, if training starts from an adapter, with a frozen copy of that adapter on), so there is no
@@ -45,7 +45,7 @@ class TokenScores:
     logprobs: Tensor
     """Log-probability of each token."""
     values: Tensor
-    """The value estimated just before each token."""
+    """The value estimated just before each token; 0 without a critic."""
 
 
 class Policy(nn.Module):
@@ -58,6 +58,8 @@ class Policy(nn.Module):
             scoring apply them alike.
         frozen_encoder: True if no encoder layer has an adapter.
         dtype: dtype of the forward passes; adapter, value head and losses stay float32.
+        value_head: maps the decoder's last hidden states [B, R, D] to values [B, R, 1]; without one
+            all values are 0.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Policy(nn.Module):
         sampling: SamplingConfig,
         frozen_encoder: bool = False,
         dtype: torch.dtype = torch.float32,
+        value_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         config = model.config
@@ -73,10 +76,7 @@ class Policy(nn.Module):
         self.sampling = sampling
         self.frozen_encoder = frozen_encoder
         self.dtype = dtype
-        self.value_head = nn.Linear(config.hidden_size, 1)
-        # Zero weights: the first values are 0, which does not depend on a seed.
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = value_head
         self.pad_id: int = config.pad_token_id
         eos = config.eos_token_id
         self.eos_ids: list[int] = list(eos) if isinstance(eos, list | tuple) else [eos]
@@ -92,7 +92,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights and of sampled tensors."""
-        return self.value_head.weight.device
+        return next(self.parameters()).device
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters of adapter and value head, sorted by name."""
@@ -132,8 +132,11 @@ class Policy(nn.Module):
                 use_cache=cache is not None,
             )
         assert self._hidden is not None, "the decoder's forward hook did not run"
-        values = self.value_head(self._hidden.float()).squeeze(-1)
-        self._hidden = None
+        hidden, self._hidden = self._hidden.float(), None
+        if self.value_head is None:
+            values = hidden.new_zeros(hidden.shape[:2])
+        else:
+            values = self.value_head(hidden).squeeze(-1)
         logits = output.logits.float()
         if self.sampling.temperature != 1:
             logits = logits / self.sampling.temperature
@@ -305,12 +308,14 @@ class Policy(nn.Module):
         set_peft_model_state_dict(self.model, weights, adapter_name=POLICY)
 
     def save_value_head(self, file: Path) -> None:
-        """Write the value head as safetensors."""
-        save_file({n: p.detach().cpu() for n, p in self.value_head.named_parameters()}, file)
+        """Write the value head as safetensors; without a critic there is no such file."""
+        if self.value_head is not None:
+            save_file({n: p.detach().cpu() for n, p in self.value_head.named_parameters()}, file)
 
     def load_value_head(self, file: Path) -> None:
-        """Load the value head that `save_value_head` wrote."""
-        self.value_head.load_state_dict(load_file(file))
+        """Load the value head that `save_value_head` wrote, if the policy has one."""
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(file))
 
 
 def _invert_cdf(log_p: Tensor, noise: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints: the complete state of a run, in one folder of safetensors and JSON.
 
     adapter/                  LoRA weights and settings; plain peft loads this folder
-    value_head.safetensors
+    value_head.safetensors    not without a critic
     optimiser.safetensors     Adam's moments by parameter name
     metrics.jsonl             the metrics of every step so far
     state.json                step, KL coefficient, seed, the run's settings
@@ -61,7 +61,9 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
     """
     state = read_state(folder)
     policy.load_adapter(folder / "adapter")
-    policy.load_value_head(folder / "value_head.safetensors")
+    # A run that is resumed with another `ppo.critic` continues with a new value head.
+    if state["config"]["ppo"]["critic"] == learner.config.critic:
+        policy.load_value_head(folder / "value_head.safetensors")
     learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
     learner.kl_coef = float(state["kl_coef"])
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -31,6 +31,9 @@ class Update:
     approx_kl: float
     clip_fraction: float
     grad_norm: float
+    """Norm of the adapter's gradient before clipping; with a shared critic also of the head's."""
+    critic_grad_norm: float
+    """Norm of a detached value head's gradient before clipping; else 0."""
     ratio: float
     """Mean probability ratio of the first minibatch, before any optimiser step: expected to be 1."""
     minibatches: int
@@ -57,7 +60,15 @@ class Learner:
         self.sum_over_workers = sum_over_workers
         self.kl_coef = config.kl_coef
         self.trainable = policy.trainable()
-        self.optimiser = torch.optim.Adam(self.trainable.values(), lr=config.learning_rate)
+        detached = config.critic == "detached"
+        is_critic = lambda name: detached and name.startswith("value_head.")
+        self.critic_weights = [p for name, p in self.trainable.items() if is_critic(name)]
+        self.policy_weights = [p for name, p in self.trainable.items() if not is_critic(name)]
+        groups = [
+            {"params": self.policy_weights, "lr": config.learning_rate},
+            {"params": self.critic_weights, "lr": config.critic_learning_rate},
+        ]
+        self.optimiser = torch.optim.Adam([group for group in groups if group["params"]])
 
     def targets(self, rollout: Rollout) -> Targets:
         """Compute per-token KL, rewards, advantages and returns with the current KL coefficient."""
@@ -156,10 +167,14 @@ class Learner:
         policy_loss, clipped = ppo.policy_loss(
             new.logprobs, rollout.logprobs, targets.advantages, mask, config.clip_range
         )
-        value_loss = ppo.value_loss(
-            new.values, rollout.values, targets.returns, mask, config.value_clip_range
-        )
-        loss = policy_loss.sum() + config.value_coef * value_loss.sum()
+        loss, value_loss = policy_loss.sum(), torch.zeros_like(policy_loss)
+        if config.critic != "none":
+            value_loss = ppo.value_loss(
+                new.values, rollout.values, targets.returns, mask, config.value_clip_range
+            )
+            # The weight balances two losses on the same parameters; a detached head has its own.
+            weight = config.value_coef if config.critic == "shared" else 1.0
+            loss = loss + weight * value_loss.sum()
         if config.kl_in == "loss" and self.kl_coef:
             loss = loss + self.kl_coef * ppo.loss_kl(new.logprobs, rollout.ref_logprobs).sum()
 
@@ -177,7 +192,11 @@ class Learner:
         return loss, metrics
 
     def _reduce_and_clip(self, sums: Tensor) -> dict[str, float]:
-        """Sum gradients and metrics over workers in one all-reduce, then clip the gradient."""
+        """Sum gradients and metrics over workers in one all-reduce, then clip the gradients.
+
+        A detached value head is clipped by itself: a common norm would let the size of the value
+        loss scale the policy's step.
+        """
         parameters = list(self.trainable.values())
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients] + [sums.to(gradients[0].dtype)])
@@ -187,8 +206,11 @@ class Learner:
             size = parameter.numel()
             parameter.grad = flat[start : start + size].view_as(parameter).clone()
             start += size
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        return dict(zip(_METRICS, flat[start:].tolist(), strict=True)) | {"grad_norm": float(norm)}
+        limit = self.config.max_grad_norm
+        return dict(zip(_METRICS, flat[start:].tolist(), strict=True)) | {
+            "grad_norm": float(nn.utils.clip_grad_norm_(self.policy_weights, limit)),
+            "critic_grad_norm": float(nn.utils.clip_grad_norm_(self.critic_weights, limit)),
+        }
 
     def _exceeds_target_kl(self, approx_kl: float) -> bool:
         """Return True if the update should end before its next optimiser step."""

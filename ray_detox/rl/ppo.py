@@ -159,7 +159,8 @@ def gae(
         values: [B, R] V_t, the value estimated just before token t is generated.
         response_mask: [B, R] True on response tokens.
         gamma: discount per token, in [0, 1].
-        gae_lambda: in [0, 1]; 0 is one-step TD (relies on the value head), 1 is Monte Carlo.
+        gae_lambda: in [0, 1]; 0 is one-step TD (relies on the critic), 1 is Monte Carlo. If all
+            values are 0, it has the effect of a discount.
 
     Returns:
         advantages [B, R] and returns [B, R] = advantages + values, both zero outside the mask.
@@ -271,7 +272,7 @@ def value_loss(
     values: Tensor,
     returns: Tensor,
     response_mask: Tensor,
-    clip_range: float,
+    clip_range: float | None,
 ) -> Tensor:
     """The clipped value loss per token: half the squared error of the value head.
 
@@ -284,7 +285,7 @@ def value_loss(
         returns: [B, R].
         response_mask: [B, R] True on response tokens.
         clip_range: distance of a value from its old estimate beyond which a further move towards
-            the return brings no gain.
+            the return brings no gain; None leaves out the clipped term.
 
     Returns:
         loss [B, R], zero outside the mask.
@@ -295,5 +296,8 @@ def value_loss(
     new_values, values, returns = (
         torch.where(response_mask, x, 0.0) for x in (new_values, values, returns)
     )
-    clipped = values + (new_values - values).clamp(-clip_range, clip_range)
-    return 0.5 * torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2)
+    error = (new_values - returns) ** 2
+    if clip_range is not None:
+        clipped = values + (new_values - values).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return 0.5 * error

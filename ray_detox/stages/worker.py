@@ -138,7 +138,7 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     runtime = RayRuntime(job.progress, job.group, ray.get(job.start) if job.start else None)
-    policy = load_policy(config.policy, config.sampling, config.seed, device)
+    policy = load_policy(config.policy, config.sampling, config.seed, device, config.ppo.critic)
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
     mine = shards_of_worker(config.data.shards, runtime.rank, runtime.world_size)
     rows = {shard: unpack_rows(ray.get(job.shards[shard]).to_pylist()) for shard in mine}
