@@ -168,8 +168,13 @@ def _facts(
 
 def _fingerprints(config: RunConfig, folder: RunFolder, data: "Ingested") -> dict[str, str]:
     """Return content fingerprints of the models, the adapter and the prompts of this run."""
-    policy, reward = config.policy, config.reward
-    return {
+    policy, (_, *others) = config.policy, config.reward.classifiers
+    of_terms = {
+        f"{setting}.model": fingerprint(each.model, each.revision, f"{setting}.model")
+        for setting, each in others
+    }
+    reward = config.reward
+    return of_terms | {
         "policy": fingerprint(policy.model, policy.revision, "policy.model"),
         "reward": fingerprint(reward.model, reward.revision, "reward.model"),
         "adapter": folder_fingerprint(folder.adapter),

@@ -7,6 +7,7 @@ A run would download them itself, but on every node at once and while its GPUs w
 
 import sys
 import time
+from functools import partial
 
 from ray_detox.config import ConfigError
 from ray_detox.data.files import load_hub, locate
@@ -27,7 +28,10 @@ def main(words: list[str]) -> int:
     policy, reward, data = config.policy, config.reward, config.data
     wanted = [
         ("policy.model", lambda: local_folder(policy.model, policy.revision, "policy.model")),
-        ("reward.model", lambda: local_folder(reward.model, reward.revision, "reward.model")),
+        *(
+            (f"{where}.model", partial(local_folder, each.model, each.revision, f"{where}.model"))
+            for where, each in reward.classifiers
+        ),
         # Files and S3 need no cache: Ray Data reads from them what each node needs.
         ("data.path", lambda: load_hub(data) if locate(data).kind == "hub" else None),
     ]
