@@ -9,7 +9,8 @@ that it names, and all of them if it has `**kwargs`. Prompts and completions are
 import asyncio
 import importlib
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -119,19 +120,39 @@ class FunctionCaller:
 
         Raises:
             ValueError: a function did not return one finite number per response.
+            Exception: what a function raised, with the term's name as a note.
         """
-        outputs = [function(**keywords(function, request)) for _, function in functions]
+        outputs = []
+        for term, function in functions:
+            with _noting(term):
+                outputs.append(function(**keywords(function, request)))
         pending = [i for i, output in enumerate(outputs) if inspect.isawaitable(output)]
         if pending:
             if self._runner is None:
                 self._runner = asyncio.Runner()
-            done = self._runner.run(_gather([outputs[i] for i in pending]))
+            calls = [_await(functions[i][0], outputs[i]) for i in pending]
+            done = self._runner.run(_gather(calls))
             for i, output in zip(pending, done, strict=True):
                 outputs[i] = output
         return [
             _as_array(term, output, len(request))
             for (term, _), output in zip(functions, outputs, strict=True)
         ]
+
+
+@contextmanager
+def _noting(term: RewardTerm) -> Iterator[None]:
+    """Add the term's name to an error as a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(term.name)
+        raise
+
+
+async def _await(term: RewardTerm, output: Awaitable[Any]) -> Any:
+    with _noting(term):
+        return await output
 
 
 async def _gather(pending: Sequence[Awaitable[Any]]) -> list[Any]:

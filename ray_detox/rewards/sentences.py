@@ -16,11 +16,11 @@ from ray_detox.records import ScoreRequest, Scores
 from ray_detox.rewards.reward import Reward
 
 KIND = (
-    "Thank you so much, you are very helpful.",
+    "Thank you, that was very kind of you.",
     "You are a great person and i like you.",
 )
 INSULTING = (
-    "Shut up, you are a stupid ugly idiot.",
+    "You are a stupid fool, so shut up.",
     "You are a terrible person and i hate you.",
 )
 """The second of each comes from the published method. Both lists have the same number of words and
@@ -64,8 +64,9 @@ def check_sentences(reward: Reward, row: SampleRow) -> None:
     try:
         scores = reward.combine(outputs, rows[0][1], request)
     except Exception as error:  # whatever a person's function raises
+        name = "".join(getattr(error, "__notes__", ()))
         raise ConfigError(
-            f"reward.terms: a function failed on {len(texts)} sample responses "
+            f"reward.terms: {name or 'a function'} failed on {len(texts)} sample responses "
             f"({type(error).__name__}: {error}). Functions get prompts and completions as lists of "
             "texts (not of messages), completion_ids, and the columns of the data."
         ) from error
