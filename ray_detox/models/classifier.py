@@ -260,11 +260,12 @@ def longest_input(tokenizer: Any, model: Any) -> int:
     limits = []
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("position" in leaf or leaf == "wpe"):
-            unused = getattr(module, "offset", 0)
-            if module.padding_idx is not None:
-                unused = max(unused, module.padding_idx + 1)
-            limits.append(module.num_embeddings - unused)
+        table = getattr(module, "weight", None)
+        is_positions = ("position" in leaf or leaf == "wpe") and not isinstance(module, nn.Linear)
+        if is_positions and isinstance(table, Tensor) and table.ndim == 2:
+            padding = getattr(module, "padding_idx", None)
+            unused = max(getattr(module, "offset", 0), 0 if padding is None else padding + 1)
+            limits.append(len(table) - unused)
     stated = getattr(model.config, "max_position_embeddings", None)  # also GPT-2's n_positions
     if isinstance(stated, int) and stated > 0:
         limits.append(stated)
@@ -313,7 +314,13 @@ class Classifier:
         self.max_tokens = min(
             longest_input(self.tokenizer, self.model), config.max_tokens or 1 << 30
         )
-        self.pads = self._find_padding()
+        try:
+            self.pads = self._find_padding()
+        except LOAD_ERRORS as error:
+            raise ConfigError(
+                f"{name} is {config.model!r}, and it cannot score a text from its tokens alone "
+                f"({type(error).__name__}: {_first_line(error)}). Set it to a classifier of texts."
+            ) from error
         """Whether texts of different lengths share a forward pass; else each has its own."""
         self.device = torch.device(device)
         self.model.to(self.device)
