@@ -7,6 +7,7 @@ A run would download them itself, but on every node at once and while its GPUs w
 
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 from ray_detox.config import ConfigError
@@ -26,7 +27,7 @@ def main(words: list[str]) -> int:
         print(f"warm_cache.py: {error}", file=sys.stderr)
         return 2
     policy, reward, data = config.policy, config.reward, config.data
-    wanted = [
+    wanted: list[tuple[str, Callable[[], object]]] = [
         ("policy.model", lambda: local_folder(policy.model, policy.revision, "policy.model")),
         *(
             (f"{where}.model", partial(local_folder, each.model, each.revision, f"{where}.model"))

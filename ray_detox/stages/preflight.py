@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_detox.config import ClassifierConfig, ConfigError, RunConfig
+from ray_detox.config import ClassifierConfig, ConfigError, PolicyConfig, RunConfig
 from ray_detox.data.files import Source, check_rows, locate, peek
 from ray_detox.data.prompts import prompt_text, reason_to_leave_out
 from ray_detox.evaluation.judges import check_judge
@@ -108,7 +108,11 @@ def check_reachable(config: RunConfig) -> None:
     Raises:
         ConfigError: this node cannot read one of them.
     """
-    for setting, section in (("policy", config.policy), *config.reward.classifiers):
+    models: list[tuple[str, PolicyConfig | ClassifierConfig]] = [
+        ("policy", config.policy),
+        *config.reward.classifiers,
+    ]
+    for setting, section in models:
         name = f"{setting}.model"
         folder = local_folder(section.model, section.revision, name, weights=False)
         _settings(folder, section.model, name)
