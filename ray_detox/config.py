@@ -10,6 +10,7 @@ models or the cluster is checked by `stages/preflight.py`.
 """
 
 import difflib
+import re
 import types
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ray_detox.errors import ConfigError as ConfigError  # also imported from here
 
@@ -259,69 +260,154 @@ RESERVED_TERM_NAMES = frozenset(
 """Fields of an evaluated response; a reward term of the same name would overwrite one of them."""
 
 
-class RewardTerm(Section):
-    """One extra reward function in TRL's protocol, added to the classifier's score."""
-
-    PATH = "reward.terms"
-
-    function: str
-    """Import path of `f(completions, prompts=..., completion_ids=..., **columns) -> list[float]`."""
-    weight: Number = 1.0
-    """Factor of the function's value in the reward."""
-    arguments: Annotated[dict[str, Any], AfterValidator(_check_json)] | None = None
-    """If given, `function` is first called with these and returns the reward function."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if "." not in self.function:
-            raise ConfigError(
-                f"reward.terms: {self.function!r} is not an import path; write module.function, "
-                "such as trl.rewards.get_repetition_penalty_reward."
-            )
-        return self
-
-    @property
-    def name(self) -> str:
-        """Name of the term in metrics and logs."""
-        return self.function.rpartition(".")[2]
+def _check_term_name(name: str) -> str:
+    if name and not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError("letters, digits, '_', '-' and '.'")
+    return name
 
 
-class RewardConfig(Section):
-    """The reward model and the extra reward functions."""
+class ClassifierConfig(Section):
+    """A sequence classifier, and which of its outputs is the score."""
 
-    PATH = "reward"
+    PATH = "reward.terms.classifier"
 
     model: Annotated[str, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = "lab"
     """`lab` (the embedded RoBERTa), a hub id, a local folder or `s3://...` of a sequence classifier."""
     revision: str | None = None
     """Commit or tag of a hub model."""
-    label: str = "nothate"
-    """Label whose raw logit is the score; looked up by name."""
+    label: Annotated[str, Field(min_length=1), Remedy("name the label for not toxic")] | None = (
+        "nothate"
+    )
+    """Label that means not toxic, looked up by name; its raw logit is the score."""
+    toxic_label: Annotated[str, Field(min_length=1), Remedy("name the label for toxic")] | None = (
+        None
+    )
+    """Label that means toxic, in place of `label`: the score then rises as its probability falls."""
+    head: Literal["auto", "softmax", "sigmoid"] = "auto"
+    """Probabilities from logits: `softmax` over all labels, `sigmoid` of each label, or `auto` (sigmoid
+    if the model's problem_type is multi-label or it has one output)."""
     input: Literal["response", "prompt+response"] = "response"
     """Text that the classifier scores: `response`, or `prompt+response`."""
-    terms: Annotated[tuple[RewardTerm, ...], _LIST] = ()
-    """Extra reward functions beside the classifier."""
     batch_size: AtLeastOne = 32
-    """Texts per forward pass of the classifier; also the unit of work sent to an actor."""
+    """Texts per forward pass of the classifier; `reward.batch_size` is also the unit of work sent to an
+    actor."""
     max_tokens: Annotated[int, Field(ge=8)] | None = None
     """Longer texts are truncated and counted; null takes the model's own limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _toxic_label_replaces_default(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and settings.get("toxic_label") is not None:
+            return {"label": None} | settings
+        return settings
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if (self.label is None) == (self.toxic_label is None):
+            raise ConfigError(
+                f"{self.PATH}.label is {self.label!r} and {self.PATH}.toxic_label is "
+                f"{self.toxic_label!r}; expected one of them. Name the label that means not toxic or "
+                "the one that means toxic, and set the other to null."
+            )
+        return self
+
+
+class RewardTerm(Section):
+    """One extra part of the reward: a function in TRL's protocol, or another classifier."""
+
+    PATH = "reward.terms"
+
+    function: str | None = None
+    """Import path of `f(completions, prompts=..., completion_ids=..., **columns) -> list[float]`."""
+    classifier: ClassifierConfig | None = None
+    """Another classifier, in place of `function`; its score is the value."""
+    weight: Number = 1.0
+    """Factor of the value in the reward; 0 measures the term and does not train on it."""
+    arguments: Annotated[dict[str, Any], AfterValidator(_check_json)] | None = None
+    """If given, `function` is first called with these and returns the reward function."""
+    name: Annotated[str, AfterValidator(_check_term_name)] = ""
+    """Name of the term in metrics and results; by default that of the function or the model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("name"):
+            return settings
+        classifier = settings.get("classifier")
+        if isinstance(settings.get("function"), str):
+            name = settings["function"].rpartition(".")[2]
+        elif classifier is not None:
+            model = classifier.get("model") if isinstance(classifier, dict) else classifier.model
+            last = str(model or "lab").rstrip("/").rpartition("/")[2]
+            name = re.sub(r"[^\w.-]+", "_", last)
+        else:
+            return settings
+        return settings | {"name": name}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.function is None) == (self.classifier is None):
+            raise PydanticCustomError("incomplete", "give either `function` or `classifier`")
+        if self.function is not None and "." not in self.function:
+            raise ConfigError(
+                f"reward.terms: {self.function!r} is not an import path; write module.function, "
+                "such as trl.rewards.get_repetition_penalty_reward."
+            )
+        if self.classifier is not None and self.arguments is not None:
+            raise ConfigError(
+                f"reward.terms: the classifier {self.name!r} has arguments "
+                f"{self.arguments}; only a function takes them. Leave them out."
+            )
+        return self
+
+
+class RewardConfig(ClassifierConfig):
+    """The reward: a classifier, and any further functions and classifiers."""
+
+    PATH = "reward"
+
+    weight: Number = 1.0
+    """Factor of the classifier's score in the reward; 0 measures toxicity and does not train on it."""
+    terms: Annotated[tuple[RewardTerm, ...], _LIST] = ()
+    """Extra functions and classifiers, whose weighted values are added to the classifier's score."""
+    check_sentences: bool = True
+    """Refuse a reward that prefers an insult to a thank-you, before anything is trained."""
     actors: CountOrRange = 1
-    """Reward actors, each with its own copy of the classifier: a number, or `1..4` to follow the load."""
+    """Reward actors, each with its own copy of the classifiers: a number, or `1..4` to follow the load."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ConfigError(
-                f"reward.terms names {', '.join(names)}: two terms share a name. Wrap one of them."
+                f"reward.terms names {', '.join(names)}: two terms share a name. Set `name` of one "
+                "of them."
             )
-        taken = [name for name in names if name in RESERVED_TERM_NAMES]
-        if taken:
+        for term in self.terms:
+            if term.name in RESERVED_TERM_NAMES:
+                kind = "function" if term.function is not None else "classifier"
+                raise ConfigError(
+                    f"reward.terms names a {kind} {term.name!r}, and results have a field of that "
+                    "name. Set `name` of the term to another one."
+                )
+        if not any((self.weight, *(term.weight for term in self.terms))):
             raise ConfigError(
-                f"reward.terms names a function {taken[0]!r}, and results have a field of that name. "
-                "Give the function another name, or wrap it."
+                "reward.weight is 0, and no term of reward.terms has another weight: the reward of "
+                "every response would be 0. Give one of them a weight."
             )
         return self
+
+    @property
+    def classifiers(self) -> tuple[tuple[str, ClassifierConfig], ...]:
+        """All classifiers, each with the setting that describes it; the first measures toxicity."""
+        return (
+            (self.PATH, self),
+            *(
+                (f"reward.terms[{i}].classifier", term.classifier)
+                for i, term in enumerate(self.terms)
+                if term.classifier is not None
+            ),
+        )
 
     @property
     def min_actors(self) -> int:
@@ -654,6 +740,8 @@ def _message(section: type[Section], error: ErrorDetails) -> str:
     if kind == "missing":
         parent = name.rpartition(".")[0] or "The run"
         return f"{parent} is incomplete: {where[-1]} is missing."
+    if kind == "incomplete":
+        return f"{name} is incomplete: {error['msg']}."
     if kind == "value_error":
         reason = bounds["error"]
         if isinstance(reason, ConfigError):

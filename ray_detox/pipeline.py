@@ -209,8 +209,13 @@ def _fingerprints(
     config: RunConfig, adapter: Mapping[str, bytes], data: "Ingested"
 ) -> dict[str, str]:
     """Return content fingerprints of the models, the adapter and the prompts of this run."""
-    policy, reward = config.policy, config.reward
-    return {
+    policy, (_, *others) = config.policy, config.reward.classifiers
+    of_terms = {
+        f"{setting}.model": fingerprint(each.model, each.revision, f"{setting}.model")
+        for setting, each in others
+    }
+    reward = config.reward
+    return of_terms | {
         "policy": fingerprint(policy.model, policy.revision, "policy.model"),
         "reward": fingerprint(reward.model, reward.revision, "reward.model"),
         "adapter": unpack_folder(adapter, folder_fingerprint),

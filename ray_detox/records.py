@@ -178,15 +178,15 @@ class Scores:
     """The reward's output for a batch of responses."""
 
     rewards: np.ndarray
-    """[B] float32, the sum that PPO maximises: classifier logit plus weighted extra terms."""
+    """[B] float32, the sum that PPO maximises: weighted classifier score plus weighted terms."""
     logits: np.ndarray
-    """[B] float32, the classifier's raw logit of the rewarded label ("nothate")."""
+    """[B] float32, the classifier's score: its raw logit of "nothate", or see `classifier.Head`."""
     toxicity: np.ndarray
-    """[B] float32, 1 minus the probability of the rewarded label."""
+    """[B] float32, the classifier's probability of toxic: 1 minus that of "nothate"."""
     truncated: np.ndarray
-    """[B] bool, True if the text was longer than the classifier's input and was cut."""
+    """[B] bool, True if the text was longer than a classifier's input and was cut."""
     terms: dict[str, np.ndarray]
-    """Each extra term by name, [B] float32, before its weight."""
+    """Each term of `reward.terms` by name, [B] float32, before its weight."""
 
     @staticmethod
     def concatenate(parts: Sequence[Scores]) -> Scores:

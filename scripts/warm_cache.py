@@ -7,6 +7,8 @@ A run would download them itself, but on every node at once and while its GPUs w
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 from ray_detox.config import ConfigError
 from ray_detox.data.files import load_hub, locate
@@ -25,9 +27,12 @@ def main(words: list[str]) -> int:
         print(f"warm_cache.py: {error}", file=sys.stderr)
         return 2
     policy, reward, data = config.policy, config.reward, config.data
-    wanted = [
+    wanted: list[tuple[str, Callable[[], object]]] = [
         ("policy.model", lambda: local_folder(policy.model, policy.revision, "policy.model")),
-        ("reward.model", lambda: local_folder(reward.model, reward.revision, "reward.model")),
+        *(
+            (f"{where}.model", partial(local_folder, each.model, each.revision, f"{where}.model"))
+            for where, each in reward.classifiers
+        ),
         # Files and S3 need no cache: Ray Data reads from them what each node needs.
         ("data.path", lambda: load_hub(data) if locate(data).kind == "hub" else None),
     ]

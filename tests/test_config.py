@@ -406,7 +406,7 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
         ),
         (
             ["reward.terms=[{function: a.f}, {function: b.f}]"],
-            "reward.terms names f, f: two terms share a name. Wrap one of them.",
+            "reward.terms names f, f: two terms share a name. Set `name` of one of them.",
         ),
         (["reward.terms=[{function: f}]"], "'f' is not an import path; write module.function"),
     ],

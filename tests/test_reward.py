@@ -1,14 +1,26 @@
 """The reward: the label looked up by name, long texts truncated, reward functions of TRL's protocol."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DebertaConfig,
+    GPT2Config,
+    RobertaConfig,
+    T5Config,
+)
 
 from ray_detox.config import ConfigError, RewardConfig, RewardTerm
-from ray_detox.models.classifier import Classifier, label_index, longest_input
+from ray_detox.models.classifier import Classifier, label_index, label_names, longest_input
 from ray_detox.records import ScoreRequest
-from ray_detox.rewards.reward import Reward, load_reward_function
+from ray_detox.rewards.functions import load_reward_function
+from ray_detox.rewards.reward import Reward
 
 TEXTS = ["you are kind", "you fool", "", "what a long and winding text this is, my friend", "ü?"]
 
@@ -113,8 +125,16 @@ def test_an_ambiguous_label_is_an_error():
         label_index({"id2label": {"0": "nothate", "1": "NotHate"}}, "nothate", "clf")
 
 
-def test_a_classifier_without_labels_is_an_error():
-    with pytest.raises(ConfigError, match=r"its labels are none\. Set reward\.label"):
+def test_a_classifier_without_labels_has_those_of_autoconfig(tmp_path):
+    for settings in ({}, {"num_labels": 3}, {"id2label": {"0": "x", "1": "y"}}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"} | settings))
+
+        assert label_names(settings) == AutoConfig.from_pretrained(tmp_path).id2label
+
+    assert label_index({}, "label_1", "clf") == 1
+    with pytest.raises(
+        ConfigError, match=r"its labels are 'LABEL_0', 'LABEL_1'\. Set reward\.label"
+    ):
         label_index({}, "nothate", "clf")
 
 
@@ -150,19 +170,30 @@ def test_max_tokens_lowers_the_limit_and_never_raises_it(tiny_roberta):
     assert low(["x" * 6, "x" * 7])[2].tolist() == [False, True]
 
 
+TINY = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
-        ({"model_type": "bert", "max_position_embeddings": 512, "pad_token_id": 0}, 512),
-        ({"model_type": "deberta"}, 512),
+        (RobertaConfig(**TINY, max_position_embeddings=514, pad_token_id=1), 512),
+        (BertConfig(**TINY, max_position_embeddings=512, pad_token_id=0), 512),
+        (GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=40), 40),
+        (DebertaConfig(**TINY, position_biased_input=False, relative_attention=True), 512),
+        (T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1), 512),
     ],
+    ids=lambda value: getattr(value, "model_type", None),
 )
-def test_positions_up_to_the_padding_id_of_roberta_do_not_count(settings, expected):
+def test_the_longest_input_is_the_number_of_usable_positions(settings, expected):
     class Tokenizer:
         model_max_length = int(1e30)  # transformers' value if a tokenizer does not know its limit
 
-    assert longest_input(Tokenizer(), settings) == expected
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(settings)
+
+    assert longest_input(Tokenizer(), model) == expected
+    Tokenizer.model_max_length = 7
+    assert longest_input(Tokenizer(), model) == 7
 
 
 # ---- inputs ------------------------------------------------------------------------------------

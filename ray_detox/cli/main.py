@@ -167,6 +167,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.live:
         return _check_live(config, args.output)
     fetched = preflight.check_without_fetching(config)
+    notes = preflight.reward_notes(config)
     need = needs(config, cluster_gpus=0)
     settings = config.to_dict()
     # An encoding without all characters gets YAML's escapes: what is shown stays a recipe.
@@ -183,6 +184,8 @@ def _check(args: argparse.Namespace) -> int:
     print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
     for what in fetched:
         print(f"to be fetched: {printable(what)}")
+    for note in notes:
+        print(f"note: {printable(note)}")
     return 0
 
 

@@ -159,7 +159,15 @@ def notes(config: RunConfig, examples: Sequence[PairedExample]) -> list[str]:
     if cut:
         found.append(
             f"{cut} of {len(examples)} prompts had a text longer than the reward model reads; it "
-            "scored the beginning."
+            + (
+                "scored the beginning."
+                if config.reward.input == "response"
+                else "scored the end of the prompt with the response."
+            )
+        )
+    if config.reward.weight == 0:
+        found.append(
+            "The reward model measured toxicity and had no weight in the reward (reward.weight=0)."
         )
     if config.reward.input == "prompt+response":
         found.append(

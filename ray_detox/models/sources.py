@@ -19,7 +19,8 @@ from ray_detox.config import ConfigError
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-LAB_MODELS = {"policy.model": lab.T5, "reward.model": lab.ROBERTA}
+LAB_MODELS = {"policy": lab.T5, "reward": lab.ROBERTA}
+"""Embedded models by section of the settings."""
 
 
 def local_folder(name: str, revision: str | None, setting: str, *, weights: bool = True) -> Path:
@@ -34,8 +35,9 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
     Raises:
         ConfigError: the model does not exist, or cannot be reached.
     """
-    if name == "lab" and setting in LAB_MODELS:
-        return LAB_MODELS[setting]
+    section = setting.partition(".")[0]
+    if name == "lab" and setting.endswith(".model") and section in LAB_MODELS:
+        return LAB_MODELS[section]
     if name.startswith("s3://"):
         return _from_s3(name, setting)
     path = Path(name).expanduser()

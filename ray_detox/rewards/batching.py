@@ -20,7 +20,7 @@ import numpy as np
 from ray_detox.config import ServingConfig
 from ray_detox.records import ScoreRequest, Scores
 from ray_detox.rewards.messages import ModelState
-from ray_detox.rewards.reward import Reward
+from ray_detox.rewards.reward import Reward, Tokenized
 
 
 class _Call:
@@ -29,8 +29,7 @@ class _Call:
     def __init__(self, request: ScoreRequest) -> None:
         self.request = request
         self.scores: Future[Scores] = Future()
-        self.rows: list[list[int]] = []
-        self.truncated = np.empty(0, dtype=bool)
+        self.tokenized = Tokenized([], np.empty(0, dtype=bool))
 
     @property
     def texts(self) -> int:
@@ -61,9 +60,10 @@ class ModelThread:
         self._passes = 0
         # Progress is recorded at every layer, because one forward pass on a slow CPU may take
         # longer than serving.heartbeat_timeout_s.
-        for module in reward.classifier.model.modules():
-            module.register_forward_hook(self._record_progress)
-        reward.classifier.model.register_forward_hook(self._count_pass)
+        for classifier in reward.classifiers:
+            for module in classifier.model.modules():
+                module.register_forward_hook(self._record_progress)
+            classifier.model.register_forward_hook(self._count_pass)
         threading.Thread(target=self._run, name="reward-model", daemon=True).start()
 
     def score(self, request: ScoreRequest) -> Scores:
@@ -119,7 +119,7 @@ class ModelThread:
         if not self._serving.batch_across_workers:
             return calls
         deadline = time.monotonic() + self._serving.batch_wait_ms / 1000
-        tokens = sum(map(len, calls[0].rows))
+        tokens = len(calls[0].tokenized)
         # Not for more calls than have waited at once since the last batch: a single caller would
         # wait in vain for others each time.
         while tokens < self._serving.max_batch_tokens and len(calls) < self._most_callers:
@@ -129,28 +129,28 @@ class ModelThread:
                 break
             self._tokenize(call)
             calls.append(call)
-            tokens += sum(map(len, call.rows))
+            tokens += len(call.tokenized)
         with self._lock:
             self._most_callers = self._callers
         return calls
 
     def _tokenize(self, call: _Call) -> None:
-        kind = self._reward.config.input
         try:
-            call.rows, call.truncated = self._reward.classifier.tokenize(
-                call.request.classifier_inputs(kind)
-            )
+            call.tokenized = self._reward.tokenize(call.request)
         except Exception as error:  # re-raised in the caller's thread; this thread continues
             call.scores.set_exception(error)
 
     def _score(self, calls: list[_Call]) -> None:
         calls = [call for call in calls if not call.scores.done()]
-        rows = [row for call in calls for row in call.rows]
+        rows = [
+            [row for call in calls for row in call.tokenized.rows[i]]
+            for i in range(len(self._reward.classifiers))
+        ]
         batch_tokens = (
             self._serving.max_batch_tokens if self._serving.batch_across_workers else None
         )
         try:
-            logits, toxicity = self._reward.classifier.forward(rows, batch_tokens)
+            outputs = self._reward.forward(rows, batch_tokens)
         except Exception as error:
             for call in calls:
                 call.scores.set_exception(error)
@@ -160,10 +160,12 @@ class ModelThread:
             own = slice(start, start + call.texts)
             start += call.texts
             try:
-                scores = self._reward.add_terms(
-                    logits[own], toxicity[own], call.truncated, call.request
+                scores = self._reward.combine(
+                    [(score[own], toxicity[own]) for score, toxicity in outputs],
+                    call.tokenized.truncated,
+                    call.request,
                 )
                 call.scores.set_result(scores)
-            except Exception as error:  # a reward term failed for this call only
+            except Exception as error:  # a reward function failed for this call only
                 call.scores.set_exception(error)
             self._record_progress()

@@ -1,23 +1,20 @@
-"""The reward: a hate-speech classifier, and any further functions in TRL's protocol.
+"""The reward: a classifier, and any further classifiers and functions in TRL's protocol.
 
-The score of a text is the raw logit of one label ("nothate"), and the reward looks that label up
-by its name. A fixed index that was right for another model, or a pipeline that sorts labels by
-score, would reward the wrong label without an error. This module knows no policy and no Ray.
+The score of a text is what the classifier says of one label ("nothate"), and the reward looks that
+label up by its name. A fixed index that was right for another model, or a pipeline that sorts labels
+by score, would reward the wrong label without an error. This module knows no policy and no Ray.
 """
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ray_detox.config import ConfigError, RewardConfig, RewardTerm
-from ray_detox.models.classifier import Classifier
+from ray_detox.config import RewardConfig
+from ray_detox.models.classifier import Classifier, TokenizedText
 from ray_detox.records import Pending, ScoreRequest, Scores
-
-RewardFunction = Callable[..., Sequence[float | None]]
-"""TRL's protocol: keywords `prompts`, `completions`, `completion_ids` and the data's columns, each
-[B]; returns one number per completion, or None if it does not apply to that sample."""
+from ray_detox.rewards.functions import FunctionCaller, load_reward_function
 
 
 class Ready:
@@ -31,90 +28,99 @@ class Ready:
         return self._scores
 
 
-def load_reward_function(term: RewardTerm) -> RewardFunction:
-    """Import the function that a term names; call it with the term's arguments if it has any.
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """The texts of a batch, tokenized for every classifier of the reward."""
 
-    Raises:
-        ConfigError: nothing is at that import path, or the result is not callable.
-    """
-    module, _, name = term.function.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: ".name"
-        raise ConfigError(
-            f"reward.terms: {term.function} cannot be imported ({error}). Give the import path of "
-            "a function that every node can import."
-        ) from error
-    if term.arguments is not None:
-        try:
-            found = found(**term.arguments)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"reward.terms: {term.function} refuses its arguments {term.arguments}: {error}."
-            ) from error
-    if not callable(found):
-        raise ConfigError(f"reward.terms: {term.function} is not a function.")
-    return found
+    rows: list[list[TokenizedText]]
+    """By classifier, [B] each."""
+    truncated: np.ndarray
+    """[B] bool, True if a classifier could not read the whole text."""
+
+    def __len__(self) -> int:
+        """Tokens of all texts, for all classifiers."""
+        return sum(len(row) for rows in self.rows for row in rows)
+
+
+Outputs = list[tuple[np.ndarray, np.ndarray]]
+"""By classifier: score [B] and toxicity [B], both float32."""
 
 
 class Reward:
-    """The classifier and the extra terms together; itself a `Scorer` within one process."""
+    """All parts of the reward together; itself a `Scorer` within one process.
+
+    `classifiers` holds the one of `reward.model`, which measures toxicity, and then those of the
+    terms, in their order.
+    """
 
     def __init__(self, config: RewardConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.terms = [(term, load_reward_function(term)) for term in config.terms]
-        self.classifier = Classifier(config, device)
+        self._functions = [
+            (term, load_reward_function(term)) for term in config.terms if term.function is not None
+        ]
+        self._call = FunctionCaller()
+        self.classifiers = [
+            Classifier(each, device, setting) for setting, each in config.classifiers
+        ]
+
+    @property
+    def classifier(self) -> Classifier:
+        """The classifier of `reward.model`."""
+        return self.classifiers[0]
 
     def __call__(self, request: ScoreRequest) -> Scores:
         """Score a batch.
 
         Raises:
-            ValueError: an extra term did not return one finite number per response.
+            ValueError: a function did not return one finite number per response.
         """
-        logits, toxicity, truncated = self.classifier(request.classifier_inputs(self.config.input))
-        return self.add_terms(logits, toxicity, truncated, request)
+        tokenized = self.tokenize(request)
+        return self.combine(self.forward(tokenized.rows), tokenized.truncated, request)
 
-    def add_terms(
-        self,
-        logits: np.ndarray,
-        toxicity: np.ndarray,
-        truncated: np.ndarray,
-        request: ScoreRequest,
-    ) -> Scores:
-        """Add the extra terms to the classifier's output.
+    def tokenize(self, request: ScoreRequest) -> Tokenized:
+        """Tokenize a batch for every classifier."""
+        rows, truncated = [], np.zeros(len(request), dtype=bool)
+        for classifier in self.classifiers:
+            prompts = request.prompts if classifier.config.input == "prompt+response" else None
+            tokens, too_long = classifier.tokenize(request.responses, prompts)
+            rows.append(tokens)
+            truncated |= too_long
+        return Tokenized(rows, truncated)
 
-            rewards = logits + sum over terms of weight * value
+    def forward(
+        self, rows: Sequence[Sequence[TokenizedText]], batch_tokens: int | None = None
+    ) -> Outputs:
+        """Run every classifier on its texts; see `Classifier.forward`."""
+        return [
+            classifier.forward(own, batch_tokens)
+            for classifier, own in zip(self.classifiers, rows, strict=True)
+        ]
+
+    def combine(self, outputs: Outputs, truncated: np.ndarray, request: ScoreRequest) -> Scores:
+        """Call the functions, and add up all parts of the reward.
+
+            rewards = weight * score + sum over terms of weight * value
+
+        A term's value is the score of its classifier, or what its function returns.
 
         Args:
-            logits: [B] float32, from the classifier.
-            toxicity: [B] float32, from the classifier.
-            truncated: [B] bool, from the classifier.
+            outputs: from `forward`.
+            truncated: [B] bool, from `tokenize`.
             request: the batch that they belong to.
 
         Raises:
-            ValueError: an extra term did not return one finite number per response.
+            ValueError: a function did not return one finite number per response.
         """
-        rewards = logits.copy()
+        (score, toxicity), *others = outputs
+        of_classifiers = iter([value for value, _ in others])
+        of_functions = iter(self._call(self._functions, request))
+        rewards = np.float32(self.config.weight) * score
         values: dict[str, np.ndarray] = {}
-        for term, function in self.terms:
-            # All keywords of TRL's trainers; a function names those it needs and ignores the rest.
-            output = function(
-                prompts=list(request.prompts),
-                completions=list(request.responses),
-                completion_ids=[list(row) for row in request.response_ids],
-                **request.columns,
-            )
-            # None means "not applicable to this sample" in that protocol, and adds nothing.
-            value = np.array([0.0 if v is None else v for v in output], dtype=np.float32)
-            if value.shape != logits.shape or not np.isfinite(value).all():
-                raise ValueError(
-                    f"The reward term {term.name} returned {value.shape[0]} values for "
-                    f"{len(request)} responses, or a value that is not a finite number; expected "
-                    "one finite number per response."
-                )
+        for term in self.config.terms:
+            value = next(of_functions if term.function is not None else of_classifiers)
             values[term.name] = value
             rewards += np.float32(term.weight) * value
-        return Scores(rewards, logits, toxicity, truncated, values)
+        return Scores(rewards, score, toxicity, truncated, values)
 
     def submit(self, request: ScoreRequest) -> Pending:
         """Score at once: no other process does the work."""

@@ -11,15 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_detox.config import ConfigError, RunConfig
-from ray_detox.data.files import Source, check_rows, locate
+from ray_detox.config import ClassifierConfig, ConfigError, PolicyConfig, RunConfig
+from ray_detox.data.files import Source, check_rows, locate, peek
+from ray_detox.data.prompts import prompt_text, reason_to_leave_out
 from ray_detox.evaluation.judges import check_judge
+from ray_detox.lab import corpus
 from ray_detox.models.sources import hub_has_safetensors, local_folder, looks_like_path
 from ray_detox.resources import Bundle, Node, needs, shortfall
 from ray_detox.runs.storage import check_storage, reason_disk_full, reason_not_writable
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 """Files that may hold the vocabulary of a tokenizer."""
+MOST_WEIGHTS_TO_TRY = 1 << 30
+"""Bytes of reward models up to which a check tries them on sentences; above it, the actors do."""
+TOXIC_NAMES = frozenset(
+    "hate hateful hatespeech hate_speech hate-speech insult obscene offensive toxic toxicity "
+    "severe_toxic threat identity_hate abusive abuse nsfw".split()
+)
+"""Labels that almost certainly mean toxic."""
 
 
 def check(config: RunConfig) -> Source:
@@ -35,7 +44,7 @@ def check(config: RunConfig) -> Source:
     source = locate(config.data)
     check_rows(source, config.data)
     check_policy(config)
-    check_reward(config)
+    check_reward(config, source)
     if config.train.storage is not None:
         check_storage(config.train.storage)
     return source
@@ -62,20 +71,35 @@ def check_without_fetching(config: RunConfig) -> list[str]:
         else:
             check()
 
-    def is_hub_id(name: str) -> bool:
-        return name != "lab" and not looks_like_path(name)
-
     on_hub = not data.path.startswith("s3://") and locate(data).kind == "hub"
     check_if_local(
         "data.path", data.path, data.revision, on_hub, lambda: check_rows(locate(data), data)
     )
-    for setting, section, check in (
-        ("policy.model", policy, check_policy),
-        ("reward.model", reward, check_reward),
-    ):
-        name = section.model
-        check_if_local(setting, name, section.revision, is_hub_id(name), partial(check, config))
+    has_rows = not fetched
+    check_if_local(
+        "policy.model",
+        policy.model,
+        policy.revision,
+        _is_hub_id(policy.model),
+        partial(check_policy, config),
+    )
+    to_fetch = len(fetched)
+    for setting, each in reward.classifiers:
+        check_if_local(
+            f"{setting}.model",
+            each.model,
+            each.revision,
+            _is_hub_id(each.model),
+            partial(check_classifier, each, setting),
+        )
+    check_functions(config)
+    if len(fetched) == to_fetch and has_rows:
+        _try_reward(config, locate(data))
     return fetched
+
+
+def _is_hub_id(name: str) -> bool:
+    return name != "lab" and not looks_like_path(name)
 
 
 def check_reachable(config: RunConfig) -> None:
@@ -84,17 +108,18 @@ def check_reachable(config: RunConfig) -> None:
     Raises:
         ConfigError: this node cannot read one of them.
     """
-    for setting, section in (("policy.model", config.policy), ("reward.model", config.reward)):
-        folder = local_folder(section.model, section.revision, setting, weights=False)
-        _settings(folder, section.model, setting)
-        _check_safetensors(folder, section.model, setting, section.revision)
+    models: list[tuple[str, PolicyConfig | ClassifierConfig]] = [
+        ("policy", config.policy),
+        *config.reward.classifiers,
+    ]
+    for setting, section in models:
+        name = f"{setting}.model"
+        folder = local_folder(section.model, section.revision, name, weights=False)
+        _settings(folder, section.model, name)
+        _check_safetensors(folder, section.model, name, section.revision)
     if config.policy.adapter is not None:
         local_folder(config.policy.adapter, None, "policy.adapter")
-    if config.reward.terms:
-        from ray_detox.rewards.reward import load_reward_function
-
-        for term in config.reward.terms:
-            load_reward_function(term)
+    check_functions(config)
     locate(config.data)
 
 
@@ -155,7 +180,7 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
         raise ConfigError(
             f"{setting} is the hub id {name!r}, which has no .safetensors file at this revision. "
             "Pickled weights can run code and are not read; set "
-            f"{setting.partition('.')[0]}.revision to one that has (many conversions are open pull "
+            f"{setting.rpartition('.')[0]}.revision to one that has (many conversions are open pull "
             "requests, refs/pr/NUMBER), or convert the model and set its folder."
         )
 
@@ -248,29 +273,127 @@ def _check_lora_targets(folder: Path, config: RunConfig) -> None:
             )
 
 
-def check_reward(config: RunConfig) -> None:
-    """Check that the reward model is a classifier with the label, and that all terms import.
+def check_reward(config: RunConfig, source: Source) -> None:
+    """Check that all classifiers and functions of the reward exist and fit; try small local ones.
 
     Raises:
-        ConfigError: it is not, or a term cannot be imported.
+        ConfigError: one of them does not, or the reward prefers insults.
     """
-    from ray_detox.models.classifier import label_index
-    from ray_detox.rewards.reward import load_reward_function
+    for setting, each in config.reward.classifiers:
+        check_classifier(each, setting)
+    check_functions(config)
+    _try_reward(config, source)
 
-    reward = config.reward
-    folder = local_folder(reward.model, reward.revision, "reward.model", weights=False)
-    settings = _settings(folder, reward.model, "reward.model")
+
+def check_classifier(config: ClassifierConfig, setting: str) -> None:
+    """Check that a model is a sequence classifier with the label and a tokenizer that fits.
+
+    Args:
+        config: of the classifier.
+        setting: the setting that describes it, such as `reward`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    from ray_detox.models.classifier import (
+        check_vocabulary,
+        load_model,
+        load_tokenizer,
+        read_head,
+    )
+
+    name = f"{setting}.model"
+    folder = local_folder(config.model, config.revision, name, weights=False)
+    settings = _settings(folder, config.model, name)
     kinds = settings.get("architectures") or []
     if not any("SequenceClassification" in kind for kind in kinds):
         raise ConfigError(
-            f"reward.model is {reward.model!r}, a {(kinds or ['model of unknown kind'])[0]}; "
+            f"{name} is {config.model!r}, a {(kinds or ['model of unknown kind'])[0]}; "
             "expected a sequence classifier such as facebook/roberta-hate-speech-dynabench-r4-target."
         )
-    label_index(settings, reward.label, reward.model)
-    _check_safetensors(folder, reward.model, "reward.model", reward.revision)
-    _check_tokenizer(folder, reward.model, "reward.model")
-    for term in reward.terms:
-        load_reward_function(term)
+    read_head(settings, config, setting)
+    _check_safetensors(folder, config.model, name, config.revision)
+    _check_tokenizer(folder, config.model, name)
+    model = load_model(folder, config.model, name, weights=False)
+    check_vocabulary(load_tokenizer(folder), model, config.model, name)
+
+
+def check_functions(config: RunConfig) -> None:
+    """Check that the reward functions can be imported and called.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
+    functions = [term for term in config.reward.terms if term.function is not None]
+    if functions:
+        from ray_detox.rewards.functions import load_reward_function
+
+        for term in functions:
+            load_reward_function(term)
+
+
+def _try_reward(config: RunConfig, source: Source) -> None:
+    """Try the reward on sentences if its classifiers and the data are on this machine, and small.
+
+    Otherwise the reward actors do it, before the first step.
+
+    Raises:
+        ConfigError: the reward prefers insults, or a function of it failed.
+    """
+    if not config.reward.check_sentences or source.kind == "hub":
+        return
+    weights = 0
+    for setting, each in config.reward.classifiers:
+        if _is_hub_id(each.model) or each.model.startswith("s3://"):
+            return
+        folder = local_folder(each.model, each.revision, f"{setting}.model")
+        weights += sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if weights > MOST_WEIGHTS_TO_TRY:
+        return
+    from ray_detox.rewards.reward import Reward
+    from ray_detox.rewards.sentences import SampleRow, check_sentences
+
+    row = _first_row(config, source)
+    prompt = prompt_text(row[config.data.dialogue_column], config.data)
+    check_sentences(Reward(config.reward), SampleRow(prompt, row))
+
+
+def _first_row(config: RunConfig, source: Source) -> dict[str, Any]:
+    """Return the first row of the data that becomes a prompt; `check_rows` has found one."""
+    if source.kind == "lab":
+        return dict(corpus.rows("ppo", 1)[0])
+    rows = peek(source, config.data)
+    row = next(row for row in rows if reason_to_leave_out(row, config.data) is None)
+    # Functions get JSON values, as `data.prompts.prepare` makes them.
+    converted: dict[str, Any] = json.loads(json.dumps(dict(row), default=str))
+    return converted
+
+
+def reward_notes(config: RunConfig) -> list[str]:
+    """Return remarks on a valid reward that may not be meant.
+
+    Raises:
+        ConfigError: a file of the data cannot be read.
+    """
+    found = []
+    for setting, each in config.reward.classifiers:
+        if each.label is not None and each.label.casefold() in TOXIC_NAMES:
+            found.append(
+                f"{setting}.label is {each.label!r}, so responses are rewarded for it; if it means "
+                f"toxic, set {setting}.toxic_label={each.label} {setting}.label=null"
+            )
+    names = [term.name for term in config.reward.terms if term.function is not None]
+    data = config.data
+    if names and not data.path.startswith("s3://") and locate(data).kind != "hub":
+        from ray_detox.rewards.functions import RESERVED_COLUMNS
+
+        for column in sorted(RESERVED_COLUMNS & _first_row(config, locate(data)).keys()):
+            found.append(
+                f"the functions of reward.terms ({', '.join(names)}) do not get the column "
+                f"{column!r} of the data, because this keyword has another meaning; rename the column "
+                "to pass it"
+            )
+    return found
 
 
 def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:

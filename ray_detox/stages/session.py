@@ -96,6 +96,8 @@ class Session:
             actors = self.pool.wait(
                 timeout_s=max(MODEL_LOAD_TIMEOUT_S, config.cluster.capacity_timeout_s)
             )
+            if config.reward.check_sentences:
+                self.pool.check(data.held_out[0])
             lines += [
                 f"actor {i} on node {actor.node}, {actor.device}" for i, actor in enumerate(actors)
             ]

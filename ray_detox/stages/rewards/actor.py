@@ -4,8 +4,8 @@ import threading
 
 import ray
 
-from ray_detox.config import RunConfig
-from ray_detox.records import ScoreRequest, Scores
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.records import PreparedRow, ScoreRequest, Scores
 from ray_detox.rewards.messages import ActorReport
 
 
@@ -28,6 +28,7 @@ class RewardActor:
 
         torch.set_num_threads(threads)
         reward = Reward(config.reward, "cuda" if ray.get_gpu_ids() else "cpu")
+        self._reward = reward
         self._device = str(reward.classifier.device)
         self._max_tokens = reward.classifier.max_tokens
         self._model = ModelThread(reward, config.serving)
@@ -36,6 +37,19 @@ class RewardActor:
         """Return the scores of one chunk, and the number of texts that the actor still holds."""
         scores = self._model.score(request)
         return scores, self._model.state().held
+
+    def check(self, row: PreparedRow) -> str | None:
+        """Return why the reward fails its trial on sentences (`rewards/sentences.py`), or None.
+
+        It runs beside the model's thread, so no worker may send texts meanwhile.
+        """
+        from ray_detox.rewards.sentences import SampleRow, check_sentences
+
+        try:
+            check_sentences(self._reward, SampleRow(row.prompt, row.columns))
+        except ConfigError as error:
+            return str(error)
+        return None
 
     @ray.method(concurrency_group="health")
     def ping(self) -> ActorReport:

@@ -45,11 +45,11 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_detox.config import RunConfig
-from ray_detox.records import RewardError
+from ray_detox.config import ConfigError, RunConfig
+from ray_detox.records import PreparedRow, RewardError
 from ray_detox.rewards.messages import (
     ActorHandle,
     ActorInfo,
@@ -207,6 +207,26 @@ class RewardPool:
                     f"{ray.available_resources()}."
                 )
             time.sleep(0.05)
+
+    def check(self, row: PreparedRow) -> None:
+        """Let one actor try the reward on sentences; call it after `wait` and before any worker.
+
+        Raises:
+            ConfigError: the reward prefers insults, or one of its functions failed.
+            RewardError: the actor did not answer within `serving.timeout_s`.
+        """
+        timeout_s = self._config.serving.timeout_s
+        with self._lock:
+            up = [a for a in self._actors if a.up]
+        try:
+            reason = ray.get(up[0].handle.check.remote(row), timeout=timeout_s) if up else None
+        except (RayError, TimeoutError) as error:
+            raise RewardError(
+                f"A reward actor could not try the reward on sentences within {timeout_s:g} s "
+                f"(serving.timeout_s): {last_line(error)}"
+            ) from error
+        if reason is not None:
+            raise ConfigError(reason)
 
     def shrink(self) -> None:
         """Return to the least number of actors at once, to free resources for training workers.

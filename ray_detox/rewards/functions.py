@@ -1,0 +1,177 @@
+"""Reward functions in the protocol of TRL's trainers: find them, and call them on a batch.
+
+    f(prompts=[B], completions=[B], completion_ids=[B], **columns) -> [B] numbers or None
+
+A function may be a coroutine function, an object with `__call__`, or a partial. It gets the keywords
+that it names, and all of them if it has `**kwargs`. Prompts and completions are texts, not messages.
+"""
+
+import asyncio
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ray_detox.config import ConfigError, RewardTerm
+from ray_detox.records import ScoreRequest
+
+RewardFunction = Callable[..., Any]
+"""TRL's protocol: keywords `prompts`, `completions`, `completion_ids` and the data's columns, each
+[B]; returns one number per completion, or None if it does not apply to that sample. May be async."""
+
+BATCH_KEYWORDS = ("prompts", "completions", "completion_ids")
+"""Keywords that hold the batch."""
+LOGGING_KEYWORDS = ("log_extra", "log_metric")
+"""Callables that TRL passes for logging. A function that names one gets one that does nothing."""
+TRAINER_KEYWORDS = ("trainer_state", "environments")
+"""Objects of TRL's trainers, which do not exist here."""
+RESERVED_COLUMNS = frozenset((*BATCH_KEYWORDS, *LOGGING_KEYWORDS, *TRAINER_KEYWORDS))
+"""Columns of the data that functions do not receive, because the keyword has another meaning."""
+
+
+def load_reward_function(term: RewardTerm) -> RewardFunction:
+    """Import the function that a term names; call it with the term's arguments if it has any.
+
+    Raises:
+        ConfigError: nothing is at that import path, the result is not callable, or it needs an
+            object that only TRL's trainers have.
+    """
+    assert term.function is not None, "the term is a classifier"
+    module, _, name = term.function.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: ".name"
+        raise ConfigError(
+            f"reward.terms: {term.function} cannot be imported ({error}). Give the import path of "
+            "a function that every node can import."
+        ) from error
+    if term.arguments is not None:
+        try:
+            found = found(**term.arguments)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"reward.terms: {term.function} refuses its arguments {term.arguments}: {error}."
+            ) from error
+    if not callable(found):
+        raise ConfigError(f"reward.terms: {term.function} is not a function.")
+    _check_signature(found, term)
+    return found
+
+
+def _check_signature(function: RewardFunction, term: RewardTerm) -> None:
+    parameters = _parameters(function)
+    for name, parameter in (parameters or {}).items():
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            raise ConfigError(
+                f"reward.terms: {term.function} takes {name!r} by position only, and reward functions "
+                "are called by keyword. Write f(completions, **columns)."
+            )
+        if name in TRAINER_KEYWORDS and parameter.default is parameter.empty:
+            raise ConfigError(
+                f"reward.terms: {term.function} needs {name!r}, which only TRL's trainers have. Give "
+                f"the parameter a default, such as {name}=None."
+            )
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter] | None:
+    """Return a function's parameters; None if it does not tell them, as some builtins."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Stand in for TRL's logging callables."""
+
+
+def keywords(function: RewardFunction, request: ScoreRequest) -> dict[str, Any]:
+    """Return the keywords that a function takes of a batch."""
+    columns = {name: v for name, v in request.columns.items() if name not in RESERVED_COLUMNS}
+    found: dict[str, Any] = columns | {
+        "prompts": list(request.prompts),
+        "completions": list(request.responses),
+        "completion_ids": [list(row) for row in request.response_ids],
+    }
+    parameters = _parameters(function)
+    if parameters is None:
+        return found
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        found = {name: value for name, value in found.items() if name in parameters}
+    return found | {name: _ignore for name in LOGGING_KEYWORDS if name in parameters}
+
+
+class FunctionCaller:
+    """Calls reward functions, and runs those that are async at the same time.
+
+    One event loop for the life of the object, so that an async function can keep a connection.
+    """
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def __call__(
+        self, functions: Sequence[tuple[RewardTerm, RewardFunction]], request: ScoreRequest
+    ) -> list[np.ndarray]:
+        """Return the values of each function, [B] float32, with 0 in place of None.
+
+        Raises:
+            ValueError: a function did not return one finite number per response.
+            Exception: what a function raised, with the term's name as a note.
+        """
+        outputs = []
+        for term, function in functions:
+            with _noting(term):
+                outputs.append(function(**keywords(function, request)))
+        pending = [i for i, output in enumerate(outputs) if inspect.isawaitable(output)]
+        if pending:
+            if self._runner is None:
+                self._runner = asyncio.Runner()
+            calls = [_await(functions[i][0], outputs[i]) for i in pending]
+            done = self._runner.run(_gather(calls))
+            for i, output in zip(pending, done, strict=True):
+                outputs[i] = output
+        return [
+            _as_array(term, output, len(request))
+            for (term, _), output in zip(functions, outputs, strict=True)
+        ]
+
+
+@contextmanager
+def _noting(term: RewardTerm) -> Iterator[None]:
+    """Add the term's name to an error as a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(term.name)
+        raise
+
+
+async def _await(term: RewardTerm, output: Awaitable[Any]) -> Any:
+    with _noting(term):
+        return await output
+
+
+async def _gather(pending: Sequence[Awaitable[Any]]) -> list[Any]:
+    return list(await asyncio.gather(*pending))
+
+
+def _as_array(term: RewardTerm, output: Any, count: int) -> np.ndarray:
+    try:
+        # None means "not applicable to this sample" in that protocol, and adds nothing.
+        value = np.array([0.0 if v is None else float(v) for v in output], dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The reward term {term.name} returned {type(output).__name__} ({error}); expected a list "
+            "with one finite number per response."
+        ) from error
+    if value.shape != (count,) or not np.isfinite(value).all():
+        raise ValueError(
+            f"The reward term {term.name} returned {value.shape[0]} values for "
+            f"{count} responses, or a value that is not a finite number; expected "
+            "one finite number per response."
+        )
+    return value
