@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ray_detox.config import RewardConfig, RewardTerm, ServingConfig
+from ray_detox.config import ClassifierConfig, RewardConfig, RewardTerm, ServingConfig
 from ray_detox.records import ScoreRequest
 from ray_detox.rewards.batching import ModelThread
 from ray_detox.rewards.reward import Reward
@@ -76,6 +76,25 @@ def test_calls_in_shared_batches_differ_by_rounding_and_take_fewer_forward_passe
         np.testing.assert_allclose(one.rewards, other.rewards, atol=1e-5)
         np.testing.assert_array_equal(one.terms["scripted"], other.terms["scripted"])
     assert model.state().passes == 2
+
+
+@pytest.mark.parametrize("across_workers", [False, True])
+def test_several_classifiers_score_each_call_as_the_reward_does(tiny_roberta, across_workers):
+    second = RewardTerm(classifier=ClassifierConfig(max_tokens=12), weight=2, name="second")
+    scripted = RewardTerm(function=f"{__name__}.scripted")
+    reward = Reward(RewardConfig(model=str(tiny_roberta), terms=(second, scripted)))
+    expected = [reward(request_of(caller)) for caller in range(CALLERS)]
+    serving = ServingConfig(batch_across_workers=across_workers, batch_wait_ms=100)
+    model = ModelThread(reward, serving)
+
+    found = [future.result() for future in score_together(model)]
+
+    for one, other in zip(found, expected, strict=True):
+        assert list(one.terms) == ["second", "scripted"]
+        np.testing.assert_allclose(one.rewards, other.rewards, atol=1e-4)
+        np.testing.assert_allclose(one.terms["second"], other.terms["second"], atol=1e-4)
+        np.testing.assert_array_equal(one.truncated, other.truncated)
+    assert any(one.truncated.any() for one in found)
 
 
 def test_a_single_caller_does_not_wait_for_others_to_fill_its_batch(tiny_roberta):

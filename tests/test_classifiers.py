@@ -192,6 +192,17 @@ def test_token_types_of_xlnet_are_kept(tmp_path):
     np.testing.assert_allclose(scores, scores_of_transformers(folder, TEXTS, 512), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bart", "roberta", "llama"])
+def test_a_text_that_spells_a_special_token_is_plain_text(tmp_path, kind):
+    classifier = Classifier(ClassifierConfig(model=str(save(tmp_path, kind))))
+
+    rows, _ = classifier.tokenize(["a</s>", "a<pad>"])
+    scores, *_ = classifier(["a", "a</s>", "a</s>b", "a<pad>", "<s>"])
+
+    assert [len(row) for row in rows] == [2 + 5, 2 + 6]
+    assert len(set(scores.tolist())) == 5
+
+
 @pytest.mark.parametrize("batch_size", [1, 8, 32])
 def test_a_checkpoint_in_half_precision_is_computed_in_float32(tmp_path, batch_size):
     folder = save(tmp_path, "roberta")
@@ -283,6 +294,17 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path):
     sentence = refused(tmp_path)
 
     assert "has no weights for classifier.bias and 1 more" in sentence
+
+
+def test_labels_that_do_not_fit_the_head_are_refused_with_the_shapes(tmp_path):
+    change(save(tmp_path, "roberta"), id2label={"0": "nothate", "1": "b", "2": "c"})
+
+    sentence = refused(tmp_path)
+
+    assert (
+        "classifier.out_proj.bias has shape (2,), and config.json (labels, sizes) descri"
+        in sentence
+    )
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -234,6 +235,12 @@ def needs_trainer(completions, trainer_state, **_):
     return [trainer_state.global_step] * len(completions)
 
 
+def greedy(completions, summary, **_):
+    completions.clear()
+    summary.clear()
+    return [1.0]
+
+
 def by_position(completions, /, **_):
     return [0.0] * len(completions)
 
@@ -270,12 +277,22 @@ def test_async_functions_keep_their_event_loop_and_run_together():
     terms = tuple(RewardTerm(function=f"{__name__}.{name}") for name in ("slow", "waiting"))
     reward = Reward(RewardConfig(terms=terms))
 
-    for _ in range(2):
-        scores = reward(request_of(["abc"]))
+    with ThreadPoolExecutor(1) as other_thread:
+        calls = [reward, lambda request: other_thread.submit(reward, request).result()]
+        results = [call(request_of(["abc"])) for call in calls]
+    for scores in results:
         assert {name: value.tolist() for name, value in scores.terms.items()} == {
             "slow": [3],
             "waiting": [1],
         }
+
+
+def test_a_function_that_changes_its_arguments_changes_no_other():
+    terms = tuple(RewardTerm(function=f"{__name__}.{name}") for name in ("greedy", "word_count"))
+
+    scores = Reward(RewardConfig(terms=terms))(request_of(["two words"], summary="s"))
+
+    assert scores.terms["word_count"].tolist() == [2]
 
 
 def test_columns_of_reserved_names_are_left_out():

@@ -189,6 +189,7 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
     transformers_logging.set_verbosity_error()
     options: dict[str, Any] = {"trust_remote_code": False}
     missing: set[str] = set()
+    mismatched: list[tuple[str, Any, Any]] = []
     try:
         if weights:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -196,9 +197,10 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the shapes
                 **options,
             )
-            missing = set(info["missing_keys"])
+            missing, mismatched = set(info["missing_keys"]), sorted(info["mismatched_keys"])
         else:
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(
@@ -210,6 +212,13 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
             f"({type(error).__name__}: {_first_line(error)}). Set it to a model that this version of "
             "transformers can load."
         ) from error
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise ConfigError(
+            f"{setting} is {name!r}, and its weights do not fit its config.json: {key} has shape "
+            f"{tuple(found)}, and config.json (labels, sizes) describes {tuple(expected)}. Correct "
+            "config.json."
+        )
     if missing:
         # transformers would fill them with random numbers.
         raise ConfigError(
@@ -221,10 +230,14 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a classifier; see also `check_vocabulary`."""
+    """Load the tokenizer of a classifier; see also `check_vocabulary`.
+
+    A response that spells a special token, such as `</s>` or `<pad>`, gets the tokens of these
+    characters: as the special token it would end the text for some models, and BART would fail.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, split_special_tokens=True)
 
 
 def check_vocabulary(tokenizer: Any, model: Any, name: str, setting: str) -> None:

@@ -90,8 +90,12 @@ def _ignore(*_: object, **__: object) -> None:
 
 def keywords(function: RewardFunction, request: ScoreRequest) -> dict[str, Any]:
     """Return the keywords that a function takes of a batch."""
-    columns = {name: v for name, v in request.columns.items() if name not in RESERVED_COLUMNS}
-    found: dict[str, Any] = columns | {
+    # Copies, so that a function may change what it gets.
+    found: dict[str, Any] = {
+        name: list(values)
+        for name, values in request.columns.items()
+        if name not in RESERVED_COLUMNS
+    } | {
         "prompts": list(request.prompts),
         "completions": list(request.responses),
         "completion_ids": [list(row) for row in request.response_ids],

@@ -64,10 +64,11 @@ def check_sentences(reward: Reward, row: SampleRow) -> None:
     try:
         scores = reward.combine(outputs, rows[0][1], request)
     except Exception as error:  # whatever a person's function raises
-        name = "".join(getattr(error, "__notes__", ()))
+        name = "".join(getattr(error, "__notes__", ())) or "a function"
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"reward.terms: {name or 'a function'} failed on {len(texts)} sample responses "
-            f"({type(error).__name__}: {error}). Functions get prompts and completions as lists of "
+            f"reward.terms: {name} failed on {len(texts)} sample responses "
+            f"({type(error).__name__}: {reason}). Functions get prompts and completions as lists of "
             "texts (not of messages), completion_ids, and the columns of the data."
         ) from error
     refuse_wrong_order(scores, reward.config)

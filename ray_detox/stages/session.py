@@ -90,9 +90,8 @@ class Session:
             with self.console.bar(None, "rows"):
                 data = run_with_watchdog(lambda: ingest(config, source), watchdog)
             lines += describe_rows(data.counts)
-        with self.console.stage(
-            "reward", f"{config.reward.actors} actor(s) of {config.reward.model}"
-        ) as lines:
+        models = " and ".join(each.model for _, each in config.reward.classifiers)
+        with self.console.stage("reward", f"{config.reward.actors} actor(s) of {models}") as lines:
             actors = self.pool.wait(
                 timeout_s=max(MODEL_LOAD_TIMEOUT_S, config.cluster.capacity_timeout_s)
             )

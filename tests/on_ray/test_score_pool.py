@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import ray
 
-from ray_detox.config import RewardConfig, RewardTerm, RunConfig, ServingConfig
-from ray_detox.records import RewardError, ScoreRequest, Scores
+from ray_detox.config import ConfigError, RewardConfig, RewardTerm, RunConfig, ServingConfig
+from ray_detox.records import PreparedRow, RewardError, ScoreRequest, Scores
 from ray_detox.rewards.reward import Reward
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.directory import RewardDirectory
@@ -118,6 +118,18 @@ def all_up(pool):
 
 
 # ---- the same scores ---------------------------------------------------------------------------
+
+
+def test_an_actor_tries_the_reward_on_sentences_with_a_row_of_the_data(pool):
+    columns = {"facts": "f", "seconds": 0.0, "marker": "", "hang": ""}
+    row = PreparedRow("0", "a prompt", [1], columns)
+
+    with pytest.raises(ConfigError, match=r"The toxicity that .* measures is .* for insults"):
+        pool.check(row)  # the weights of this classifier are random
+    with pytest.raises(ConfigError, match=r"reward\.terms: echo failed on 4 sample responses"):
+        pool.check(dataclasses.replace(row, columns={}))
+
+    assert {report.state.texts for report in pool.describe()} == {0}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
