@@ -35,6 +35,8 @@ def test_a_step_is_one_line_in_fixed_order_with_units():
         "step   7/200 | score +2.31 | toxicity 0.03 | kl  0.43 nat | clip   7% "
         "| explained variance +0.62 | length  31 | finished  98% | 5.1 s"
     )
+    without_critic = step_line(dataclasses.replace(metrics, explained_variance=0.0), 200)
+    assert "| clip   7% | length  31 |" in without_critic
 
 
 def test_metrics_have_one_row_per_step_after_steps_are_repeated(tmp_path):

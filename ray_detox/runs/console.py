@@ -45,10 +45,12 @@ def step_line(stats: "UpdateStats", steps: int, width: int | None = None) -> str
         "finished": f"finished {stats.finished:4.0%}",
         "seconds": f"{stats.seconds:.1f} s",
     }
+    if stats.explained_variance == 0:  # there is no critic
+        del parts["explained variance"]
     for name in ("finished", "explained variance", "clip", "length", "score", "kl"):
         if width is None or len(" | ".join(parts.values())) <= width:
             break
-        del parts[name]
+        parts.pop(name, None)
     return " | ".join(parts.values())
 
 
