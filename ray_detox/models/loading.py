@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.models.constraints import forced_bos_id
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
 from ray_detox.models.sources import local_folder
 
@@ -19,7 +20,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     float16 is never used: the activations of T5 overflow it.
     """
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        # Not emulated: float32 is then faster as well as more precise.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if native else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
@@ -72,11 +75,22 @@ def load_policy(
     model.peft_config[POLICY].base_model_name_or_path = (
         str(folder) if config.model == "lab" else config.model
     )
-    encoder_has_adapter = any(
-        "lora_" in name and ".encoder." in name for name, _ in model.named_parameters()
-    )
-    policy = Policy(model, sampling, frozen_encoder=not encoder_has_adapter, dtype=dtype)
-    return policy.to(device)
+    forced = None
+    if config.forced_bos_token is not None:
+        forced = forced_bos_id(AutoTokenizer.from_pretrained(folder), config)
+    return build_policy(model, sampling, dtype, forced).to(device)
+
+
+def build_policy(
+    model: PeftModel,
+    sampling: SamplingConfig,
+    dtype: torch.dtype = torch.float32,
+    forced_bos_id: int | None = None,
+) -> Policy:
+    """Make a policy of a model with an adapter; its encoder is frozen if the adapter does not train it."""
+    encoder = model.get_base_model().get_encoder()
+    is_trained = any(parameter.requires_grad for parameter in encoder.parameters())
+    return Policy(model, sampling, not is_trained, dtype, forced_bos_id)
 
 
 def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
