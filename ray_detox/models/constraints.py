@@ -30,6 +30,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ray_detox.config import PolicyConfig, SamplingConfig
 from ray_detox.errors import ConfigError
+from ray_detox.models.sources import local_folder
 
 IN_FORCE = (
     "forced_bos_token_id",
@@ -156,8 +157,9 @@ def generation_rules(
     if forced_bos_id is None:
         forced_bos_id = generation.forced_bos_token_id
 
-    bad_words = [tuple(ids) for ids in generation.bad_words_ids or () if tuple(ids) not in
-                 {(eos,) for eos in eos_ids}]  # fmt: skip
+    # Like `generate`, which never forbids end-of-sequence as a bad word.
+    bad_words = [tuple(ids) for ids in generation.bad_words_ids or ()]
+    bad_words = [ids for ids in bad_words if not (len(ids) == 1 and ids[0] in eos_ids)]
     forbidden = {pad_id} - set(eos_ids)
     forbidden |= {ids[0] for ids in bad_words if len(ids) == 1}
     forbidden |= set(generation.suppress_tokens or ())
@@ -251,6 +253,28 @@ def settings_in_force(
     replaced = lengths if sampling.min_new_tokens is not None else ()
     in_force = given([name for name in IN_FORCE if name not in replaced])
     return in_force, given([*NOT_IN_FORCE, *replaced])
+
+
+def describe_generation(policy: PolicyConfig, sampling: SamplingConfig) -> list[str]:
+    """Return sentences about the author's generation settings, for checks and reports.
+
+    Raises:
+        ConfigError: the model does not exist, or cannot be reached.
+    """
+    folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
+    in_force, not_in_force = settings_in_force(generation_config(folder), sampling)
+    sentences = []
+    if in_force:
+        sentences.append(
+            f"Of the model's generation settings, {', '.join(in_force)} are in force, both while "
+            "sampling and in the loss."
+        )
+    if not_in_force:
+        sentences.append(
+            f"Of the model's generation settings, {', '.join(not_in_force)} are not in force: PPO "
+            "samples from the policy's own distribution, and the section sampling sets its lengths."
+        )
+    return sentences
 
 
 class Constraints:

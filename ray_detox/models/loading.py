@@ -9,7 +9,9 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.models.adapters import check_adapter_settings, check_not_shared, is_shared
 from ray_detox.models.constraints import forced_bos_id
+from ray_detox.models.output_head import find_head
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
 from ray_detox.models.sources import local_folder
 
@@ -53,7 +55,7 @@ def load_policy(
     New LoRA weights depend on `seed` alone, so that all workers start from the same weights.
 
     Raises:
-        ConfigError: the model or the starting adapter does not exist.
+        ConfigError: the model or the starting adapter does not exist, or they do not fit a policy.
     """
     device = torch.device(device)
     dtype = compute_dtype(config.dtype, device)
@@ -66,11 +68,16 @@ def load_policy(
             model = get_peft_model(base, lora_config(config))
     else:
         start = str(local_folder(config.adapter, None, "policy.adapter"))
+        check_adapter_settings(LoraConfig.from_pretrained(start), config.adapter)
         model = PeftModel.from_pretrained(base, start, adapter_name=POLICY, is_trainable=True)
         # The reference is the starting adapter and not the base model: otherwise the first step's
         # KL would already contain everything that the starting adapter has learned.
         model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
         model.set_adapter(POLICY)
+    if config.adapter is None:
+        check_not_shared(model, "policy.lora_targets", f"[{', '.join(config.lora_targets)}]")
+    else:
+        check_not_shared(model, "policy.adapter", repr(config.adapter))
     # Plain peft loads the base model by this name, so it must not be a cache folder of this machine.
     model.peft_config[POLICY].base_model_name_or_path = (
         str(folder) if config.model == "lab" else config.model
@@ -111,7 +118,7 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
-    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+    if not is_shared(merged, find_head(merged).weight):
         # transformers 5 writes true for every T5, tied or not. Version 4 would believe it, tie the
         # head and compute other logits without an error.
         file = out / "config.json"

@@ -17,9 +17,10 @@ def find_head(base: PreTrainedModel) -> nn.Module:
     """
     output = base.get_output_embeddings()
     if isinstance(output, nn.Embedding):
-        # FSMT names the embedding whose weight its output projection shares.
-        linear = (m for m in base.modules() if isinstance(m, nn.Linear))
-        output = next((m for m in linear if m.weight is output.weight), None)
+        # FSMT names the embedding of the words that its output projection, in the decoder, predicts.
+        shape = output.weight.shape
+        linear = (m for m in base.get_decoder().modules() if isinstance(m, nn.Linear))
+        output = next((m for m in linear if m.weight.shape == shape), None)
     if output is None:
         raise ConfigError(
             f"policy.model is a {type(base).__name__}, which has no layer that computes logits; "

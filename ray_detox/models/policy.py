@@ -143,11 +143,21 @@ class Policy(nn.Module):
         return states
 
     def _decode(
-        self, states: Tensor, query_mask: Tensor, decoder_ids: Tensor, cache: Any = None
+        self,
+        states: Tensor,
+        query_mask: Tensor,
+        decoder_ids: Tensor,
+        cache: Any = None,
+        query_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return logits [B, R, V] after temperature, and values [B, R], both float32."""
+        """Return logits [B, R, V] after temperature, and values [B, R], both float32.
+
+        The prompt itself, `query_ids`, is not encoded again; but without a cache FSMT's decoder is
+        causal only if the prompt is given.
+        """
         with self._autocast():
             output = self.model.get_base_model()(
+                input_ids=query_ids,
                 encoder_outputs=self._encoder_output(last_hidden_state=states),
                 attention_mask=query_mask.long(),
                 decoder_input_ids=decoder_ids,
@@ -253,7 +263,9 @@ class Policy(nn.Module):
         response_ids, response_mask = tokens.response_ids, tokens.response_mask
         start = torch.full_like(response_ids[:, :1], self.start_id)
         decoder_ids = torch.cat([start, response_ids[:, :-1]], dim=1)
-        logits, values = self._decode(states, tokens.query_mask, decoder_ids)
+        logits, values = self._decode(
+            states, tokens.query_mask, decoder_ids, query_ids=tokens.query_ids
+        )
         self.constraints.apply_(logits, decoder_ids, tokens.limits)
         # cross_entropy is the negative log-probability and keeps no [B, R, V] log-softmax in memory.
         # The logits are flattened, because its kernel for a strided V is off by up to 1e-5 nats,
