@@ -138,7 +138,7 @@ def test_an_architecture_keeps_the_contract_or_is_refused_in_a_sentence(name, fa
     assert_close(plain_logits(plain, tokens, policy.start_id)[mask], expected, **close)
     export_model(PolicyConfig(model=str(folder)), tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
-    rounding = 2e-5 * max(1.0, float(expected.abs().max()))
+    rounding = 5e-5 * max(1.0, float(expected.abs().max()))
     exported = plain_logits(merged, tokens, policy.start_id)[mask]
     assert_close(exported, expected, atol=rounding, rtol=0)
 

@@ -110,15 +110,21 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     """
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    ties = base.config.tie_word_embeddings
     with warnings.catch_warnings():
         # Warnings that do not concern the user: peft's on untied embeddings, although this head
         # was never tied, and deprecations inside the libraries.
         warnings.simplefilter("ignore")
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    head_is_tied = is_shared(merged, find_head(merged).weight)
+    if head_is_tied:
+        # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
+        # the decoder's, for untied.
+        merged.config.tie_word_embeddings = ties
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
-    if not is_shared(merged, find_head(merged).weight):
+    if not head_is_tied:
         # transformers 5 writes true for every T5, tied or not. Version 4 would believe it, tie the
         # head and compute other logits without an error.
         file = out / "config.json"

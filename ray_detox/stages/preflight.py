@@ -152,10 +152,10 @@ def generation_notes(config: RunConfig, fetched: Sequence[str]) -> list[str]:
         config: of the run, checked.
         fetched: from `check_without_fetching`.
     """
-    from ray_detox.models.constraints import describe_generation
-
     if any(what.startswith("policy.model ") for what in fetched):
         return []
+    from ray_detox.models.constraints import describe_generation
+
     return describe_generation(config.policy, config.sampling)
 
 
