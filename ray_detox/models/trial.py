@@ -192,7 +192,7 @@ def _contract(base: PreTrainedModel, adapter: LoraConfig, longest: int) -> str |
 
     mask = torch.arange(9) < torch.tensor([9, 4, 6])[:, None]
     vocabulary = base.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary - 64, vocabulary, mask.shape)
+    ids = torch.randint(max(0, vocabulary - 64), vocabulary, mask.shape)
     query_ids = torch.where(mask, ids, policy.pad_id)
     noise = torch.rand(len(mask), longest)
     limits = torch.tensor([longest, max(longest // 2, 1), longest])
