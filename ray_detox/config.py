@@ -217,6 +217,9 @@ class PolicyConfig(Section):
     """Names of the linear layers that get an adapter."""
     frozen_encoder: bool = False
     """Adapt the decoder only: one encoding of the prompt then serves sampling, reference and training."""
+    forced_bos_token: str | None = None
+    """Token that every response starts with, such as the language `fra_Latn` of a translation model;
+    null takes the model's own `forced_bos_token_id`, if it has one."""
 
 
 class SamplingConfig(Section):
@@ -226,8 +229,9 @@ class SamplingConfig(Section):
 
     temperature: Positive = 1.0
     """Divides the logits, both while sampling and in the loss."""
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """The end-of-sequence token has probability zero in this many first positions, also in the loss."""
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The end-of-sequence token has probability zero in this many first positions, also in the loss;
+    null takes the minimum that the model's author set, which most models do not have."""
     max_new_tokens: CountOrRange = 48
     """Longest response in tokens, end-of-sequence included: a number, or a range such as `100..399`
     from which every prompt gets a random limit."""
@@ -236,7 +240,7 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.min_new_tokens >= self.lowest_limit:
+        if (self.min_new_tokens or 0) >= self.lowest_limit:
             raise ConfigError(
                 f"sampling.min_new_tokens is {self.min_new_tokens}; expected less than "
                 f"sampling.max_new_tokens ({self.max_new_tokens})."
@@ -464,6 +468,9 @@ class PPOConfig(Section):
     adaptive_kl_coef_min: NonNegative | None = None
     """Smallest KL coefficient of the adaptive controller; null takes kl_coef, so that a KL below the
     target never becomes cheaper. 0 is the controller of TRL."""
+    recompute_logprobs: bool = False
+    """Score sampled responses anew with teacher forcing before the update, so that the first ratio is
+    1 although sampling rounds differently; one more pass per step, of use in bfloat16."""
     target_kl: Positive | None = None
     """An update stops early when its KL per token from the sampling policy exceeds this, in nats."""
     gamma: Share = 1.0

@@ -122,6 +122,8 @@ class TokenBatch:
     """[B, R] bool, True up to and including end-of-sequence, at least one per row."""
     encoder_states: Tensor | None
     """[B, Q, D] encoder output that later passes reuse, if the encoder is frozen; else None."""
+    limits: Tensor | None = None
+    """[B] int64, limit of each response in tokens, if the model forces end-of-sequence there."""
 
     def __post_init__(self) -> None:
         batch = len(self.response_ids)
@@ -138,6 +140,11 @@ class TokenBatch:
             raise ValueError(
                 f"TokenBatch.encoder_states has shape {tuple(states.shape)}; expected "
                 f"[{batch}, {self.query_ids.shape[1]}, D], one state per prompt token."
+            )
+        if self.limits is not None and self.limits.shape != (batch,):
+            raise ValueError(
+                f"TokenBatch.limits has shape {tuple(self.limits.shape)}, expected ({batch},): one "
+                "limit per response."
             )
         if not bool(self.response_mask[:, :1].all()):
             raise ValueError(
@@ -158,6 +165,7 @@ class TokenBatch:
             response_ids=self.response_ids[rows, :responses],
             response_mask=self.response_mask[rows, :responses],
             encoder_states=None if states is None else states[rows, :queries],
+            limits=None if self.limits is None else self.limits[rows],
         )
 
 

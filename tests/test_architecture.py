@@ -65,6 +65,7 @@ LATE = {
     "recipes.loading": "pydantic; a command that only reads results needs none",
     "pipeline": "Ray reads its environment when it is imported, so the driver connects first",
     "evaluation.measure": "torch; the summary needs only this module's names",
+    "evaluation.summarise": "torch; the embedded model needs no note about its generation settings",
     "runs.console": "rich; a program that reads our lines needs none",
     "runs.publish": "boto3; a result in SQLite needs none",
     "store.opening": "boto3; a result in SQLite needs none",

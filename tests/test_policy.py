@@ -98,6 +98,7 @@ def test_the_temperature_divides_the_logits_in_the_scores(make_policy, make_prom
             attention_mask=batch.query_mask.long(),
             decoder_input_ids=decoder_ids,
         ).logits
+    raw[..., 0] = -torch.inf  # the pad token is never sampled
     expected = (raw / 2).log_softmax(-1).gather(2, tokens.response_ids[..., None])[..., 0]
     assert_close(scores.logprobs, torch.where(tokens.response_mask, expected, 0.0))
 

@@ -182,6 +182,8 @@ def _check(args: argparse.Namespace) -> int:
         f"steps of {config.ppo.minibatch_size} sequences"
     )
     print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
+    for sentence in preflight.generation_notes(config, fetched):
+        print(printable(sentence))
     for what in fetched:
         print(f"to be fetched: {printable(what)}")
     for note in notes:

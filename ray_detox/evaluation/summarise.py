@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from ray_detox.config import RunConfig
+from ray_detox.config import ConfigError, RunConfig
 from ray_detox.evaluation import statistics
 from ray_detox.evaluation.examples import SIDES, EvaluatedResponse, PairedExample
 from ray_detox.evaluation.judges import Judge, load_judge
@@ -174,7 +174,19 @@ def notes(config: RunConfig, examples: Sequence[PairedExample]) -> list[str]:
             "The reward model read prompt and response together, so toxicity here is also the "
             "prompt's."
         )
-    return found
+    return found + _generation_notes(config)
+
+
+def _generation_notes(config: RunConfig) -> list[str]:
+    """Describe the model's generation settings; the embedded model has none that matter."""
+    if config.policy.model == "lab":
+        return []
+    from ray_detox.models.constraints import describe_generation
+
+    try:
+        return describe_generation(config.policy, config.sampling)
+    except ConfigError:  # a note must not cost a finished run its report
+        return []
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,10 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.models.adapters import check_adapter_settings, check_not_shared, is_shared
+from ray_detox.models.constraints import forced_bos_id
 from ray_detox.models.critic import make_value_head
+from ray_detox.models.output_head import find_head, head_width
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
 from ray_detox.models.sources import local_folder
 
@@ -21,7 +24,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     float16 is never used: the activations of T5 overflow it.
     """
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        # Not emulated: float32 is then faster as well as more precise.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if native else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
@@ -53,7 +58,7 @@ def load_policy(
     New weights depend on `seed` alone, so that all workers start from the same weights.
 
     Raises:
-        ConfigError: the model or the starting adapter does not exist.
+        ConfigError: the model or the starting adapter does not exist, or they do not fit a policy.
     """
     device = torch.device(device)
     dtype = compute_dtype(config.dtype, device)
@@ -66,26 +71,39 @@ def load_policy(
             model = get_peft_model(base, lora_config(config))
     else:
         start = str(local_folder(config.adapter, None, "policy.adapter"))
+        check_adapter_settings(LoraConfig.from_pretrained(start), config.adapter)
         model = PeftModel.from_pretrained(base, start, adapter_name=POLICY, is_trainable=True)
         # The reference is the starting adapter and not the base model: otherwise the first step's
         # KL would already contain everything that the starting adapter has learned.
         model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
         model.set_adapter(POLICY)
+    if config.adapter is None:
+        check_not_shared(model, "policy.lora_targets", f"[{', '.join(config.lora_targets)}]")
+    else:
+        check_not_shared(model, "policy.adapter", repr(config.adapter))
     # Plain peft loads the base model by this name, so it must not be a cache folder of this machine.
     model.peft_config[POLICY].base_model_name_or_path = (
         str(folder) if config.model == "lab" else config.model
     )
-    encoder_has_adapter = any(
-        "lora_" in name and ".encoder." in name for name, _ in model.named_parameters()
-    )
-    policy = Policy(
-        model,
-        sampling,
-        frozen_encoder=not encoder_has_adapter,
-        dtype=dtype,
-        value_head=make_value_head(critic, model.config.hidden_size, seed),
-    )
-    return policy.to(device)
+    forced = None
+    if config.forced_bos_token is not None:
+        forced = forced_bos_id(AutoTokenizer.from_pretrained(folder), config)
+    return build_policy(model, sampling, dtype, forced, critic, seed).to(device)
+
+
+def build_policy(
+    model: PeftModel,
+    sampling: SamplingConfig,
+    dtype: torch.dtype = torch.float32,
+    forced_bos_id: int | None = None,
+    critic: Literal["none", "detached", "shared"] = "none",
+    seed: int = 0,
+) -> Policy:
+    """Make a policy of a model with an adapter; its encoder is frozen if the adapter does not train it."""
+    base = model.get_base_model()
+    is_trained = any(parameter.requires_grad for parameter in base.get_encoder().parameters())
+    value_head = make_value_head(critic, head_width(find_head(base)), seed)
+    return Policy(model, sampling, not is_trained, dtype, forced_bos_id, value_head)
 
 
 def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
@@ -98,15 +116,21 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     """
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    ties = base.config.tie_word_embeddings
     with warnings.catch_warnings():
         # Warnings that do not concern the user: peft's on untied embeddings, although this head
         # was never tied, and deprecations inside the libraries.
         warnings.simplefilter("ignore")
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    head_is_tied = is_shared(merged, find_head(merged).weight)
+    if head_is_tied:
+        # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
+        # the decoder's, for untied.
+        merged.config.tie_word_embeddings = ties
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
-    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+    if not head_is_tied:
         # transformers 5 writes true for every T5, tied or not. Version 4 would believe it, tie the
         # head and compute other logits without an error.
         file = out / "config.json"

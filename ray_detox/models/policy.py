@@ -24,6 +24,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from ray_detox.config import SamplingConfig
+from ray_detox.models.constraints import Constraints, generation_rules
+from ray_detox.models.output_head import find_head, head_width, run_in_float32
 from ray_detox.records import Generation, TokenBatch
 
 # Progress bars and notices about tied weights would hide this package's own output.
@@ -55,11 +57,15 @@ class Policy(nn.Module):
         model: the peft model, whose adapter "default" is trained; it may also have a frozen adapter
             "reference", otherwise the reference is the model with the adapter off.
         sampling: temperature and min_new_tokens; both are part of the distribution, so sampling and
-            scoring apply them alike.
+            scoring apply them alike. So are the constraints that the model's author set.
         frozen_encoder: True if no encoder layer has an adapter.
-        dtype: dtype of the forward passes; adapter, value head and losses stay float32.
+        dtype: dtype of the forward passes; adapter, output head, value head and losses stay float32.
+        forced_bos_id: token that every response starts with; None takes the model's own.
         value_head: maps the decoder's last hidden states [B, R, D] to values [B, R, 1]; without one
             all values are 0.
+
+    Raises:
+        ConfigError: the model has no output head, or does not say how responses start and end.
     """
 
     def __init__(
@@ -68,24 +74,31 @@ class Policy(nn.Module):
         sampling: SamplingConfig,
         frozen_encoder: bool = False,
         dtype: torch.dtype = torch.float32,
+        forced_bos_id: int | None = None,
         value_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        config = model.config
+        base = model.get_base_model()
+        head = find_head(base)
         self.model = model
         self.sampling = sampling
         self.frozen_encoder = frozen_encoder
         self.dtype = dtype
+        self.hidden_size = head_width(head)
         self.value_head = value_head
-        self.pad_id: int = config.pad_token_id
-        eos = config.eos_token_id
-        self.eos_ids: list[int] = list(eos) if isinstance(eos, list | tuple) else [eos]
-        self.start_id: int = config.decoder_start_token_id
+        rules = generation_rules(base.generation_config, base.config, sampling, forced_bos_id)
+        self.pad_id: int = rules.pad_id
+        self.eos_ids: list[int] = list(rules.eos_ids)
+        self.start_id: int = rules.start_id
+        self.constraints = Constraints(rules)
         self._hidden: Tensor | None = None
+        self._encoder_output: type[Any] = BaseModelOutput
         self._is_reference = False
-        base = model.get_base_model()
-        # The value head needs the decoder's last hidden state. A hook captures it, because the
+        # The value head needs the decoder's last hidden state. Hooks capture it, because the
         # alternative, output_hidden_states, keeps the states of all layers in memory.
+        if dtype == torch.bfloat16:
+            run_in_float32(head)
+        head.register_forward_pre_hook(self._capture_head_input)
         base.get_decoder().register_forward_hook(self._capture_hidden)
         self.eval()
 
@@ -101,7 +114,14 @@ class Policy(nn.Module):
     # ---- forward passes ----------------------------------------------------------------------
 
     def _capture_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._hidden = output[0]
+        # A decoder that contains the head returns logits; the head's input is captured by then.
+        if output[0].shape[-1] == self.hidden_size:
+            self._hidden = output[0]
+
+    def _capture_head_input(self, module: nn.Module, args: Any) -> None:
+        # The decoder's own output is preferred: T5 v1.0 scales it before the head.
+        if self._hidden is None:
+            self._hidden = args[0]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -116,16 +136,29 @@ class Policy(nn.Module):
             self._autocast(),
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder),
         ):
-            states: Tensor = encoder(input_ids=query_ids, attention_mask=query_mask.long())[0]
+            output = encoder(input_ids=query_ids, attention_mask=query_mask.long())
+        # Mixtures of experts read more fields of the output than BaseModelOutput has.
+        self._encoder_output = type(output)
+        states: Tensor = output[0]
         return states
 
     def _decode(
-        self, states: Tensor, query_mask: Tensor, decoder_ids: Tensor, cache: Any = None
+        self,
+        states: Tensor,
+        query_mask: Tensor,
+        decoder_ids: Tensor,
+        cache: Any = None,
+        query_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return logits [B, R, V] after temperature, and values [B, R], both float32."""
+        """Return logits [B, R, V] after temperature, and values [B, R], both float32.
+
+        The prompt itself, `query_ids`, is not encoded again; but without a cache FSMT's decoder is
+        causal only if the prompt is given.
+        """
         with self._autocast():
             output = self.model.get_base_model()(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                input_ids=query_ids,
+                encoder_outputs=self._encoder_output(last_hidden_state=states),
                 attention_mask=query_mask.long(),
                 decoder_input_ids=decoder_ids,
                 past_key_values=cache,
@@ -141,20 +174,6 @@ class Policy(nn.Module):
         if self.sampling.temperature != 1:
             logits = logits / self.sampling.temperature
         return logits, values
-
-    def _mask_eos(self, logits: Tensor, first_position: int) -> Tensor:
-        """Give end-of-sequence probability zero in the first `min_new_tokens` positions.
-
-        Args:
-            logits: [B, R, V].
-            first_position: position in the response of the first logits.
-        """
-        masked = self.sampling.min_new_tokens - first_position
-        if masked <= 0:
-            return logits
-        logits = logits.clone()
-        logits[:, :masked, self.eos_ids] = torch.finfo(logits.dtype).min
-        return logits
 
     @torch.no_grad()
     def sample(
@@ -191,11 +210,15 @@ class Policy(nn.Module):
         # Output rows that are still in the decoder's batch, and which of those are unfinished.
         rows = torch.arange(batch, device=device)
         unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-        last = torch.full((batch, 1), self.start_id, device=device)
+        start = last = torch.full((batch, 1), self.start_id, device=device)
         eos = torch.tensor(self.eos_ids, device=device)
         for t in range(width):
             logits, value = self._decode(states, active_query_mask, last, cache)
-            log_p = self._mask_eos(logits, t)[:, -1].log_softmax(dim=-1)
+            history = last
+            if self.constraints.needs_history:
+                history = torch.cat([start[rows], ids[rows, :t]], dim=1)
+            self.constraints.apply_(logits, history, max_new_tokens[rows], t)
+            log_p = logits[:, -1].log_softmax(dim=-1)
             token = _invert_cdf(log_p, noise[rows, t])
 
             ids[rows, t] = torch.where(unfinished, token, self.pad_id)
@@ -222,6 +245,7 @@ class Policy(nn.Module):
                 response_ids=ids[:, :longest],
                 response_mask=mask[:, :longest],
                 encoder_states=all_states if self.frozen_encoder else None,
+                limits=max_new_tokens if self.constraints.rules.forced_eos_ids else None,
             ),
             logprobs=logprobs[:, :longest],
             values=values[:, :longest],
@@ -242,8 +266,10 @@ class Policy(nn.Module):
         response_ids, response_mask = tokens.response_ids, tokens.response_mask
         start = torch.full_like(response_ids[:, :1], self.start_id)
         decoder_ids = torch.cat([start, response_ids[:, :-1]], dim=1)
-        logits, values = self._decode(states, tokens.query_mask, decoder_ids)
-        logits = self._mask_eos(logits, 0)
+        logits, values = self._decode(
+            states, tokens.query_mask, decoder_ids, query_ids=tokens.query_ids
+        )
+        self.constraints.apply_(logits, decoder_ids, tokens.limits)
         # cross_entropy is the negative log-probability and keeps no [B, R, V] log-softmax in memory.
         # The logits are flattened, because its kernel for a strided V is off by up to 1e-5 nats,
         # always with the same sign.

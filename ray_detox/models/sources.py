@@ -73,6 +73,11 @@ def folder_fingerprint(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-detox"
+
+
 def looks_like_path(name: str) -> bool:
     """Return True if `name` can only be a path on this machine and not a hub id."""
     return name.startswith(("/", ".", "~")) or not HUB_ID.match(name) or Path(name).exists()
@@ -138,7 +143,7 @@ def _from_s3(address: str, setting: str) -> Path:
         f"{f.path} {f.size} {f.mtime_ns}" for f in sorted(wanted, key=lambda f: f.path)
     )
     key = hashlib.sha256(listing.encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-detox" / key
+    cache = cache_folder() / key
     if cache.is_dir():
         return cache
     cache.parent.mkdir(parents=True, exist_ok=True)

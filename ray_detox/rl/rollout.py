@@ -160,6 +160,7 @@ def _assemble(
     join = lambda parts: _concatenate_padded(parts)[original_order]
     tokens = [generation.tokens for generation in generations]
     states = [t.encoder_states for t in tokens if t.encoder_states is not None]
+    limits = [t.limits for t in tokens if t.limits is not None]
     return Rollout(
         tokens=TokenBatch(
             query_ids=join([t.query_ids for t in tokens]),
@@ -167,6 +168,7 @@ def _assemble(
             response_ids=join([t.response_ids for t in tokens]),
             response_mask=join([t.response_mask for t in tokens]),
             encoder_states=join(states) if states else None,
+            limits=torch.cat(limits)[original_order] if limits else None,
         ),
         logprobs=join([g.logprobs for g in generations]),
         ref_logprobs=join(references),

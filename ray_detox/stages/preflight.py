@@ -6,7 +6,7 @@ and they do not start Ray.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,11 +139,49 @@ def check_policy(config: RunConfig) -> None:
             "google/flan-t5-base. For decoder-only models use the trainers of trl."
         )
     _check_safetensors(folder, policy.model, "policy.model", policy.revision)
-    _check_tokenizer(folder, policy.model, "policy.model")
+    tokenizer = _check_tokenizer(folder, policy.model, "policy.model")
+    model = _without_weights(folder, policy.model)
+    tied = _is_head_tied(folder, settings, model)
     if policy.adapter is not None:
-        _check_adapter(folder, config)
+        adapter = _check_adapter(model, config)
     else:
-        _check_lora_targets(folder, config)
+        adapter = _check_lora_targets(model, config)
+    _check_generation(folder, config, tokenizer, model.config, adapter, tied)
+
+
+def _check_generation(
+    folder: Path, config: RunConfig, tokenizer: Any, settings: Any, adapter: Any, tied: bool
+) -> None:
+    """Check the model's generation settings, and that its architecture samples, scores and merges."""
+    from ray_detox.models import constraints, trial
+
+    policy, sampling = config.policy, config.sampling
+    generation = constraints.generation_config(folder)
+    first = constraints.forced_bos_id(tokenizer, policy)
+    rules = constraints.generation_rules(generation, settings, sampling, first)
+    constraints.check_language(rules, tokenizer, policy.model)
+    if policy.model == "lab":
+        return  # the embedded model is trained and exported by the tests of this package
+    failure = trial.cached_trial(settings, rules, adapter, sampling, tied=tied)
+    if failure is not None:
+        raise ConfigError(
+            f"policy.model is {policy.model!r}, and a small random copy of this "
+            f"{settings.model_type} model shows that it cannot be trained here: {failure}."
+        )
+
+
+def generation_notes(config: RunConfig, fetched: Sequence[str]) -> list[str]:
+    """Describe the model's generation settings, unless a run would have to download the model.
+
+    Args:
+        config: of the run, checked.
+        fetched: from `check_without_fetching`.
+    """
+    if any(what.startswith("policy.model ") for what in fetched):
+        return []
+    from ray_detox.models.constraints import describe_generation
+
+    return describe_generation(config.policy, config.sampling)
 
 
 def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
@@ -185,7 +223,8 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
         )
 
 
-def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
+def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
+    """Check that a tokenizer is in the folder, and return it."""
     from transformers import AutoTokenizer
 
     # Without these files transformers 5 does not fail: it returns a tokenizer with no vocabulary.
@@ -195,7 +234,7 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
             "Save the tokenizer into the same folder with save_pretrained."
         )
     try:
-        AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{setting} is {name!r}, and no tokenizer can be loaded from it: "
@@ -203,10 +242,16 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> None:
         ) from error
 
 
-def _check_adapter(folder: Path, config: RunConfig) -> None:
-    """Check that the starting adapter is a LoRA of this model: layers, names and shapes match."""
+def _check_adapter(model: Any, config: RunConfig) -> Any:
+    """Check that the starting adapter is a LoRA of this model: layers, names and shapes match.
+
+    Returns:
+        peft's settings of the adapter.
+    """
     import peft
     from safetensors import SafetensorError, safe_open
+
+    from ray_detox.models.adapters import check_adapter_settings, check_not_shared
 
     name = config.policy.adapter
     assert name is not None
@@ -230,9 +275,11 @@ def _check_adapter(folder: Path, config: RunConfig) -> None:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(f"policy.adapter is {name!r}, and it cannot be read: {error}.") from error
+    check_adapter_settings(described, name)
+    _check_base_model(described.base_model_name_or_path, model.config.model_type, config)
     described.base_model_name_or_path = None  # or peft warns if the model's folder has moved
     try:
-        model = peft.get_peft_model(_without_weights(folder), described)
+        model = peft.get_peft_model(model, described)
     except ValueError as error:
         raise ConfigError(
             f"policy.adapter is {name!r}, and it does not fit {config.policy.model}: {error}"
@@ -247,21 +294,80 @@ def _check_adapter(folder: Path, config: RunConfig) -> None:
                 f"policy.adapter is {name!r}, and it was not trained on {config.policy.model}: "
                 f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none')}."
             )
+    check_not_shared(model, "policy.adapter", repr(name))
+    return described
 
 
-def _without_weights(folder: Path) -> Any:
+def _check_base_model(trained_on: str | None, model_type: str, config: RunConfig) -> None:
+    """Check the base model that an adapter names; shapes alone do not tell one T5 from another."""
+    model = config.policy.model
+    if not trained_on:
+        return
+    reason = None
+    is_hub_id = not any(n == "lab" or looks_like_path(n) for n in (trained_on, model))
+    file = Path(trained_on) / "config.json"
+    if is_hub_id and trained_on != model:
+        reason = f"{trained_on!r} by its adapter_config.json"
+    elif file.is_file():
+        found = _settings(file.parent, trained_on, "policy.adapter").get("model_type")
+        reason = f"a {found} model, {trained_on!r}" if found != model_type else None
+    if reason is not None:
+        raise ConfigError(
+            f"policy.adapter is {config.policy.adapter!r}, which was trained on {reason}, and "
+            f"policy.model is {model!r}. Set policy.model to the adapter's base model; if both are "
+            "the same model, correct base_model_name_or_path in adapter_config.json."
+        )
+
+
+def _without_weights(folder: Path, name: str) -> Any:
+    """Build the model on the meta device: layers and shapes, but no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    with torch.device("meta"):
-        return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"policy.model is {name!r}, and transformers has no encoder-decoder language model for "
+            f"its config.json: {str(error).splitlines()[0].rstrip('.')}."
+        ) from error
+    return model
 
 
-def _check_lora_targets(folder: Path, config: RunConfig) -> None:
-    """Check that the LoRA targets name linear layers of the model, without loading its weights."""
+def _is_head_tied(folder: Path, settings: dict[str, Any], model: Any) -> bool:
+    """Return whether the output head shares the embedding's weight; if not, untie that of `model`.
+
+    transformers 5 takes every T5 for tied and looks for a head of its own among the weights. The
+    weights of a hub model are not here yet; its config.json then has the value of version 4.
+    """
+    from safetensors import safe_open
+    from torch import empty_like
+    from torch.nn import Linear, Parameter
+
+    head = model.get_output_embeddings()
+    key = next((f"{name}.weight" for name, layer in model.named_modules() if layer is head), None)
+    tied = settings.get("tie_word_embeddings") is not False
+    for file in folder.glob("*.safetensors"):
+        with safe_open(str(file), "np") as weights:
+            tied = tied and key not in set(weights.keys())
+    if not tied and isinstance(head, Linear):
+        head.weight = Parameter(empty_like(head.weight))
+    return tied
+
+
+def _check_lora_targets(model: Any, config: RunConfig) -> Any:
+    """Check that the LoRA targets name linear layers of the model, with weights of their own.
+
+    Returns:
+        peft's settings of the adapter.
+    """
+    import peft
     from torch.nn import Linear
 
-    model = _without_weights(folder)
+    from ray_detox.models.adapters import check_not_shared
+    from ray_detox.models.loading import lora_config
+
     linear = {n for n, m in model.named_modules() if isinstance(m, Linear)}
     for target in config.policy.lora_targets:
         pattern = re.compile(rf"(.*\.)?{re.escape(target)}$")
@@ -271,6 +377,16 @@ def _check_lora_targets(folder: Path, config: RunConfig) -> None:
                 f"policy.lora_targets names {target!r}, and {config.policy.model} has no linear "
                 f"layer of that name; it has {', '.join(leaves)}."
             )
+    described = lora_config(config.policy)
+    try:
+        adapted = peft.get_peft_model(model, described)
+    except ValueError as error:
+        raise ConfigError(
+            f"policy.lora_targets is {list(config.policy.lora_targets)}, and no adapter can be "
+            f"attached to {config.policy.model} with it: {str(error).splitlines()[0]}"
+        ) from error
+    check_not_shared(adapted, "policy.lora_targets", str(list(config.policy.lora_targets)))
+    return described
 
 
 def check_reward(config: RunConfig, source: Source) -> None:
