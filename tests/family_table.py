@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig, SamplingConfig
+from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.models.constraints import generation_rules
 from ray_detox.models.trial import tiny_model
 from ray_detox.stages.preflight import check_policy
@@ -94,7 +94,11 @@ def targets_in(folder: Path) -> tuple[str, ...]:
 
 def refusal(folder: Path, **policy: Any) -> str | None:
     """Return the sentence with which `check` refuses a model, None if it accepts it."""
-    settings = {"model": str(folder), "lora_targets": targets_in(folder), "lora_rank": 4}
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "lora_targets": targets_in(folder),
+        "lora_rank": 4,
+    }
     try:
         check_policy(
             RunConfig(

@@ -116,7 +116,7 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     """
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    ties = base.config.tie_word_embeddings
+    ties = getattr(base.config, "tie_word_embeddings", None)
     with warnings.catch_warnings():
         # Warnings that do not concern the user: peft's on untied embeddings, although this head
         # was never tied, and deprecations inside the libraries.
