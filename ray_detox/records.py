@@ -365,6 +365,10 @@ class UpdateStats:
     """Time spent on targets and optimiser steps, mean over workers."""
     seconds: float
     """Duration of the whole step, mean over workers."""
+    log_ratio_std: float = 0.0
+    """Standard deviation of a token's log ratio in the first minibatch, in nats; rounding alone."""
+    log_ratio_max: float = 0.0
+    """Largest absolute log ratio of a token in the first minibatch, in nats; rounding alone."""
 
 
 @dataclass(frozen=True, slots=True)
