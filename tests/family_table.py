@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from ray_detox.config import ConfigError, RunConfig, SamplingConfig
+from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.models.constraints import generation_rules
 from ray_detox.models.trial import tiny_model
 from ray_detox.stages.preflight import check_policy
@@ -94,9 +94,10 @@ def targets_in(folder: Path) -> tuple[str, ...]:
 
 def refusal(folder: Path, **policy: Any) -> str | None:
     """Return the sentence with which `check` refuses a model, None if it accepts it."""
-    settings = {"model": str(folder), "lora_targets": targets_in(folder), "lora_rank": 4}
+    settings: dict[str, Any] = {"model": str(folder), "lora_targets": targets_in(folder)}
+    config = PolicyConfig(**settings | {"lora_rank": 4} | policy)
     try:
-        check_policy(RunConfig(policy=settings | policy, sampling={"max_new_tokens": 12}))
+        check_policy(RunConfig(policy=config, sampling=SamplingConfig(max_new_tokens=12)))
     except ConfigError as error:
         return str(error)
     return None

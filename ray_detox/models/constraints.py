@@ -245,8 +245,9 @@ def settings_in_force(
             unset = value is None or value is False or value in ([], 0, 0.0)
             if unset or value in _NEUTRAL.get(name, ()):
                 continue
-            several = isinstance(value, list) and len(value) > 3
-            found.append(f"{name} ({len(value)} entries)" if several else f"{name}={value}")
+            if isinstance(value, list) and len(value) > 3:
+                value = f"[{len(value)} entries]"
+            found.append(f"{name}={value}")
         return found
 
     lengths = ("min_length", "min_new_tokens")

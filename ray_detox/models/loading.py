@@ -110,14 +110,14 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     """
     folder = local_folder(config.model, config.revision, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    ties = base.config.tie_word_embeddings
+    ties = getattr(base.config, "tie_word_embeddings", None)
     with warnings.catch_warnings():
         # Warnings that do not concern the user: peft's on untied embeddings, although this head
         # was never tied, and deprecations inside the libraries.
         warnings.simplefilter("ignore")
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     head_is_tied = is_shared(merged, find_head(merged).weight)
-    if head_is_tied:
+    if head_is_tied and ties is not None:
         # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
         # the decoder's, for untied.
         merged.config.tie_word_embeddings = ties
