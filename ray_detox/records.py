@@ -352,6 +352,10 @@ class UpdateStats:
     """Share of tokens whose ratio was clipped."""
     ratio: float
     """Mean probability ratio of the first minibatch; 1 if sampling and training agree."""
+    log_ratio_std: float
+    """Standard deviation of a token's log ratio in the first minibatch, in nats; rounding alone."""
+    log_ratio_max: float
+    """Largest absolute log ratio of a token in the first minibatch, in nats; rounding alone."""
     explained_variance: float
     """1 - Var(returns - values) / Var(returns), before the update; 0 without a critic."""
     grad_norm: float

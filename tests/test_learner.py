@@ -80,11 +80,27 @@ def test_a_learning_rate_of_zero_changes_no_weight_and_gives_zero_kl(make_policy
 
     assert_same_weights(weights(policy), before, atol=0.0)
     assert update.ratio == pytest.approx(1, abs=1e-5)
+    assert 0 < update.log_ratio_std < learner.log_ratio_max < 1e-4, "rounding alone"
     assert update.clip_fraction == 0
     assert update.approx_kl == pytest.approx(0, abs=1e-8)
     assert targets.kl.abs().max() < 1e-4
     assert targets.kl[:, 0].abs().max() < 1e-4, "including the first token"
     assert update.minibatches == 6
+
+
+def test_the_log_ratio_of_the_first_minibatch_is_reported(make_policy, make_rollout):
+    policy = make_policy(randomised=False)
+    rollout = make_rollout(policy, ROWS)
+    rollout.logprobs[rollout.response_mask] -= 0.1
+    rollout.logprobs[3, 0] -= 0.2
+    learner = Learner(policy, settings(learning_rate=0.0, minibatches=1), seed=0)
+
+    update = learner.update(rollout, learner.targets(rollout), step=0)
+
+    count = int(rollout.response_mask.sum())
+    assert learner.log_ratio_max == pytest.approx(0.3, abs=1e-4)
+    # One token in `count` is 0.2 above the others.
+    assert update.log_ratio_std == pytest.approx(0.2 * (1 / count - 1 / count**2) ** 0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("learning_rate", [1e-5, 1e-2, 1.0])

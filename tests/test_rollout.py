@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from ray_detox import draws
 from ray_detox.records import Scores
 from ray_detox.rewards.reward import Ready
-from ray_detox.rl.rollout import collect, decode
+from ray_detox.rl.rollout import Collected, collect, decode, recompute
 
 PER_TOKEN = ("response_ids", "response_mask", "logprobs", "ref_logprobs", "values")
 
@@ -248,3 +248,21 @@ def test_seconds_are_reported_per_part(policy, tokenizer, make_prompts):
 
     assert seconds.keys() == {"sample", "reference", "score"}
     assert all(value >= 0 for value in seconds.values())
+
+
+def test_recomputed_log_probabilities_are_those_of_the_update(make_policy, make_rollout):
+    policy = make_policy()
+    sampled = make_rollout(policy, 7)
+    rounded = dataclasses.replace(
+        sampled,
+        logprobs=sampled.logprobs.bfloat16().float(),
+        values=sampled.values.bfloat16().float(),
+    )
+    collected = Collected(rounded, scores=None, responses=[], seconds={})
+
+    again = recompute(policy, collected, rows_per_pass=3).rollout
+
+    assert (rounded.logprobs - sampled.logprobs).abs().max() > 1e-3
+    assert_close(again.logprobs, sampled.logprobs, atol=2e-5, rtol=1e-4)
+    assert_close(again.values, sampled.values, atol=2e-5, rtol=1e-4)
+    assert torch.equal(again.ref_logprobs, sampled.ref_logprobs)

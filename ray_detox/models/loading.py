@@ -123,7 +123,7 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         warnings.simplefilter("ignore")
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     head_is_tied = is_shared(merged, find_head(merged).weight)
-    if head_is_tied:
+    if head_is_tied and ties is not None:
         # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
         # the decoder's, for untied.
         merged.config.tie_word_embeddings = ties

@@ -36,12 +36,22 @@ class Update:
     """Norm of a detached value head's gradient before clipping; else 0."""
     ratio: float
     """Mean probability ratio of the first minibatch, before any optimiser step: expected to be 1."""
+    log_ratio_std: float
+    """Standard deviation of the log ratio in the first minibatch, in nats: 0 but for rounding."""
     minibatches: int
     """Optimiser steps taken."""
 
 
 # Sums over tokens; they share the gradient's all-reduce, which saves a round trip per minibatch.
-_METRICS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
+_METRICS = (
+    "policy_loss",
+    "value_loss",
+    "approx_kl",
+    "clip_fraction",
+    "ratio",
+    "log_ratio",
+    "log_ratio_square",
+)
 
 
 class Learner:
@@ -60,6 +70,9 @@ class Learner:
         self.sum_over_workers = sum_over_workers
         self.kl_coef = config.kl_coef
         self.trainable = policy.trainable()
+        self.log_ratio_max = 0.0
+        """Largest absolute log ratio in the last update's first minibatch, of this worker's rows."""
+        self._largest_log_ratio = torch.zeros(())
         detached = config.critic == "detached"
         is_critic = lambda name: detached and name.startswith("value_head.")
         self.critic_weights = [p for name, p in self.trainable.items() if is_critic(name)]
@@ -114,6 +127,7 @@ class Learner:
             ).to(self.policy.device)
         ).tolist()
 
+        largest = self._largest_log_ratio = torch.zeros((), device=self.policy.device)
         metrics: list[dict[str, float]] = []
         for rows, token_count in zip(
             (r for assignment in assignments for r in assignment), tokens, strict=True
@@ -122,6 +136,8 @@ class Learner:
             # Sorted by size, so that the rows of a micro-batch need little padding.
             by_size = rows[np.argsort(sizes[rows], kind="stable")]
             sums = self._backward(rollout, targets, by_size, token_count)
+            if not metrics:
+                largest = self._largest_log_ratio
             measured = self._reduce_and_clip(sums)
             if not all(np.isfinite(v) for v in measured.values()):
                 bad = ", ".join(name for name, v in measured.items() if not np.isfinite(v))
@@ -134,6 +150,7 @@ class Learner:
             self.optimiser.step()
             metrics.append(measured)
 
+        self.log_ratio_max = float(largest)
         return self._summary(metrics, measured)
 
     def _assign_minibatches(
@@ -179,7 +196,10 @@ class Learner:
             loss = loss + self.kl_coef * ppo.loss_kl(new.logprobs, rollout.ref_logprobs).sum()
 
         with torch.no_grad():
+            log_ratio = torch.where(mask, new.logprobs - rollout.logprobs, 0.0)
             ratio = torch.where(mask, ppo.probability_ratio(new.logprobs, rollout.logprobs), 0.0)
+            largest = torch.maximum(self._largest_log_ratio, log_ratio.abs().max())
+            self._largest_log_ratio = largest
             metrics = torch.stack(
                 [
                     policy_loss.sum(),
@@ -187,6 +207,8 @@ class Learner:
                     torch.where(mask, ppo.approx_kl(rollout.logprobs, new.logprobs), 0.0).sum(),
                     clipped.sum(),
                     ratio.sum(),
+                    log_ratio.sum(),
+                    log_ratio.square().sum(),
                 ]
             ).double()
         return loss, metrics
@@ -222,7 +244,11 @@ class Learner:
         # If the first minibatch already exceeds the target KL, only its metrics exist.
         metrics = metrics or [last]
         mean = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        return Update(**(mean | {"ratio": metrics[0]["ratio"]}), minibatches=steps)
+        del mean["log_ratio"], mean["log_ratio_square"]
+        first = metrics[0]
+        variance = first["log_ratio_square"] - first["log_ratio"] ** 2
+        at_first = {"ratio": first["ratio"], "log_ratio_std": max(variance, 0.0) ** 0.5}
+        return Update(**(mean | at_first), minibatches=steps)
 
     def adapt_kl_coef(self, kl: float) -> None:
         """Adapt the KL coefficient to a step's KL per response, if the controller is adaptive."""

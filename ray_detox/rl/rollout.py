@@ -150,6 +150,26 @@ def _generate(
     return _Chunk(generation, response_ids, decode(tokenizer, response_ids))
 
 
+@torch.no_grad()
+def recompute(policy: Policy, collected: Collected, rows_per_pass: int) -> Collected:
+    """Replace log-probabilities and values from sampling by those of teacher-forced passes.
+
+    An update scores responses in the same way, so rounding that is particular to decoding token by
+    token is no longer in the ratio.
+    """
+    rollout, parts = collected.rollout, []
+    for rows in torch.arange(len(rollout), device=rollout.response_ids.device).split(rows_per_pass):
+        parts.append(policy.score_tokens(rollout.tokens.select(rows)))
+    width = rollout.response_ids.shape[1]
+    pad = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    scored = replace(
+        rollout,
+        logprobs=torch.cat([pad(part.logprobs) for part in parts]),
+        values=torch.cat([pad(part.values) for part in parts]),
+    )
+    return replace(collected, rollout=scored)
+
+
 def _assemble(
     generations: Sequence[Generation],
     references: Sequence[Tensor],

@@ -6,6 +6,7 @@ and they do not start Ray.
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -279,7 +280,7 @@ def _check_adapter(model: Any, config: RunConfig) -> Any:
     _check_base_model(described.base_model_name_or_path, model.config.model_type, config)
     described.base_model_name_or_path = None  # or peft warns if the model's folder has moved
     try:
-        model = peft.get_peft_model(model, described)
+        model = _attach(model, described)
     except ValueError as error:
         raise ConfigError(
             f"policy.adapter is {name!r}, and it does not fit {config.policy.model}: {error}"
@@ -296,6 +297,15 @@ def _check_adapter(model: Any, config: RunConfig) -> Any:
             )
     check_not_shared(model, "policy.adapter", repr(name))
     return described
+
+
+def _attach(model: Any, described: Any) -> Any:
+    """Attach an adapter to a model without weights; warnings about weights are left out."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, described)
 
 
 def _check_base_model(trained_on: str | None, model_type: str, config: RunConfig) -> None:
@@ -362,7 +372,6 @@ def _check_lora_targets(model: Any, config: RunConfig) -> Any:
     Returns:
         peft's settings of the adapter.
     """
-    import peft
     from torch.nn import Linear
 
     from ray_detox.models.adapters import check_not_shared
@@ -379,7 +388,7 @@ def _check_lora_targets(model: Any, config: RunConfig) -> Any:
             )
     described = lora_config(config.policy)
     try:
-        adapted = peft.get_peft_model(model, described)
+        adapted = _attach(model, described)
     except ValueError as error:
         raise ConfigError(
             f"policy.lora_targets is {list(config.policy.lora_targets)}, and no adapter can be "
