@@ -92,13 +92,12 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     at_most = [n for n in (data.limit, LAB_ROWS if source.kind == "lab" else None) if n]
     cpus = int(ray.cluster_resources().get("CPU", 2))
     blocks = max(1, min([cpus - 1, *(n // ROWS_PER_BLOCK for n in at_most)]))
-    # Tasks on few rows take milliseconds, and a process for them takes seconds to start. One at a
-    # time, and not spread over the nodes, they share a process.
+    # Tasks on few rows take milliseconds, and a process for them takes seconds to start: one at a
+    # time, they share a process.
     is_small = any(n < 2 * ROWS_PER_BLOCK for n in at_most)
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         cpu=1 if is_small else None
     )
-    context.scheduling_strategy = "DEFAULT" if is_small else "SPREAD"
     rows = read(source, data)
     if data.limit is not None:
         rows = rows.limit(data.limit)
