@@ -11,13 +11,14 @@ from tests.chaos.schedule import KINDS, Fault, schedule
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CALM = "calm"
+QUICK = ["evaluate.shards=1"]  # the faults below come before the evaluation
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
     """Two nodes, on which an undisturbed run has finished."""
     with chaos(tmp_path_factory.mktemp("chaos")) as found:
-        outcome = found.run(CALM, SAME)
+        outcome = found.run(CALM, SAME + QUICK)
         assert outcome.codes == [0], outcome.text
         yield found
 
@@ -26,7 +27,7 @@ def test_faults_of_every_kind_in_one_run_do_not_change_the_result(nodes):
     faults = [Fault("actor", 0, 0.5), Fault("full", 1, 0.0), Fault("worker", 2, 0.2)]
     faults += [Fault("actor", 3, 0.0), Fault("node", 3, 0.3), Fault("damage", 6, 0.2)]
 
-    outcome = nodes.run("disturbed", SAME, faults)
+    outcome = nodes.run("disturbed", SAME + QUICK, faults)
 
     assert [fault for fault in outcome.injected if "no such process" in fault] == []
     assert len(re.findall(r"worker \d died|worker \d lost its connection", outcome.text)) >= 2
@@ -41,7 +42,7 @@ def test_a_run_continues_with_fewer_workers_and_grows_back(tmp_path):
 
     with chaos(tmp_path, cpus=2) as small:
         small.return_s = 600.0  # until the fault `return`
-        outcome = small.run("fewer", [*FEWER, "train.steps=20", "evaluate.shards=1"], faults)
+        outcome = small.run("fewer", [*FEWER, *QUICK, "train.steps=20"], faults)
 
     assert outcome.codes == [0], outcome.text
     # Two nodes of 2 CPUs: the reward actor and three workers. One: the actor and one worker.
