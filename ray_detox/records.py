@@ -122,7 +122,7 @@ class TokenBatch:
     """[B, R] bool, True up to and including end-of-sequence, at least one per row."""
     encoder_states: Tensor | None
     """[B, Q, D] encoder output that later passes reuse, if the encoder is frozen; else None."""
-    limits: Tensor | None = None
+    limits: Tensor | None
     """[B] int64, limit of each response in tokens, if the model forces end-of-sequence there."""
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ def score(policy, rows):
         policy.start_id = int(response[0])
         query_ids, query_mask = pad_rows([query.tolist()], pad_id=0)
         ids, mask = pad_rows([response[1:].tolist()], pad_id=0)
-        scores = policy.score_tokens(TokenBatch(query_ids, query_mask, ids, mask, None))
+        scores = policy.score_tokens(TokenBatch(query_ids, query_mask, ids, mask, None, None))
         wide = lambda x, width=15 - ids.shape[1]: nn.functional.pad(x, (0, width))
         logprobs.append(wide(scores.logprobs))
         values.append(wide(scores.values))

@@ -267,6 +267,7 @@ def test_padding_a_rollout_changes_nothing(make_long, make_rollout):
             response_ids=wide(rollout.response_ids, 3),
             response_mask=wide(rollout.response_mask, 3),
             encoder_states=None,
+            limits=None,
         ),
         **{
             name: wide(getattr(rollout, name), 3) for name in ("logprobs", "ref_logprobs", "values")

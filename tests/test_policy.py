@@ -44,6 +44,7 @@ def first_token_logprobs(policy, one):
         response_ids=torch.arange(63)[:, None],
         response_mask=torch.ones(63, 1, dtype=torch.bool),
         encoder_states=None,
+        limits=None,
     )
     return score(policy, tokens).logprobs[:, 0]
 
@@ -160,6 +161,7 @@ def test_right_padding_changes_nothing(make_policy, make_prompts):
             response_ids=wide(tokens.response_ids, 3, 17),
             response_mask=wide(tokens.response_mask, 3),
             encoder_states=None,
+            limits=None,
         ),
     )
 

@@ -34,6 +34,7 @@ def token_batch(rows=2, queries=3, responses=4, **changes):
         "response_ids": number(rows, responses).long(),
         "response_mask": torch.ones(rows, responses, dtype=torch.bool),
         "encoder_states": number(rows, queries, 5),
+        "limits": None,
     }
     return TokenBatch(**(fields | changes))
 

@@ -258,7 +258,7 @@ def test_recomputed_log_probabilities_are_those_of_the_update(make_policy, make_
         logprobs=sampled.logprobs.bfloat16().float(),
         values=sampled.values.bfloat16().float(),
     )
-    collected = Collected(rounded, scores=None, responses=[], seconds={})
+    collected = Collected(rounded, scores=None, responses=[], finished=None, seconds={})
 
     again = recompute(policy, collected, rows_per_pass=3).rollout
 
