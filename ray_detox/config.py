@@ -469,8 +469,8 @@ class PPOConfig(Section):
     """Smallest KL coefficient of the adaptive controller; null takes kl_coef, so that a KL below the
     target never becomes cheaper. 0 is the controller of TRL."""
     recompute_logprobs: bool = False
-    """Score sampled responses anew with teacher forcing before the update, so that the first ratio is
-    1 although sampling rounds differently; one more pass per step, of use in bfloat16."""
+    """Score sampled responses anew with teacher forcing before the update; one more pass per step. It
+    removes what decoding token by token rounds differently, not what another batch shape does."""
     target_kl: Positive | None = None
     """An update stops early when its KL per token from the sampling policy exceeds this, in nats."""
     gamma: Share = 1.0

@@ -157,7 +157,7 @@ RULES = {
 }
 
 
-def restricted(family, tmp_path, **rules):
+def restricted(tmp_path, **rules):
     """The folder of a BART whose generation_config.json has these settings."""
     folder = save_family("bart", tmp_path / "bart")
     file = folder / "generation_config.json"
@@ -170,8 +170,8 @@ def restricted(family, tmp_path, **rules):
     [{}, *({name: value} for name, value in RULES.items()), RULES],
     ids=["none", *RULES, "all"],
 )
-def test_every_position_has_the_distribution_of_the_processors_of_generate(rules, family, tmp_path):
-    policy = a_policy(restricted(family, tmp_path, **rules))
+def test_every_position_has_the_distribution_of_the_processors_of_generate(rules, tmp_path):
+    policy = a_policy(restricted(tmp_path, **rules))
     generation = sample(policy, rows=32)
     tokens, mask = generation.tokens, generation.tokens.response_mask
 
@@ -200,8 +200,8 @@ def test_every_position_has_the_distribution_of_the_processors_of_generate(rules
     assert_close(generation.logprobs, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_the_constrained_distribution_equals_that_of_generate_for_every_token(family, tmp_path):
-    policy = a_policy(restricted(family, tmp_path, **RULES))
+def test_the_constrained_distribution_equals_that_of_generate_for_every_token(tmp_path):
+    policy = a_policy(restricted(tmp_path, **RULES))
     base = policy.model.get_base_model()
     generator = torch.Generator().manual_seed(0)
     # Few tokens, so that prefixes of the longer bad words occur.
@@ -227,8 +227,8 @@ def test_the_constrained_distribution_equals_that_of_generate_for_every_token(fa
         assert_close(at_once[:, t].softmax(-1), expected)
 
 
-def test_a_forced_token_has_probability_one_and_no_gradient(family, tmp_path):
-    policy = a_policy(restricted(family, tmp_path, forced_bos_token_id=9, forced_eos_token_id=1))
+def test_a_forced_token_has_probability_one_and_no_gradient(tmp_path):
+    policy = a_policy(restricted(tmp_path, forced_bos_token_id=9, forced_eos_token_id=1))
 
     tokens = sample(policy, rows=32).tokens
     scores = policy.score_tokens(tokens)
@@ -262,8 +262,8 @@ def test_masks_outside_the_graph_give_the_gradient_of_masks_inside_it():
     assert_close(ours.grad, inside.grad)
 
 
-def test_sampling_min_new_tokens_replaces_the_minimum_of_the_author(family, tmp_path):
-    folder = restricted(family, tmp_path, min_length=30)
+def test_sampling_min_new_tokens_replaces_the_minimum_of_the_author(tmp_path):
+    folder = restricted(tmp_path, min_length=30)
     config = PolicyConfig(model=str(folder), lora_targets=("q_proj",))
 
     with pytest.raises(ConfigError, match=r"a minimum of 29 tokens before end-of-sequence, and "):
@@ -273,12 +273,17 @@ def test_sampling_min_new_tokens_replaces_the_minimum_of_the_author(family, tmp_
     assert policy.constraints.rules.min_new_tokens == 0
 
 
-def test_the_token_that_a_setting_names_starts_every_response(family, tmp_path):
+def test_the_token_that_a_setting_names_starts_every_response(tmp_path):
     folder = save_family("bart", tmp_path / "bart")
 
     policy = a_policy(folder, forced_bos_token="w5")
+    policy.save_adapter(tmp_path / "adapter")
+    config = PolicyConfig(model=str(folder), forced_bos_token="w5")
+    export_model(config, tmp_path / "adapter", tmp_path / "out")
 
     assert (sample(policy).tokens.response_ids[:, 0] == 9).all()
+    exported = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    assert (exported.generate(prompts(policy)[0], max_new_tokens=3)[:, 1] == 9).all()
     with pytest.raises(
         ConfigError, match=r"policy\.forced_bos_token is 'fr_XX', and the tokenizer"
     ):
@@ -304,9 +309,9 @@ def test_a_model_that_does_not_say_how_responses_start_is_refused(family):
     assert generation_rules(config, GenerationConfig(), SamplingConfig()).start_id == 3
 
 
-def test_the_notes_tell_which_settings_of_the_author_are_in_force(family, tmp_path):
+def test_the_notes_tell_which_settings_of_the_author_are_in_force(tmp_path):
     rules = {"forced_bos_token_id": 9, "num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 4}
-    policy = PolicyConfig(model=str(restricted(family, tmp_path, **rules)))
+    policy = PolicyConfig(model=str(restricted(tmp_path, **rules)))
 
     with_minimum = describe_generation(policy, SamplingConfig())
     replaced = describe_generation(policy, SamplingConfig(min_new_tokens=2))

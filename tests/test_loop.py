@@ -23,7 +23,7 @@ from ray_detox.config import (
 )
 from ray_detox.data.shards import PromptShards
 from ray_detox.models.loading import load_policy
-from ray_detox.records import PreparedRow, UpdateStats
+from ray_detox.records import PreparedRow, Rollout, TokenBatch, UpdateStats
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
 from ray_detox.rl.divergence import DivergedError
@@ -437,6 +437,21 @@ def test_a_policy_that_differs_from_its_reference_before_training_is_rejected(
         train_run(runtime, policy=moved)
 
     assert runtime.logged == []
+
+
+def test_the_start_is_not_judged_by_one_token_in_a_thousand():
+    shape = (64, 20)
+    zeros, mask = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
+    ids = torch.ones(shape, dtype=torch.long)
+    tokens = TokenBatch(ids, mask, ids, mask, encoder_states=None)
+    rollout = Rollout(tokens, zeros.clone(), zeros, zeros, torch.zeros(64))
+    rollout.logprobs[3, 4] = -5.0
+
+    check_start(rollout, torch.bfloat16)
+    rollout.logprobs[7, 0] = -5.0
+
+    with pytest.raises(RuntimeError, match=r"by 5 nats on a token \(quantile 0\.999\)"):
+        check_start(rollout, torch.bfloat16)
 
 
 def test_a_difference_on_a_single_first_token_is_detected(make_policy, make_rollout):

@@ -513,6 +513,19 @@ def test_a_bfloat16_policy_samples_trains_and_keeps_its_adapter_in_float32(
     assert (in_float32.logprobs - scores.logprobs)[mask].abs().mean() < 0.2
 
 
+def test_the_output_head_of_a_bfloat16_policy_computes_in_float32(make_policy, make_prompts):
+    policy, batch = make_policy(policy={"dtype": "bfloat16"}), make_prompts(8)
+    head, seen = policy.model.get_base_model().get_output_embeddings(), []
+    head.register_forward_hook(lambda module, args, output: seen.append((args[0], output.clone())))
+
+    score(policy, generate(policy, batch).tokens)
+
+    states, logits = seen[-1]
+    assert states.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert_close(logits, states.float() @ head.weight.T)
+
+
 def test_dtype_auto_is_float32_on_a_cpu():
     assert compute_dtype("auto", torch.device("cpu")) == torch.float32
     assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16

@@ -127,8 +127,11 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
         # the decoder's, for untied.
         merged.config.tie_word_embeddings = ties
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if config.forced_bos_token is not None:  # `generate` then responds as the policy does
+        merged.generation_config.forced_bos_token_id = forced_bos_id(tokenizer, config)
     merged.save_pretrained(out, safe_serialization=True)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
     if not head_is_tied:
         # transformers 5 writes true for every T5, tied or not. Version 4 would believe it, tie the

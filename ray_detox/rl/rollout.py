@@ -155,7 +155,8 @@ def recompute(policy: Policy, collected: Collected, rows_per_pass: int) -> Colle
     """Replace log-probabilities and values from sampling by those of teacher-forced passes.
 
     An update scores responses in the same way, so rounding that is particular to decoding token by
-    token is no longer in the ratio.
+    token is no longer in the ratio. Another shape of the batch rounds differently too: in bfloat16 on
+    a CPU that is as much again.
     """
     rollout, parts = collected.rollout, []
     for rows in torch.arange(len(rollout), device=rollout.response_ids.device).split(rows_per_pass):
