@@ -479,7 +479,7 @@ class PPOConfig(Section):
     """0 trusts the critic, 1 trusts the rewards; without a critic it discounts later rewards."""
     max_kl: Positive | None = 60.0
     """The run stops when the KL of a response to the reference exceeds this, in nats, mean of a step;
-    null never stops it. Useful runs stay below 10; the recipe lab without a KL penalty reaches 49."""
+    null never stops it. Useful runs stay below 10; the recipe lab without a KL penalty reaches 20 to 50."""
     stop_on_collapse: bool = True
     """Stop the run if the policy has lost its entropy, or no longer ends its responses."""
     unfinished_penalty: NonNegative = 0.0

@@ -443,7 +443,7 @@ def test_the_start_is_not_judged_by_one_token_in_a_thousand():
     shape = (64, 20)
     zeros, mask = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
     ids = torch.ones(shape, dtype=torch.long)
-    tokens = TokenBatch(ids, mask, ids, mask, encoder_states=None)
+    tokens = TokenBatch(ids, mask, ids, mask, encoder_states=None, limits=None)
     rollout = Rollout(tokens, zeros.clone(), zeros, zeros, torch.zeros(64))
     rollout.logprobs[3, 4] = -5.0
 
