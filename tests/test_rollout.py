@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from ray_detox import draws
 from ray_detox.records import Scores
 from ray_detox.rewards.reward import Ready
-from ray_detox.rl.rollout import Collected, collect, decode, recompute
+from ray_detox.rl.rollout import Collected, collect, decode, is_finished, recompute
 
 PER_TOKEN = ("response_ids", "response_mask", "logprobs", "ref_logprobs", "values")
 
@@ -227,6 +227,20 @@ def test_a_response_is_finished_if_it_ended_before_its_limit(policy, tokenizer, 
     assert (
         lengths[~torch.from_numpy(collected.finished)].numpy() == limits[~collected.finished]
     ).all()
+
+
+def test_an_end_that_the_model_forces_at_the_limit_is_a_cut(policy, tokenizer, make_prompts):
+    tokens = run(policy, tokenizer, make_prompts(40)).rollout.tokens
+    lengths = tokens.response_mask.sum(dim=1)
+    forced = tokens.response_ids.clone()
+    forced[torch.arange(40), lengths - 1] = policy.eos_ids[0]
+    limits = lengths + torch.arange(40) % 2
+
+    finished = is_finished(
+        dataclasses.replace(tokens, response_ids=forced, limits=limits), policy.eos_ids
+    )
+
+    assert finished.tolist() == [False, True] * 20
 
 
 def test_an_unfinished_response_pays_its_penalty_in_the_rollout_only(

@@ -114,9 +114,15 @@ def collect(
 
 
 def is_finished(tokens: TokenBatch, eos_ids: Sequence[int]) -> Tensor:
-    """Return [B] bool: True if a response ended with end-of-sequence within its limit."""
+    """Return [B] bool: True if a response ended with end-of-sequence within its limit.
+
+    An end-of-sequence that the model forces at the limit is a cut like any other.
+    """
     eos = torch.tensor(eos_ids, device=tokens.response_ids.device)
-    return (torch.isin(tokens.response_ids, eos) & tokens.response_mask).any(dim=1)
+    ended = (torch.isin(tokens.response_ids, eos) & tokens.response_mask).any(dim=1)
+    if tokens.limits is not None:
+        ended &= tokens.response_mask.sum(dim=1) < tokens.limits
+    return ended
 
 
 @dataclass(frozen=True, slots=True)
