@@ -25,7 +25,8 @@ def nodes(tmp_path_factory):
 
 def test_faults_of_every_kind_in_one_run_do_not_change_the_result(nodes):
     faults = [Fault("actor", 0, 0.5), Fault("full", 1, 0.0), Fault("worker", 2, 0.2)]
-    faults += [Fault("actor", 3, 0.0), Fault("node", 3, 0.3), Fault("damage", 6, 0.2)]
+    faults += [Fault("actor", 3, 0.0), Fault("node", 3, 0.3), Fault("worker", 5, 0.1)]
+    faults += [Fault("damage", 6, 0.2)]
 
     outcome = nodes.run("disturbed", SAME + QUICK, faults)
 
