@@ -400,6 +400,42 @@ def test_a_run_resumed_with_another_critic_keeps_the_policy_and_starts_a_new_val
     resumed.update(rollout, resumed.targets(rollout), step=1)
 
 
+@pytest.mark.parametrize(
+    ("saved", "resumed", "kl_coef"),
+    [
+        ({}, {}, 0.123),
+        ({}, {"kl_coef": 0.3}, 0.3),
+        ({}, {"kl_controller": "fixed", "adaptive_kl_coef_min": None}, 0.15),
+        ({"kl_controller": "fixed", "adaptive_kl_coef_min": None}, {}, 0.15),
+    ],
+    ids=["same settings", "another kl_coef", "now fixed", "was fixed"],
+)
+def test_a_run_resumed_with_another_kl_coef_or_controller_starts_from_the_new_one(
+    config, make_policy, make_rollout, tmp_path, saved, resumed, kl_coef
+):
+    policy = make_policy(critic="detached")
+    settings = config.replace(ppo=config.ppo.replace(**saved))
+    learner, rollout = Learner(policy, settings.ppo, seed=0), make_rollout(policy, 8)
+    learner.update(rollout, learner.targets(rollout), step=0)
+    learner.kl_coef = 0.123
+    checkpoint.write(tmp_path, policy, learner, settings, 1)
+    again = Learner(policy, config.ppo.replace(**resumed), seed=0)
+
+    checkpoint.read(tmp_path, policy, again)
+
+    assert again.kl_coef == kl_coef
+
+
+def test_a_resumed_run_logs_the_kl_coef_it_is_given(train_run, config, tmp_path):
+    short = config.train.replace(steps=1, probe_prompts=0)
+    train_run(LocalRuntime(tmp_path), train=short)
+    resumed = LocalRuntime(tmp_path)
+
+    train_run(resumed, train=short.replace(steps=2), ppo=config.ppo.replace(kl_coef=0.3))
+
+    assert [stats.kl_coef for stats in resumed.logged] == [0.3]
+
+
 def test_metrics_of_another_version_in_a_checkpoint_are_rejected(
     config, make_policy, make_rollout, tmp_path
 ):
