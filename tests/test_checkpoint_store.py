@@ -1,6 +1,7 @@
 """Checkpoints in storage: complete or ignored; the newest and the best kept; never delay training."""
 
 import json
+import math
 import threading
 
 import pytest
@@ -46,6 +47,7 @@ def test_an_empty_storage_has_no_checkpoint_and_no_folder(store, folder):
         ([None, 5.0, 1.0, 2.0, 3.0], [1, 3, 4]),
         ([None, 1.0, 2.0, 3.0, 4.0], [3, 4]),
         ([None, 2.0, 2.0, 1.0, 1.0], [2, 3, 4]),
+        ([math.nan, 2.0, math.inf, 1.0, math.nan], [1, 3, 4]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(store, folder, objectives, left):

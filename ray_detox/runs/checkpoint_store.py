@@ -20,6 +20,7 @@ waits, in memory.
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -136,7 +137,11 @@ class CheckpointStore:
     def best(self) -> int | None:
         """Return the step of the kept checkpoint with the best objective; the later if equal."""
         self._read_objectives()
-        known = {step: value for step, value in self._objectives.items() if value is not None}
+        known = {
+            step: value
+            for step, value in self._objectives.items()
+            if value is not None and math.isfinite(value)
+        }
         return max(known, key=lambda step: (known[step], step)) if known else None
 
     def _prune(self) -> None:
