@@ -48,6 +48,8 @@ class Checkpoint:
     """Contents by name, such as `adapter/adapter_model.safetensors`."""
     objective: float | None = None
     """Score less KL penalty on the run's probe prompts, in units of score; None if not measured."""
+    objective_key: str | None = None
+    """Hash of the settings behind the objective: objectives with different keys are not comparable."""
 
 
 class CheckpointStore:
@@ -61,8 +63,8 @@ class CheckpointStore:
     def __init__(self, storage: Storage, keep: int = 2) -> None:
         self.storage = storage
         self.keep = keep
-        self._objectives: dict[int, float | None] = {}
-        """Objectives of the complete checkpoints, by step."""
+        self._objectives: dict[int, tuple[float | None, str | None]] = {}
+        """Objective and its key of the complete checkpoints, by step."""
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then delete those that need not be kept.
@@ -79,11 +81,12 @@ class CheckpointStore:
         about = {
             "step": checkpoint.step,
             "objective": checkpoint.objective,
+            "objective_key": checkpoint.objective_key,
             "files": {name: _digest(content) for name, content in checkpoint.files.items()},
         }
         # Last: the manifest is what makes a checkpoint complete.
         self.storage.write(f"{folder}/{MANIFEST}", json.dumps(about, indent=2).encode())
-        self._objectives[checkpoint.step] = checkpoint.objective
+        self._objectives[checkpoint.step] = (checkpoint.objective, checkpoint.objective_key)
         # After the write, so that at every moment at least `keep` checkpoints are complete.
         self._prune()
 
@@ -114,7 +117,7 @@ class CheckpointStore:
                     f"{expected['bytes']:,} bytes that were written."
                 )
             files[name] = content
-        return Checkpoint(step, files, about["objective"])
+        return Checkpoint(step, files, about["objective"], about.get("objective_key"))
 
     def newest(self, on_damage: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None.
@@ -135,14 +138,21 @@ class CheckpointStore:
         return sorted(self._objectives)
 
     def best(self) -> int | None:
-        """Return the step of the kept checkpoint with the best objective; the later if equal."""
+        """Return the step of the kept checkpoint with the best objective; the later if equal.
+
+        Only checkpoints with the objective key of the newest measured one compete: a run that was
+        resumed with another KL coefficient or reward measures on another scale.
+        """
         self._read_objectives()
         known = {
-            step: value
-            for step, value in self._objectives.items()
+            step: (value, key)
+            for step, (value, key) in self._objectives.items()
             if value is not None and math.isfinite(value)
         }
-        return max(known, key=lambda step: (known[step], step)) if known else None
+        if not known:
+            return None
+        _, current = known[max(known)]
+        return max((value, step) for step, (value, key) in known.items() if key == current)[1]
 
     def _prune(self) -> None:
         best = self.best()
@@ -163,7 +173,7 @@ class CheckpointStore:
             if step not in self._objectives:
                 about = self._read_manifest(step)
                 if about is not None:
-                    self._objectives[step] = about["objective"]
+                    self._objectives[step] = (about["objective"], about.get("objective_key"))
 
     def _read_manifest(self, step: int) -> dict[str, Any] | None:
         """Return the manifest of a step; None if it is missing or not valid."""
