@@ -202,6 +202,21 @@ def test_slow_storage_delays_nothing_and_gets_the_newest_checkpoint(folder):
     writer.close()
 
 
+def test_slow_storage_gets_a_measured_checkpoint_although_newer_ones_are_not_measured(folder):
+    slow = Slow(str(folder))
+    writer = CheckpointWriter(CheckpointStore(slow), None)
+
+    for step, objective in enumerate([None, None, 5.0, None, None]):
+        writer.put(made(step, objective))
+    slow.go_on.release(3)
+    writer.flush(30)
+
+    store = CheckpointStore(Storage(str(folder)))
+    assert store.best() == 2
+    assert store.newest() == writer.newest == made(4)
+    writer.close()
+
+
 def test_the_writer_drops_a_checkpoint_older_than_the_newest(store):
     writer = CheckpointWriter(store, made(5))
 

@@ -14,7 +14,7 @@ States of a checkpoint in the storage:
           incomplete, ignored                from the manifest, so it is damaged and ignored
 
 The writer never delays training: if the storage is slower than the steps, only the newest checkpoint
-waits, in memory.
+and the last measured one before it wait, in memory.
 """
 
 import hashlib
@@ -188,7 +188,7 @@ class CheckpointStore:
 class CheckpointWriter:
     """Writes checkpoints on a background thread; keeps the newest one in memory.
 
-    A failed write is repeated until it succeeds or a newer checkpoint takes its place.
+    A failed write is repeated until it succeeds or a newer checkpoint takes its place, see `put`.
 
     Args:
         store: writes them.
@@ -210,7 +210,8 @@ class CheckpointWriter:
         self.seconds: list[float] = []
         """Duration of each write."""
         self._on_event = on_event
-        self._waiting: Checkpoint | None = None
+        self._waiting: list[Checkpoint] = []
+        """Oldest first; the first one is being written."""
         self._problem: str | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -218,12 +219,20 @@ class CheckpointWriter:
         self._thread.start()
 
     def put(self, checkpoint: Checkpoint) -> None:
-        """Hand over a checkpoint, and return at once; it replaces one that still waits."""
+        """Hand over a checkpoint, and return at once.
+
+        It replaces those that still wait, except the last measured one, which may be the best.
+        """
         with self._changed:
             # An older one may arrive late, from a worker group that was cut off. Its steps have been
             # repeated, and it must not replace a newer one.
             if self.newest is None or checkpoint.step >= self.newest.step:
-                self.newest = self._waiting = checkpoint
+                measured = [c for c in self._waiting if c.objective is not None]
+                if checkpoint.objective is None:
+                    self._waiting = [*measured[-1:], checkpoint]
+                else:
+                    self._waiting = [checkpoint]
+                self.newest = checkpoint
                 self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> None:
@@ -233,9 +242,9 @@ class CheckpointWriter:
             StorageError: it is not after `timeout_s`.
         """
         with self._changed:
-            if self._changed.wait_for(lambda: self._waiting is None, timeout_s):
+            if self._changed.wait_for(lambda: not self._waiting, timeout_s):
                 return
-            step = self._waiting.step if self._waiting else None
+            step = self._waiting[-1].step
             problem = self._problem or f"{self.store.storage.address} did not answer."
         raise StorageError(
             f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {problem}"
@@ -253,11 +262,10 @@ class CheckpointWriter:
     def _write_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
                 if self._closed:
                     return
-                checkpoint = self._waiting
-                assert checkpoint is not None
+                checkpoint = self._waiting[0]
             began = time.perf_counter()
             try:
                 self.store.save(checkpoint)
@@ -274,8 +282,7 @@ class CheckpointWriter:
                 self._on_event(f"Checkpoints are written again, from step {checkpoint.step} on.")
             with self._changed:
                 # A newer checkpoint may have arrived during the write; then it still waits.
-                if self._waiting is checkpoint:
-                    self._waiting = None
+                self._waiting = [c for c in self._waiting if c is not checkpoint]
                 self._changed.notify_all()
 
     def _report(self, problem: str | None) -> None:
