@@ -497,9 +497,21 @@ class PPOConfig(Section):
             )
         if self.kl_controller == "adaptive":
             self._check_adaptive_kl()
+        elif self.adaptive_kl_coef_min is not None:
+            raise ConfigError(
+                f"ppo.adaptive_kl_coef_min is {self.adaptive_kl_coef_min:g} with "
+                "ppo.kl_controller=fixed; expected null, since only the adaptive controller uses it. "
+                "Set ppo.adaptive_kl_coef_min=null, or ppo.kl_controller=adaptive."
+            )
         return self
 
     def _check_adaptive_kl(self) -> None:
+        if self.kl_coef == 0:
+            raise ConfigError(
+                "ppo.kl_coef is 0 with ppo.kl_controller=adaptive; expected a value above 0, since "
+                "the controller multiplies it, and 0 stays 0. Set ppo.kl_coef=0.05, or "
+                "ppo.kl_controller=fixed."
+            )
         # The controller reacts to an error of at most a fifth, so at this horizon one step could
         # take the coefficient to zero, where it stays for ever.
         if self.adaptive_kl_horizon * 5 <= self.prompts_per_step:

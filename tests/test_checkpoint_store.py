@@ -1,6 +1,7 @@
 """Checkpoints in storage: complete or ignored; the newest and the best kept; never delay training."""
 
 import json
+import math
 import threading
 
 import pytest
@@ -9,10 +10,10 @@ from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore, Checkpo
 from ray_detox.runs.storage import Storage, StorageError
 
 
-def made(step, objective=None):
+def made(step, objective=None, key=None):
     """A checkpoint of two files."""
     files = {"state.json": b'{"step": %d}' % step, "adapter/weights": bytes([step]) * 5000}
-    return Checkpoint(step, files, objective)
+    return Checkpoint(step, files, objective, key)
 
 
 @pytest.fixture
@@ -26,11 +27,11 @@ def store(folder):
 
 
 def test_a_checkpoint_survives_the_storage_unchanged(store, folder):
-    store.save(made(3, objective=1.5))
+    store.save(made(3, objective=1.5, key="a"))
 
     again = CheckpointStore(Storage(str(folder)))
-    assert again.newest() == made(3, objective=1.5)
-    assert again.load(3) == made(3, objective=1.5)
+    assert again.newest() == made(3, objective=1.5, key="a")
+    assert again.load(3) == made(3, objective=1.5, key="a")
 
 
 def test_an_empty_storage_has_no_checkpoint_and_no_folder(store, folder):
@@ -46,6 +47,7 @@ def test_an_empty_storage_has_no_checkpoint_and_no_folder(store, folder):
         ([None, 5.0, 1.0, 2.0, 3.0], [1, 3, 4]),
         ([None, 1.0, 2.0, 3.0, 4.0], [3, 4]),
         ([None, 2.0, 2.0, 1.0, 1.0], [2, 3, 4]),
+        ([math.nan, 2.0, math.inf, 1.0, math.nan], [1, 3, 4]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(store, folder, objectives, left):
@@ -66,6 +68,19 @@ def test_the_best_checkpoint_of_an_earlier_process_is_kept(store, folder):
 
     assert later.best() == 1
     assert later.steps() == [1, 3]
+
+
+def test_only_objectives_with_the_key_of_the_newest_measured_checkpoint_are_compared(store, folder):
+    best = []
+    for step, (objective, key) in enumerate(
+        [(5.0, "a"), (1.0, "a"), (None, "b"), (2.0, "b"), (math.nan, "c"), (1.0, "b"), (0.0, "b")]
+    ):
+        store.save(made(step, objective, key))
+        best.append(store.best())
+
+    assert best == [0, 0, 0, 3, 3, 3, 3]
+    assert store.steps() == [3, 5, 6]
+    assert CheckpointStore(Storage(str(folder))).best() == 3
 
 
 # ---- damage ----------------------------------------------------------------------------------
@@ -184,6 +199,21 @@ def test_slow_storage_delays_nothing_and_gets_the_newest_checkpoint(folder):
     assert steps[-1] == 9
     assert len(steps) <= 2
     assert writer.newest == made(9)
+    writer.close()
+
+
+def test_slow_storage_gets_a_measured_checkpoint_although_newer_ones_are_not_measured(folder):
+    slow = Slow(str(folder))
+    writer = CheckpointWriter(CheckpointStore(slow), None)
+
+    for step, objective in enumerate([None, None, 5.0, None, None]):
+        writer.put(made(step, objective))
+    slow.go_on.release(3)
+    writer.flush(30)
+
+    store = CheckpointStore(Storage(str(folder)))
+    assert store.best() == 2
+    assert store.newest() == writer.newest == made(4)
     writer.close()
 
 

@@ -405,6 +405,18 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
             "ppo.adaptive_kl_coef_min is 0.2; expected at most ppo.kl_coef (0.1), with which",
         ),
         (
+            ["ppo.adaptive_kl_coef_min=0.01"],
+            "ppo.adaptive_kl_coef_min is 0.01 with ppo.kl_controller=fixed; expected null, since "
+            "only the adaptive controller uses it. Set ppo.adaptive_kl_coef_min=null, or "
+            "ppo.kl_controller=adaptive.",
+        ),
+        (
+            ["ppo.kl_controller=adaptive", "ppo.kl_coef=0"],
+            "ppo.kl_coef is 0 with ppo.kl_controller=adaptive; expected a value above 0, since the "
+            "controller multiplies it, and 0 stays 0. Set ppo.kl_coef=0.05, or "
+            "ppo.kl_controller=fixed.",
+        ),
+        (
             ["reward.terms=[{function: a.f}, {function: b.f}]"],
             "reward.terms names f, f: two terms share a name. Set `name` of one of them.",
         ),
@@ -467,7 +479,7 @@ def test_a_run_survives_being_written_as_plain_values(name):
             "epochs": st.integers(1, 9),
             "kl_controller": st.sampled_from(["fixed", "adaptive"]),
         },
-    ),
+    ).filter(lambda ppo: ppo.get("kl_controller") != "adaptive" or ppo.get("kl_coef") != 0),
     st.integers(0, 2**63 - 1),
 )
 def test_any_settings_survive_being_written_as_plain_values(ppo, seed):

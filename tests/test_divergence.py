@@ -1,6 +1,7 @@
 """The rules by which a run has diverged, and the runs that they stop."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -38,12 +39,23 @@ def test_a_single_step_beyond_max_kl_stops_the_run(changed):
     check_divergence(steps[:2], PPOConfig())
     with pytest.raises(
         DivergedError,
-        match=r"diverged in step 3: the KL to the reference is 60 nats per response, above "
+        match=r"diverged in step 3: the KL to the reference is 60\.1 nats per response, above "
         r"ppo.max_kl=60. Lower ppo.learning_rate or raise ppo.kl_coef",
     ):
         check_divergence(steps, PPOConfig())
     check_divergence(steps, PPOConfig(max_kl=70))
     check_divergence(steps, PPOConfig(max_kl=None))
+
+
+@pytest.mark.parametrize("name", ["kl", "probe_kl"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("max_kl", [60.0, None])
+def test_a_kl_that_is_not_finite_stops_the_run(name, value, max_kl):
+    with pytest.raises(
+        DivergedError,
+        match=r"diverged in step 2: the KL to the reference is not a finite number. Lower ",
+    ):
+        check_divergence(history({name: value}), PPOConfig(max_kl=max_kl))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
 from ray_detox.rl.divergence import DivergedError
 from ray_detox.rl.learner import Learner, NonFiniteError
-from ray_detox.rl.loop import Outcome, check_start, is_probed, train
+from ray_detox.rl.loop import Outcome, check_start, is_probed, objective_key, train
 from ray_detox.rl.rollout import collect
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.local import LocalRuntime
@@ -343,6 +343,45 @@ def test_checkpoints_are_probed_at_regular_steps(checkpoint_every, probe_every, 
     assert not any(is_probed(step, config.replace(probe_prompts=0)) for step in range(13))
 
 
+def test_objectives_are_comparable_only_with_the_settings_they_depend_on(config):
+    def change(name, **values):
+        return objective_key(config.replace(**{name: getattr(config, name).replace(**values)}))
+
+    key = objective_key(config)
+    same = [
+        change("ppo", learning_rate=1e-4),
+        change("train", steps=9, workers=2, probe_every=3),
+        change("reward", actors=2, batch_size=8),
+        change("sampling", batch_size=8),
+    ]
+    other = [
+        change("ppo", kl_coef=0.3),
+        change("ppo", unfinished_penalty=1.0),
+        change("train", probe_prompts=7),
+        change("reward", weight=2.0),
+        change("reward", terms=()),
+        change("sampling", temperature=0.7),
+        objective_key(config.replace(seed=1)),
+    ]
+    assert set(same) == {key}
+    assert len({key, *other}) == 1 + len(other)
+
+
+def test_a_run_resumed_with_another_kl_coef_compares_only_its_own_checkpoints(
+    train_run, config, tmp_path
+):
+    short = config.train.replace(steps=1, checkpoint_every=1, probe_every=1, probe_prompts=2)
+    runtime = LocalRuntime(tmp_path, keep=9)
+    train_run(runtime, train=short)
+
+    # With this coefficient the objectives are far from those of before.
+    train_run(runtime, train=short.replace(steps=3), ppo=config.ppo.replace(kl_coef=50.0))
+
+    keys = [runtime.store.load(step).objective_key for step in range(4)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert runtime.store.best() in (2, 3)
+
+
 def test_without_a_probe_no_checkpoint_is_the_best(train_run, config, tmp_path):
     runtime = LocalRuntime(tmp_path)
 
@@ -398,6 +437,42 @@ def test_a_run_resumed_with_another_critic_keeps_the_policy_and_starts_a_new_val
     assert before.values.any()
     assert not scores.values.any()
     resumed.update(rollout, resumed.targets(rollout), step=1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "kl_coef"),
+    [
+        ({}, {}, 0.123),
+        ({}, {"kl_coef": 0.3}, 0.3),
+        ({}, {"kl_controller": "fixed", "adaptive_kl_coef_min": None}, 0.15),
+        ({"kl_controller": "fixed", "adaptive_kl_coef_min": None}, {}, 0.15),
+    ],
+    ids=["same settings", "another kl_coef", "now fixed", "was fixed"],
+)
+def test_a_run_resumed_with_another_kl_coef_or_controller_starts_from_the_new_one(
+    config, make_policy, make_rollout, tmp_path, saved, resumed, kl_coef
+):
+    policy = make_policy(critic="detached")
+    settings = config.replace(ppo=config.ppo.replace(**saved))
+    learner, rollout = Learner(policy, settings.ppo, seed=0), make_rollout(policy, 8)
+    learner.update(rollout, learner.targets(rollout), step=0)
+    learner.kl_coef = 0.123
+    checkpoint.write(tmp_path, policy, learner, settings, 1)
+    again = Learner(policy, config.ppo.replace(**resumed), seed=0)
+
+    checkpoint.read(tmp_path, policy, again)
+
+    assert again.kl_coef == kl_coef
+
+
+def test_a_resumed_run_logs_the_kl_coef_it_is_given(train_run, config, tmp_path):
+    short = config.train.replace(steps=1, probe_prompts=0)
+    train_run(LocalRuntime(tmp_path), train=short)
+    resumed = LocalRuntime(tmp_path)
+
+    train_run(resumed, train=short.replace(steps=2), ppo=config.ppo.replace(kl_coef=0.3))
+
+    assert [stats.kl_coef for stats in resumed.logged] == [0.3]
 
 
 def test_metrics_of_another_version_in_a_checkpoint_are_rejected(

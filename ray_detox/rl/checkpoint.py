@@ -61,11 +61,15 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
     """
     state = read_state(folder)
     policy.load_adapter(folder / "adapter")
+    saved, config = state["config"]["ppo"], learner.config
     # A run that is resumed with another `ppo.critic` continues with a new value head.
-    if state["config"]["ppo"]["critic"] == learner.config.critic:
+    if saved["critic"] == config.critic:
         policy.load_value_head(folder / "value_head.safetensors")
     learner.load_optimiser_state(load_file(folder / "optimiser.safetensors"))
-    learner.kl_coef = float(state["kl_coef"])
+    # What the controller has reached holds only for the settings that it started from.
+    start = (config.kl_controller, config.kl_coef)
+    if start == ("adaptive", saved["kl_coef"]) and saved["kl_controller"] == "adaptive":
+        learner.kl_coef = float(state["kl_coef"])
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     try:
         history = [UpdateStats(**json.loads(line)) for line in lines]

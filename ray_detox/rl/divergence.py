@@ -1,5 +1,6 @@
 """When a run has diverged: rules on its metrics that a healthy run never meets.
 
+    not finite  the KL to the reference of one step is NaN or infinite
     drift       the KL to the reference of one step is above ppo.max_kl
     collapse    in three steps in a row, compared with step 1:
                     the entropy per token is below a hundredth, or
@@ -12,6 +13,7 @@ its responses at once has no entropy either. The metrics are reduced over worker
 decide alike.
 """
 
+import math
 from collections.abc import Sequence
 
 from ray_detox.config import PPOConfig
@@ -40,6 +42,11 @@ def check_divergence(history: Sequence[UpdateStats], config: PPOConfig) -> None:
         DivergedError: the policy has drifted too far or has collapsed; the message is one line.
     """
     step = history[-1].step
+    if not all(math.isfinite(kl) for kl in _kls(history[-1])):
+        raise DivergedError(
+            f"Training has diverged in step {step}: the KL to the reference is not a finite number. "
+            "Lower ppo.learning_rate or ppo.max_grad_norm, or raise ppo.kl_coef."
+        )
     if (reason := _drift(history[-1], config.max_kl)) is not None:
         raise DivergedError(
             f"Training has diverged in step {step}: {reason}. Lower ppo.learning_rate or raise "
@@ -52,12 +59,16 @@ def check_divergence(history: Sequence[UpdateStats], config: PPOConfig) -> None:
         )
 
 
-def _drift(stats: UpdateStats, max_kl: float | None) -> str | None:
+def _kls(stats: UpdateStats) -> list[float]:
     # The probe measures the policy after the step's update, before its checkpoint is kept.
-    kl = max(stats.kl, stats.kl if stats.probe_kl is None else stats.probe_kl)
+    return [stats.kl] if stats.probe_kl is None else [stats.kl, stats.probe_kl]
+
+
+def _drift(stats: UpdateStats, max_kl: float | None) -> str | None:
+    kl = max(_kls(stats))
     if max_kl is None or kl <= max_kl:
         return None
-    return f"the KL to the reference is {kl:.0f} nats per response, above ppo.max_kl={max_kl:g}"
+    return f"the KL to the reference is {kl:.1f} nats per response, above ppo.max_kl={max_kl:g}"
 
 
 def _collapse(history: Sequence[UpdateStats]) -> str | None:

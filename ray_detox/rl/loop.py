@@ -9,6 +9,8 @@ The loop reaches its surroundings through the small `Runtime` protocol. `stages/
 implements it for a Ray Train worker, `runs/local.py` for a single process.
 """
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -58,7 +60,12 @@ class Runtime(Protocol):
         """Publish the metrics of a step; called on rank 0."""
 
     def save(
-        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        objective: float | None,
+        objective_key: str,
+        last: bool,
     ) -> None:
         """Keep a checkpoint; called on rank 0.
 
@@ -66,6 +73,7 @@ class Runtime(Protocol):
             step: steps done.
             write: fills an empty folder.
             objective: of the saved policy on the probe prompts, see `Probe`; None if not measured.
+            objective_key: see `objective_key`.
             last: True if no step follows: return only when the checkpoint is safely stored.
         """
 
@@ -153,7 +161,7 @@ def train(
             write = lambda folder: checkpoint.write(folder, policy, learner, config, step, history)
             # The coefficient of the settings, not the controller's: one price for all checkpoints.
             objective = None if probed is None else probed.objective(config.ppo.kl_coef)
-            runtime.save(step, write, objective, last)
+            runtime.save(step, write, objective, objective_key(config), last)
 
     if step == 0:
         save(probe(), last=False)
@@ -211,7 +219,8 @@ def is_probed(step: int, train: TrainConfig) -> bool:
     """Return True if the policy after `step` steps is measured on the probe prompts.
 
     It is at the start, at the end, and at the first regular checkpoint after each `probe_every`
-    steps. This depends on the step alone, so a resumed run measures the same checkpoints.
+    steps. This depends on the step alone, so a resumed run measures the same checkpoints; the one
+    that a stopped run writes early is measured only if its step is due.
     """
     if train.probe_prompts == 0:
         return False
@@ -219,6 +228,27 @@ def is_probed(step: int, train: TrainConfig) -> bool:
         return True
     before, off = step - train.checkpoint_every, step % train.checkpoint_every
     return off == 0 and step // train.probe_every > before // train.probe_every
+
+
+def objective_key(config: RunConfig) -> str:
+    """Return a hash of the settings on which an objective depends.
+
+    Objectives of the same key are comparable. Settings that cost or save only time and memory are
+    left out, so a run that is resumed with other ones keeps its best checkpoint.
+    """
+    reward = config.reward.model_dump(
+        mode="json", exclude={"actors", "batch_size", "check_sentences"}
+    )
+    settings = {
+        "seed": config.seed,
+        "data": config.data.model_dump(mode="json"),
+        "sampling": config.sampling.model_dump(mode="json", exclude={"batch_size"}),
+        "reward": reward,
+        "kl_coef": config.ppo.kl_coef,
+        "unfinished_penalty": config.ppo.unfinished_penalty,
+        "probe_prompts": config.train.probe_prompts,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure_probe(

@@ -14,12 +14,13 @@ States of a checkpoint in the storage:
           incomplete, ignored                from the manifest, so it is damaged and ignored
 
 The writer never delays training: if the storage is slower than the steps, only the newest checkpoint
-waits, in memory.
+and the last measured one before it wait, in memory.
 """
 
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -47,6 +48,8 @@ class Checkpoint:
     """Contents by name, such as `adapter/adapter_model.safetensors`."""
     objective: float | None = None
     """Score less KL penalty on the run's probe prompts, in units of score; None if not measured."""
+    objective_key: str | None = None
+    """Hash of the settings behind the objective: objectives with different keys are not comparable."""
 
 
 class CheckpointStore:
@@ -60,8 +63,8 @@ class CheckpointStore:
     def __init__(self, storage: Storage, keep: int = 2) -> None:
         self.storage = storage
         self.keep = keep
-        self._objectives: dict[int, float | None] = {}
-        """Objectives of the complete checkpoints, by step."""
+        self._objectives: dict[int, tuple[float | None, str | None]] = {}
+        """Objective and its key of the complete checkpoints, by step."""
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then delete those that need not be kept.
@@ -78,11 +81,12 @@ class CheckpointStore:
         about = {
             "step": checkpoint.step,
             "objective": checkpoint.objective,
+            "objective_key": checkpoint.objective_key,
             "files": {name: _digest(content) for name, content in checkpoint.files.items()},
         }
         # Last: the manifest is what makes a checkpoint complete.
         self.storage.write(f"{folder}/{MANIFEST}", json.dumps(about, indent=2).encode())
-        self._objectives[checkpoint.step] = checkpoint.objective
+        self._objectives[checkpoint.step] = (checkpoint.objective, checkpoint.objective_key)
         # After the write, so that at every moment at least `keep` checkpoints are complete.
         self._prune()
 
@@ -113,7 +117,7 @@ class CheckpointStore:
                     f"{expected['bytes']:,} bytes that were written."
                 )
             files[name] = content
-        return Checkpoint(step, files, about["objective"])
+        return Checkpoint(step, files, about["objective"], about.get("objective_key"))
 
     def newest(self, on_damage: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None.
@@ -134,10 +138,21 @@ class CheckpointStore:
         return sorted(self._objectives)
 
     def best(self) -> int | None:
-        """Return the step of the kept checkpoint with the best objective; the later if equal."""
+        """Return the step of the kept checkpoint with the best objective; the later if equal.
+
+        Only checkpoints with the objective key of the newest measured one compete: a run that was
+        resumed with another KL coefficient or reward measures on another scale.
+        """
         self._read_objectives()
-        known = {step: value for step, value in self._objectives.items() if value is not None}
-        return max(known, key=lambda step: (known[step], step)) if known else None
+        known = {
+            step: (value, key)
+            for step, (value, key) in self._objectives.items()
+            if value is not None and math.isfinite(value)
+        }
+        if not known:
+            return None
+        _, current = known[max(known)]
+        return max((value, step) for step, (value, key) in known.items() if key == current)[1]
 
     def _prune(self) -> None:
         best = self.best()
@@ -158,7 +173,7 @@ class CheckpointStore:
             if step not in self._objectives:
                 about = self._read_manifest(step)
                 if about is not None:
-                    self._objectives[step] = about["objective"]
+                    self._objectives[step] = (about["objective"], about.get("objective_key"))
 
     def _read_manifest(self, step: int) -> dict[str, Any] | None:
         """Return the manifest of a step; None if it is missing or not valid."""
@@ -173,7 +188,7 @@ class CheckpointStore:
 class CheckpointWriter:
     """Writes checkpoints on a background thread; keeps the newest one in memory.
 
-    A failed write is repeated until it succeeds or a newer checkpoint takes its place.
+    A failed write is repeated until it succeeds or a newer checkpoint takes its place, see `put`.
 
     Args:
         store: writes them.
@@ -195,7 +210,8 @@ class CheckpointWriter:
         self.seconds: list[float] = []
         """Duration of each write."""
         self._on_event = on_event
-        self._waiting: Checkpoint | None = None
+        self._waiting: list[Checkpoint] = []
+        """Oldest first; the first one is being written."""
         self._problem: str | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -203,12 +219,20 @@ class CheckpointWriter:
         self._thread.start()
 
     def put(self, checkpoint: Checkpoint) -> None:
-        """Hand over a checkpoint, and return at once; it replaces one that still waits."""
+        """Hand over a checkpoint, and return at once.
+
+        It replaces those that still wait, except the last measured one, which may be the best.
+        """
         with self._changed:
             # An older one may arrive late, from a worker group that was cut off. Its steps have been
             # repeated, and it must not replace a newer one.
             if self.newest is None or checkpoint.step >= self.newest.step:
-                self.newest = self._waiting = checkpoint
+                measured = [c for c in self._waiting if c.objective is not None]
+                if checkpoint.objective is None:
+                    self._waiting = [*measured[-1:], checkpoint]
+                else:
+                    self._waiting = [checkpoint]
+                self.newest = checkpoint
                 self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> None:
@@ -218,9 +242,9 @@ class CheckpointWriter:
             StorageError: it is not after `timeout_s`.
         """
         with self._changed:
-            if self._changed.wait_for(lambda: self._waiting is None, timeout_s):
+            if self._changed.wait_for(lambda: not self._waiting, timeout_s):
                 return
-            step = self._waiting.step if self._waiting else None
+            step = self._waiting[-1].step
             problem = self._problem or f"{self.store.storage.address} did not answer."
         raise StorageError(
             f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {problem}"
@@ -238,11 +262,10 @@ class CheckpointWriter:
     def _write_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
                 if self._closed:
                     return
-                checkpoint = self._waiting
-                assert checkpoint is not None
+                checkpoint = self._waiting[0]
             began = time.perf_counter()
             try:
                 self.store.save(checkpoint)
@@ -259,8 +282,7 @@ class CheckpointWriter:
                 self._on_event(f"Checkpoints are written again, from step {checkpoint.step} on.")
             with self._changed:
                 # A newer checkpoint may have arrived during the write; then it still waits.
-                if self._waiting is checkpoint:
-                    self._waiting = None
+                self._waiting = [c for c in self._waiting if c is not checkpoint]
                 self._changed.notify_all()
 
     def _report(self, problem: str | None) -> None:

@@ -30,10 +30,15 @@ class LocalRuntime:
         self.logged.append(stats)
 
     def save(
-        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        objective: float | None,
+        objective_key: str,
+        last: bool,
     ) -> None:
         """Write a checkpoint, and return once it is on disk."""
-        self.store.save(Checkpoint(step, pack_folder(write), objective))
+        self.store.save(Checkpoint(step, pack_folder(write), objective, objective_key))
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
         """Read the newest complete checkpoint, if there is one."""

@@ -93,10 +93,15 @@ class RayRuntime:
         self.send(StepDone(self.group, stats))
 
     def save(
-        self, step: int, write: Callable[[Path], None], objective: float | None, last: bool
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        objective: float | None,
+        objective_key: str,
+        last: bool,
     ) -> None:
         """Send a checkpoint to the driver; wait for it only after the last step."""
-        checkpoint = Checkpoint(step, pack_folder(write), objective)
+        checkpoint = Checkpoint(step, pack_folder(write), objective, objective_key)
         sent = self.send(CheckpointTaken(self.group, checkpoint))
         if last:
             ray.get(sent, timeout=ACTOR_TIMEOUT_S)
