@@ -4,17 +4,19 @@ The models are tiny random builds of each architecture; `tests/family_table.py` 
 of generation are compared with transformers' own logits processors.
 """
 
+import copy
 import json
 import os
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.models.nllb import NllbTokenizer
 
 from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
+from ray_detox.models import trial
 from ray_detox.models.constraints import (
     Constraints,
     GenerationRules,
@@ -24,9 +26,9 @@ from ray_detox.models.constraints import (
     generation_rules,
 )
 from ray_detox.models.loading import export_model, load_policy
-from ray_detox.models.trial import failed_trial
+from ray_detox.models.trial import failed_trial, tiny_model
 from tests.conftest import randomise_weights
-from tests.family_table import FAMILIES, refusal, save_family, targets_in
+from tests.family_table import FAMILIES, family_config, refusal, save_family, targets_in
 
 WORKING = frozenset(
     "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian "
@@ -347,6 +349,35 @@ def test_a_trial_is_made_once_for_the_same_settings(family, monkeypatch):
         refusal(folder, lora_rank=rank)
 
     assert len(trials) == 2
+
+
+def test_an_adapter_of_an_upper_layer_is_tried_on_a_copy_of_full_depth(tmp_path):
+    config = family_config("bart")
+    config.encoder_layers = config.decoder_layers = 4
+    rules = GenerationRules(start_id=3, pad_id=0, eos_ids=(1,))
+    model = tiny_model(config, rules, depth=False)
+    folder = save_family("bart", tmp_path / "bart")
+    model.save_pretrained(folder)
+    chosen = LoraConfig(
+        r=2, target_modules=["q_proj"], layers_to_transform=[3], layers_pattern="layers"
+    )
+    pattern = LoraConfig(r=2, target_modules=r".*layers\.3\..*q_proj")
+    for name, adapter in (("chosen", chosen), ("pattern", pattern)):
+        get_peft_model(copy.deepcopy(model), adapter).save_pretrained(tmp_path / name)
+
+    layer = "decoder.layers.{}.self_attn.q_proj"
+    assert refusal(folder, lora_targets=(layer.format(3),)) is None
+    assert refusal(folder, adapter=str(tmp_path / "chosen")) is None
+    assert refusal(folder, adapter=str(tmp_path / "pattern")) is None
+    sentence = str(refusal(folder, lora_targets=(layer.format(9),)))
+    assert "policy.lora_targets names 'decoder.layers.9.self_attn.q_proj', and" in sentence
+    assert "has no linear layer of that name; it has " in sentence
+
+
+def test_the_cache_of_trials_does_not_depend_on_the_order_of_a_set():
+    ordered = trial._as_json({"v", "q", "k"})
+
+    assert ordered == ["k", "q", "v"]
 
 
 def test_layers_that_text_does_not_reach_are_refused_and_the_remedy_works(family):
