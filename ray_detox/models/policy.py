@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from ray_detox.config import SamplingConfig
 from ray_detox.models.constraints import Constraints, generation_rules
-from ray_detox.models.output_head import find_head, head_width, run_in_float32
+from ray_detox.models.output_head import find_head, head_width, run_in_float32, vocabulary_size
 from ray_detox.records import Generation, TokenBatch
 
 # Progress bars and notices about tied weights would hide this package's own output.
@@ -86,7 +86,9 @@ class Policy(nn.Module):
         self.dtype = dtype
         self.hidden_size = head_width(head)
         self.value_head = value_head
-        rules = generation_rules(base.generation_config, base.config, sampling, forced_bos_id)
+        rules = generation_rules(
+            base.generation_config, base.config, sampling, forced_bos_id, vocabulary_size(head)
+        )
         self.pad_id: int = rules.pad_id
         self.eos_ids: list[int] = list(rules.eos_ids)
         self.start_id: int = rules.start_id
