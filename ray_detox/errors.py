@@ -6,3 +6,7 @@ Apart from `config.py`, so that a command which only reads results does not impo
 
 class ConfigError(ValueError):
     """A setting or an argument is not valid; the message says what is, and what to do."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, a gradient or a log-probability is NaN or infinite; another attempt would fail again."""

@@ -4,17 +4,19 @@ The models are tiny random builds of each architecture; `tests/family_table.py` 
 of generation are compared with transformers' own logits processors.
 """
 
+import copy
 import json
 import os
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.models.nllb import NllbTokenizer
 
 from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
+from ray_detox.models import trial
 from ray_detox.models.constraints import (
     Constraints,
     GenerationRules,
@@ -24,9 +26,9 @@ from ray_detox.models.constraints import (
     generation_rules,
 )
 from ray_detox.models.loading import export_model, load_policy
-from ray_detox.models.trial import failed_trial
+from ray_detox.models.trial import failed_trial, tiny_model
 from tests.conftest import randomise_weights
-from tests.family_table import FAMILIES, refusal, save_family, targets_in
+from tests.family_table import FAMILIES, family_config, refusal, save_family, targets_in
 
 WORKING = frozenset(
     "bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian "
@@ -165,6 +167,11 @@ def restricted(tmp_path, **rules):
     return folder
 
 
+def with_lengths_of_generate(base, settings, inputs):
+    """Settings after the step of `generate` in which `min_new_tokens` replaces `min_length`."""
+    return base._prepare_generated_length(settings, False, True, "input_ids", 1, inputs)
+
+
 @pytest.mark.parametrize(
     "rules",
     [{}, *({name: value} for name, value in RULES.items()), RULES],
@@ -186,6 +193,7 @@ def test_every_position_has_the_distribution_of_the_processors_of_generate(rules
         # The policy forbids the pad token as well.
         settings.bad_words_ids = [*(settings.bad_words_ids or []), [policy.pad_id]]
         settings.max_length = limit + 1
+        settings = with_lengths_of_generate(base, settings, inputs)
         base._prepare_special_tokens(settings, device=logits.device)
         processors = base._get_logits_processor(settings, input_ids_seq_length=1)
         for row in (limits == limit).nonzero()[:, 0].tolist():
@@ -219,6 +227,7 @@ def test_the_constrained_distribution_equals_that_of_generate_for_every_token(tm
     settings = GenerationConfig.from_dict(base.generation_config.to_dict())
     settings.bad_words_ids = [*settings.bad_words_ids, [policy.pad_id]]
     settings.max_length = 9
+    settings = with_lengths_of_generate(base, settings, inputs)
     base._prepare_special_tokens(settings, device=logits.device)
     processors = base._get_logits_processor(settings, input_ids_seq_length=1)
     assert torch.equal(at_once, one_by_one)
@@ -273,6 +282,53 @@ def test_sampling_min_new_tokens_replaces_the_minimum_of_the_author(tmp_path):
     assert policy.constraints.rules.min_new_tokens == 0
 
 
+def test_min_new_tokens_replaces_min_length_as_in_generate(tmp_path):
+    folder = restricted(tmp_path, min_length=5, min_new_tokens=2)
+
+    policy = a_policy(folder)
+    notes = describe_generation(PolicyConfig(model=str(folder)), SamplingConfig())
+
+    assert policy.constraints.rules.min_new_tokens == 2
+    assert "min_new_tokens=2 are in force" in notes[0]
+    assert "min_length=5 are not in force" in notes[1]
+
+
+OUTSIDE = {"suppress_tokens": [-1, 70000, 11], "begin_suppress_tokens": [-1, 70000]}
+
+
+def test_forbidden_tokens_outside_the_vocabulary_change_nothing(tmp_path):
+    settings = OUTSIDE | {"bad_words_ids": [[70000], [6, 70000], [6, 7]]}
+    policy = a_policy(restricted(tmp_path, **settings))
+
+    rules = policy.constraints.rules
+
+    assert rules.forbidden == (policy.pad_id, 11)
+    assert rules.forbidden_at_begin == ()
+    assert rules.forbidden_sequences == ((6, 7),)
+    assert sample(policy).logprobs.isfinite().all()
+
+
+EVERY = list(range(69))
+"""The ids of the vocabulary of `restricted`."""
+
+
+@pytest.mark.parametrize(
+    "rules, sentence",
+    [
+        ({"forced_bos_token_id": 70000}, "forced_bos_token_id 70000, and its vocabulary has the"),
+        ({"forced_eos_token_id": [1, -3]}, "forced_eos_token_id -3, and its vocabulary has the"),
+        ({"decoder_start_token_id": [3, 3]}, "decoder_start_token_id [3, 3], one for each row"),
+        ({"suppress_tokens": [1]}, "end-of-sequence (suppress_tokens), so no response can end"),
+        ({"forced_bos_token_id": 1}, "so every response is this one token. Set policy.forced_bos"),
+        ({"suppress_tokens": EVERY}, "forbids every token but end-of-sequence (bad_words_ids, s"),
+        ({"begin_suppress_tokens": EVERY}, "forbids every first token but end-of-sequence"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_rules_that_leave_nothing_to_sample_are_refused(rules, sentence, tmp_path):
+    assert sentence in str(refusal(restricted(tmp_path, **rules)))
+
+
 def test_the_token_that_a_setting_names_starts_every_response(tmp_path):
     folder = save_family("bart", tmp_path / "bart")
 
@@ -311,15 +367,17 @@ def test_a_model_that_does_not_say_how_responses_start_is_refused(family):
 
 def test_the_notes_tell_which_settings_of_the_author_are_in_force(tmp_path):
     rules = {"forced_bos_token_id": 9, "num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 4}
+    rules |= {"forced_decoder_ids": [[1, 5]]}
     policy = PolicyConfig(model=str(restricted(tmp_path, **rules)))
 
     with_minimum = describe_generation(policy, SamplingConfig())
     replaced = describe_generation(policy, SamplingConfig(min_new_tokens=2))
 
     assert "settings, forced_bos_token_id=9, min_length=4 are in force" in with_minimum[0]
-    assert "num_beams=4, no_repeat_ngram_size=3 are not in force" in with_minimum[1]
+    not_in_force = "num_beams=4, no_repeat_ngram_size=3, forced_decoder_ids=[[1, 5]]"
+    assert f"{not_in_force} are not in force" in with_minimum[1]
     assert "settings, forced_bos_token_id=9 are in force" in replaced[0]
-    assert "no_repeat_ngram_size=3, min_length=4 are not in force" in replaced[1]
+    assert f"{not_in_force}, min_length=4 are not in force" in replaced[1]
 
 
 # ---- trials ------------------------------------------------------------------------------------
@@ -347,6 +405,35 @@ def test_a_trial_is_made_once_for_the_same_settings(family, monkeypatch):
         refusal(folder, lora_rank=rank)
 
     assert len(trials) == 2
+
+
+def test_an_adapter_of_an_upper_layer_is_tried_on_a_copy_of_full_depth(tmp_path):
+    config = family_config("bart")
+    config.encoder_layers = config.decoder_layers = 4
+    rules = GenerationRules(start_id=3, pad_id=0, eos_ids=(1,))
+    model = tiny_model(config, rules, depth=False)
+    folder = save_family("bart", tmp_path / "bart")
+    model.save_pretrained(folder)
+    chosen = LoraConfig(
+        r=2, target_modules=["q_proj"], layers_to_transform=[3], layers_pattern="layers"
+    )
+    pattern = LoraConfig(r=2, target_modules=r".*layers\.3\..*q_proj")
+    for name, adapter in (("chosen", chosen), ("pattern", pattern)):
+        get_peft_model(copy.deepcopy(model), adapter).save_pretrained(tmp_path / name)
+
+    layer = "decoder.layers.{}.self_attn.q_proj"
+    assert refusal(folder, lora_targets=(layer.format(3),)) is None
+    assert refusal(folder, adapter=str(tmp_path / "chosen")) is None
+    assert refusal(folder, adapter=str(tmp_path / "pattern")) is None
+    sentence = str(refusal(folder, lora_targets=(layer.format(9),)))
+    assert "policy.lora_targets names 'decoder.layers.9.self_attn.q_proj', and" in sentence
+    assert "has no linear layer of that name; it has " in sentence
+
+
+def test_the_cache_of_trials_does_not_depend_on_the_order_of_a_set():
+    ordered = trial._as_json({"v", "q", "k"})
+
+    assert ordered == ["k", "q", "v"]
 
 
 def test_layers_that_text_does_not_reach_are_refused_and_the_remedy_works(family):

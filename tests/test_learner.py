@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ray_detox.config import PolicyConfig, PPOConfig, SamplingConfig
+from ray_detox.errors import NonFiniteError
 from ray_detox.models.loading import load_policy
 from ray_detox.records import Rollout, Targets, TokenBatch
 from ray_detox.rl import ppo
-from ray_detox.rl.learner import Learner, NonFiniteError
+from ray_detox.rl.learner import Learner
 
 ROWS = 8
 

@@ -22,6 +22,7 @@ from ray_detox.config import (
     TrainConfig,
 )
 from ray_detox.data.shards import PromptShards
+from ray_detox.errors import NonFiniteError
 from ray_detox.models.loading import load_policy
 from ray_detox.records import PreparedRow, Rollout, TokenBatch, UpdateStats
 from ray_detox.rewards.reward import Reward
@@ -29,6 +30,8 @@ from ray_detox.rl import checkpoint
 from ray_detox.rl.divergence import DivergedError
 from ray_detox.rl.learner import Learner, NonFiniteError
 from ray_detox.rl.loop import Outcome, check_start, is_probed, objective_key, train
+from ray_detox.rl.learner import Learner
+from ray_detox.rl.loop import Outcome, check_start, is_probed, train
 from ray_detox.rl.rollout import collect
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.local import LocalRuntime

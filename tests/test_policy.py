@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox import draws
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.errors import NonFiniteError
 from ray_detox.models.critic import make_value_head
 from ray_detox.models.loading import compute_dtype, export_model, load_policy, lora_config
 from ray_detox.models.policy import Policy, _invert_cdf
@@ -261,6 +262,16 @@ def test_a_token_is_sampled_by_inverting_the_distribution_function():
     noise = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 0.99])
 
     assert _invert_cdf(log_p, noise).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_a_policy_with_a_weight_that_is_not_a_number_says_so_when_it_samples(
+    make_policy, make_prompts
+):
+    policy, batch = make_policy(), make_prompts(4)
+    next(iter(policy.trainable().values())).data[0, 0] = torch.nan
+
+    with pytest.raises(NonFiniteError, match=r"Check the weights of policy\.model and policy\.ad"):
+        generate(policy, batch)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1 - 2**-24, 1.0])

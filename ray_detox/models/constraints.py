@@ -10,7 +10,7 @@ them alike while sampling and while scoring, so the loss sees the distribution t
     decoder_start_token_id                               the decoder's first input
     forced_bos_token_id, or policy.forced_bos_token      the first token
     forced_eos_token_id                                  the last token that the limit allows
-    min_length, min_new_tokens (unless sampling.min_new_tokens is set)
+    min_new_tokens, else min_length (unless sampling.min_new_tokens is set)
     bad_words_ids, suppress_tokens, the pad token        every token
     begin_suppress_tokens                                the first token that is not forced
 
@@ -18,7 +18,7 @@ Settings of search (`num_beams`) and of other distributions (`top_k`, `repetitio
 in force; `settings_in_force` names both groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ NOT_IN_FORCE = (
     "penalty_alpha",
     "sequence_bias",
     "guidance_scale",
+    "forced_decoder_ids",
     "temperature",
     "max_length",
     "max_new_tokens",
@@ -122,6 +123,7 @@ def generation_rules(
     config: PreTrainedConfig,
     sampling: SamplingConfig,
     forced_bos_id: int | None = None,
+    vocabulary: int | None = None,
 ) -> GenerationRules:
     """Return the rules that a model's settings amount to.
 
@@ -130,10 +132,12 @@ def generation_rules(
         config: the model's config, for ids that the generation settings do not have.
         sampling: its `min_new_tokens` replaces that of the model, if it is set.
         forced_bos_id: replaces the model's `forced_bos_token_id`, if it is not None.
+        vocabulary: V, the number of logits; None checks no token id.
 
     Raises:
-        ConfigError: the model names no end-of-sequence token or no first decoder token, or its
-            shortest response does not fit `sampling.max_new_tokens`.
+        ConfigError: the model names no end-of-sequence token or no first decoder token, its
+            shortest response does not fit `sampling.max_new_tokens`, a token that it needs is not
+            in its vocabulary, or what it forbids leaves no response to choose.
     """
 
     def setting(name: str) -> Any:
@@ -152,10 +156,25 @@ def generation_rules(
                 f"policy.model has no {name}, so responses can neither start nor end as its author "
                 f"meant. Set {name} in its {GENERATION_CONFIG_NAME}."
             )
+    if isinstance(start, list | tuple):
+        raise ConfigError(
+            f"policy.model has decoder_start_token_id {list(start)}, one for each row of a batch; "
+            f"expected one id. Set it to one id in its {GENERATION_CONFIG_NAME}."
+        )
     pad = setting("pad_token_id")
     pad_id = eos_ids[0] if pad is None else int(pad)
     if forced_bos_id is None:
         forced_bos_id = generation.forced_bos_token_id
+    forced_eos_ids = _ids(generation.forced_eos_token_id)
+    if vocabulary is not None:
+        needed = {
+            "decoder_start_token_id": (int(start),),
+            "pad_token_id": (pad_id,),
+            "eos_token_id": eos_ids,
+            "forced_bos_token_id": _ids(forced_bos_id),
+            "forced_eos_token_id": forced_eos_ids,
+        }
+        _check_vocabulary(needed, vocabulary)
 
     # Like `generate`, which never forbids end-of-sequence as a bad word.
     bad_words = [tuple(ids) for ids in generation.bad_words_ids or ()]
@@ -163,15 +182,27 @@ def generation_rules(
     forbidden = {pad_id} - set(eos_ids)
     forbidden |= {ids[0] for ids in bad_words if len(ids) == 1}
     forbidden |= set(generation.suppress_tokens or ())
+    forbidden_at_begin = set(generation.begin_suppress_tokens or ())
+    if vocabulary is not None:  # a token without a logit never occurs anyway
+        tokens = set(range(vocabulary))
+        forbidden, forbidden_at_begin = forbidden & tokens, forbidden_at_begin & tokens
+        bad_words = [ids for ids in bad_words if tokens.issuperset(ids)]
+        _check_choice(tokens, forbidden, forbidden_at_begin, set(eos_ids))
+    if forced_bos_id in eos_ids:
+        raise ConfigError(
+            f"policy.model forces token {forced_bos_id}, its end-of-sequence, to be the first, so "
+            "every response is this one token. Set policy.forced_bos_token to another token, or "
+            f"remove forced_bos_token_id from its {GENERATION_CONFIG_NAME}."
+        )
     return GenerationRules(
         start_id=int(start),
         pad_id=pad_id,
         eos_ids=eos_ids,
         forced_bos_id=forced_bos_id,
-        forced_eos_ids=_ids(generation.forced_eos_token_id),
+        forced_eos_ids=forced_eos_ids,
         min_new_tokens=_min_new_tokens(generation, sampling),
         forbidden=tuple(sorted(forbidden)),
-        forbidden_at_begin=tuple(generation.begin_suppress_tokens or ()),
+        forbidden_at_begin=tuple(sorted(forbidden_at_begin)),
         forbidden_sequences=tuple(ids for ids in bad_words if len(ids) > 1),
     )
 
@@ -182,18 +213,59 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
 
 
+def _check_vocabulary(needed: Mapping[str, Sequence[int]], vocabulary: int) -> None:
+    """Check that the tokens that a response needs have logits.
+
+    Args:
+        needed: token ids by the setting that names them.
+        vocabulary: V, the number of logits.
+
+    Raises:
+        ConfigError: one of them has none.
+    """
+    for name, ids in needed.items():
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                also = ", or policy.forced_bos_token" if name == "forced_bos_token_id" else ""
+                raise ConfigError(
+                    f"policy.model has {name} {token}, and its vocabulary has the ids 0 to "
+                    f"{vocabulary - 1}. Correct it in its {GENERATION_CONFIG_NAME}{also}."
+                )
+
+
+def _check_choice(
+    tokens: set[int], forbidden: set[int], forbidden_at_begin: set[int], eos_ids: set[int]
+) -> None:
+    """Check that forbidden tokens leave something to sample, and a way to end.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    ordinary, reason = tokens - eos_ids, None
+    if ordinary <= forbidden:
+        reason = "every token but end-of-sequence (bad_words_ids, suppress_tokens)"
+    elif eos_ids <= forbidden:
+        reason = "its end-of-sequence (suppress_tokens), so no response can end"
+    elif ordinary <= forbidden | forbidden_at_begin:
+        reason = "every first token but end-of-sequence (begin_suppress_tokens)"
+    if reason is not None:
+        raise ConfigError(f"policy.model forbids {reason}. Correct its {GENERATION_CONFIG_NAME}.")
+
+
 def _min_new_tokens(generation: GenerationConfig, sampling: SamplingConfig) -> int:
     if sampling.min_new_tokens is not None:
         return sampling.min_new_tokens
-    # `min_length` counts the decoder's start token, and a sequence may end when it has been reached.
-    shortest = max(generation.min_new_tokens or 0, (generation.min_length or 0) - 1, 0)
+    # Like `generate`: `min_new_tokens` replaces `min_length`, which counts the decoder's start token.
+    shortest = generation.min_new_tokens
+    if shortest is None:
+        shortest = max((generation.min_length or 0) - 1, 0)
     if shortest >= sampling.lowest_limit:
         raise ConfigError(
             f"policy.model sets a minimum of {shortest} tokens before end-of-sequence, and "
             f"sampling.max_new_tokens is {sampling.max_new_tokens}. Raise "
             "sampling.max_new_tokens, or set sampling.min_new_tokens to replace the model's."
         )
-    return shortest
+    return int(shortest)
 
 
 def forced_bos_id(tokenizer: Any, policy: PolicyConfig) -> int | None:
@@ -251,8 +323,11 @@ def settings_in_force(
                 found.append(f"{name}={value}")
         return found
 
-    lengths = ("min_length", "min_new_tokens")
-    replaced = lengths if sampling.min_new_tokens is not None else ()
+    replaced: tuple[str, ...] = ()
+    if sampling.min_new_tokens is not None:
+        replaced = ("min_length", "min_new_tokens")
+    elif generation.min_new_tokens is not None:
+        replaced = ("min_length",)
     in_force = given([name for name in IN_FORCE if name not in replaced])
     return in_force, given([*NOT_IN_FORCE, *replaced])
 

@@ -35,6 +35,12 @@ def head_width(head: nn.Module) -> int:
     return int(weight.shape[1])
 
 
+def vocabulary_size(head: nn.Module) -> int:
+    """Return the number V of logits that the head computes for a state."""
+    weight: Any = head.weight
+    return int(weight.shape[0])
+
+
 def run_in_float32(head: nn.Module) -> None:
     """Make the head compute in float32 whatever arrives, also under autocast.
 

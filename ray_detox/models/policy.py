@@ -24,8 +24,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from ray_detox.config import SamplingConfig
+from ray_detox.errors import NonFiniteError
 from ray_detox.models.constraints import Constraints, generation_rules
-from ray_detox.models.output_head import find_head, head_width, run_in_float32
+from ray_detox.models.output_head import find_head, head_width, run_in_float32, vocabulary_size
 from ray_detox.records import Generation, TokenBatch
 
 # Progress bars and notices about tied weights would hide this package's own output.
@@ -86,7 +87,9 @@ class Policy(nn.Module):
         self.dtype = dtype
         self.hidden_size = head_width(head)
         self.value_head = value_head
-        rules = generation_rules(base.generation_config, base.config, sampling, forced_bos_id)
+        rules = generation_rules(
+            base.generation_config, base.config, sampling, forced_bos_id, vocabulary_size(head)
+        )
         self.pad_id: int = rules.pad_id
         self.eos_ids: list[int] = list(rules.eos_ids)
         self.start_id: int = rules.start_id
@@ -196,6 +199,9 @@ class Policy(nn.Module):
 
         Returns:
             A `Generation` whose R is the length of the longest response.
+
+        Raises:
+            NonFiniteError: a log-probability is NaN or infinite.
         """
         batch, width = len(query_ids), int(max_new_tokens.max())
         device = query_ids.device
@@ -237,6 +243,13 @@ class Policy(nn.Module):
                 rows, last, unfinished = rows[keep], last[keep], unfinished[keep]
                 states, active_query_mask = states[keep], active_query_mask[keep]
 
+        # Once per batch and not per token, because every such question waits for the GPU.
+        if not logprobs.isfinite().all():
+            raise NonFiniteError(
+                "The policy's log-probabilities are not finite numbers, so it cannot sample. Check "
+                "the weights of policy.model and policy.adapter for NaN; if they have none, set "
+                "policy.dtype=float32."
+            )
         longest = int(mask.sum(dim=1).max())
         return Generation(
             tokens=TokenBatch(
@@ -345,7 +358,10 @@ class Policy(nn.Module):
 
 
 def _invert_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
-    """Sample tokens [B] from log_p [B, V] with one uniform number in [0, 1) per row, noise [B]."""
+    """Sample tokens [B] from log_p [B, V] with one uniform number in [0, 1) per row, noise [B].
+
+    A row with NaN gets the last token.
+    """
     cumulative = log_p.exp().cumsum(dim=-1)
     total = cumulative[:, -1]
     # Kept strictly below the total, because rounding could otherwise select a token of probability
@@ -353,4 +369,5 @@ def _invert_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     target = torch.minimum(
         noise.to(total.dtype) * total, torch.nextafter(total, total.new_zeros(()))
     )
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    token = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return token.clamp(max=log_p.shape[-1] - 1)

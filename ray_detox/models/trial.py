@@ -48,15 +48,18 @@ LONGEST = 80
 SwitchTransformers accepts."""
 
 
-def shrunken(config: PreTrainedConfig, largest_id: int, *, widths: bool = True) -> PreTrainedConfig:
+def shrunken(
+    config: PreTrainedConfig, largest_id: int, *, widths: bool = True, depth: bool = True
+) -> PreTrainedConfig:
     """Return a copy of a config with few layers, narrow ones, and a small vocabulary.
 
     Args:
         config: of the model.
         largest_id: largest token id that the vocabulary has to hold.
         widths: False keeps the widths, for a config that allows no other.
+        depth: False keeps the number of layers, for an adapter that names one of the upper layers.
     """
-    sizes = SIZES if widths else SIZES[:1]
+    sizes = (SIZES[:1] if depth else ()) + (SIZES[1:] if widths else ())
 
     def ids(settings: Mapping[str, Any]) -> Iterator[int]:
         for name, value in settings.items():
@@ -75,7 +78,7 @@ def shrunken(config: PreTrainedConfig, largest_id: int, *, widths: bool = True) 
             limit = next((s for p, s in sizes if re.fullmatch(p, str(name))), None)
             if isinstance(value, Mapping):
                 found[name] = small(value)
-            elif isinstance(value, list) and len(value) in depths:  # one entry per layer
+            elif depth and isinstance(value, list) and len(value) in depths:  # one entry per layer
                 found[name] = value[: SIZES[0][1]]
             elif not isinstance(value, int) or isinstance(value, bool):
                 found[name] = value
@@ -89,7 +92,12 @@ def shrunken(config: PreTrainedConfig, largest_id: int, *, widths: bool = True) 
 
 
 def tiny_model(
-    config: PreTrainedConfig, rules: GenerationRules, *, tied: bool = True, widths: bool = True
+    config: PreTrainedConfig,
+    rules: GenerationRules,
+    *,
+    tied: bool = True,
+    widths: bool = True,
+    depth: bool = True,
 ) -> PreTrainedModel:
     """Build a tiny random model of a config's architecture, whose logits differ by several nats.
 
@@ -98,9 +106,11 @@ def tiny_model(
         rules: its special tokens are kept, its other constraints are not.
         tied: False gives the head a weight of its own.
         widths: as in `shrunken`.
+        depth: as in `shrunken`.
     """
     special = (rules.start_id, rules.pad_id, *rules.eos_ids)
-    model = AutoModelForSeq2SeqLM.from_config(shrunken(config, max(special), widths=widths))
+    small = shrunken(config, max(special), widths=widths, depth=depth)
+    model = AutoModelForSeq2SeqLM.from_config(small)
     head = model.get_output_embeddings()
     if not tied and isinstance(head, nn.Linear):
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -148,6 +158,8 @@ def failed_trial(
             torch.manual_seed(0)
             try:
                 base = tiny_model(config, rules, tied=tied, widths=widths)
+                if widths and not _matches(base, adapter):
+                    base = tiny_model(config, rules, tied=tied, depth=False)
                 return _contract(base, adapter, min(sampling.highest_limit, LONGEST))
             # Whatever the code of an architecture raises, the policy cannot use it.
             except Exception as failure:
@@ -169,7 +181,7 @@ def cached_trial(
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft")]
     special = (rules.start_id, rules.pad_id, rules.eos_ids)
     settings = [config.to_dict(), adapter.to_dict(), special, longest, tied, __version__, versions]
-    text = json.dumps(settings, sort_keys=True, default=str)
+    text = json.dumps(settings, sort_keys=True, default=_as_json)
     file = cache_folder() / "trials" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     with suppress(OSError, ValueError, KeyError):
         known: str | None = json.loads(file.read_text(encoding="utf-8"))["failure"]
@@ -179,6 +191,20 @@ def cached_trial(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"failure": failure}) + "\n", encoding="utf-8")
     return failure
+
+
+def _as_json(value: Any) -> Any:
+    """Return a set, such as peft's `target_modules`, in an order that every process gives it."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+def _matches(base: PreTrainedModel, adapter: LoraConfig) -> bool:
+    """Return whether a model has a layer that an adapter names."""
+    try:
+        get_peft_model(copy.deepcopy(base), copy.deepcopy(adapter))
+    except ValueError:
+        return False
+    return True
 
 
 def _contract(base: PreTrainedModel, adapter: LoraConfig, longest: int) -> str | None:

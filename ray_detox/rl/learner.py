@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from ray_detox.config import PPOConfig
 from ray_detox.draws import minibatch_assignment
+from ray_detox.errors import NonFiniteError
 from ray_detox.models.policy import Policy
 from ray_detox.records import Rollout, Targets
 from ray_detox.rl import ppo
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the minibatch has not changed the weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,8 @@ def train(
     """Run PPO from the newest checkpoint, or from the start, to `train.steps`.
 
     Raises:
-        NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is kept.
+        NonFiniteError: a loss, gradient or log-probability is NaN or infinite; the last checkpoint
+            is kept.
         DivergedError: the policy has drifted too far or collapsed; the last checkpoint is that of
             an earlier step. A resumed run repeats the steps since, and stops again.
         StartError: the untrained policy differs from its reference.

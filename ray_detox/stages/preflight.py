@@ -147,19 +147,21 @@ def check_policy(config: RunConfig) -> None:
         adapter = _check_adapter(model, config)
     else:
         adapter = _check_lora_targets(model, config)
-    _check_generation(folder, config, tokenizer, model.config, adapter, tied)
+    _check_generation(folder, config, tokenizer, model, adapter, tied)
 
 
 def _check_generation(
-    folder: Path, config: RunConfig, tokenizer: Any, settings: Any, adapter: Any, tied: bool
+    folder: Path, config: RunConfig, tokenizer: Any, model: Any, adapter: Any, tied: bool
 ) -> None:
     """Check the model's generation settings, and that its architecture samples, scores and merges."""
     from ray_detox.models import constraints, trial
+    from ray_detox.models.output_head import find_head, vocabulary_size
 
-    policy, sampling = config.policy, config.sampling
+    policy, sampling, settings = config.policy, config.sampling, model.config
     generation = constraints.generation_config(folder)
     first = constraints.forced_bos_id(tokenizer, policy)
-    rules = constraints.generation_rules(generation, settings, sampling, first)
+    vocabulary = vocabulary_size(find_head(model))
+    rules = constraints.generation_rules(generation, settings, sampling, first, vocabulary)
     constraints.check_language(rules, tokenizer, policy.model)
     if policy.model == "lab":
         return  # the embedded model is trained and exported by the tests of this package

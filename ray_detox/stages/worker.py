@@ -19,6 +19,7 @@ from ray import ObjectRef
 
 from ray_detox.config import RunConfig
 from ray_detox.data.prompts import unpack_rows
+from ray_detox.errors import NonFiniteError
 from ray_detox.records import UpdateStats
 from ray_detox.rewards.messages import ActorHandle
 from ray_detox.runs.checkpoint_store import Checkpoint, pack_folder, unpack_folder
@@ -134,7 +135,6 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
     from ray_detox.models.loading import load_policy
     from ray_detox.models.sources import local_folder
     from ray_detox.rl.divergence import DivergedError
-    from ray_detox.rl.learner import NonFiniteError
     from ray_detox.rl.loop import StartError, train
     from ray_detox.stages.rewards.client import RewardClient
 
