@@ -24,8 +24,8 @@ DEFAULT_MAX_TOKENS = 512
 """Longest input of a model that states no limit, such as one with relative positions only."""
 BOUNDARY_TOKENS = 8
 """Most tokens by which a response differs beside a prompt, where one word may span both."""
-TRIAL_TEXTS = ("No.", "They talk about the weather, and then they go home by train.")
-"""A short and a longer text, to try whether padding changes a score."""
+TRIAL_TEXTS = ("No.", "", "They talk about the weather, and then they go home by train.")
+"""A short, an empty and a longer text, to try whether padding changes a score."""
 TRIAL_TOLERANCE = 1e-4
 """Largest difference that padding may make to a logit, relative to the largest logit."""
 
@@ -396,11 +396,27 @@ class Classifier:
         types = encoded.get("token_type_ids")
         return [
             TokenizedText(
-                {"input_ids": ids}
+                {"input_ids": ids or [self._token_of_empty_text()]}
                 | ({"token_type_ids": types[i]} if types and any(types[i]) else {})
             )
             for i, ids in enumerate(encoded["input_ids"])
         ]
+
+    def _token_of_empty_text(self) -> int:
+        """Return the token that stands for "" if the tokenizer adds no special tokens.
+
+        No model can run on a row without tokens: alone it has no shape, in a batch it is padding.
+        """
+        tokenizer = self.tokenizer
+        special = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+            tokenizer.unk_token_id,
+            tokenizer.pad_token_id,
+        )
+        return next((token for token in special if token is not None), 0)
 
     @torch.inference_mode()
     def forward(
@@ -462,7 +478,7 @@ class Classifier:
         """
         tokenizer, config = self.tokenizer, self.model.config.get_text_config()
         rows, _ = self.tokenize(TRIAL_TEXTS)
-        alone = self._logits(rows[:1])
+        alone = torch.cat([self._logits([row]) for row in rows])
         own = (tokenizer.pad_token, tokenizer.padding_side, config.pad_token_id)
         end = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
         for token, side in dict.fromkeys((own[:2], (own[0], "right"), (end, "right"))):
@@ -471,7 +487,7 @@ class Classifier:
             tokenizer.pad_token, tokenizer.padding_side = token, side
             config.pad_token_id = tokenizer.pad_token_id
             try:
-                together = self._logits(rows)[:1]
+                together = self._logits(rows)
             except (ValueError, LookupError, RuntimeError):  # the model cannot pad this way
                 continue
             tolerance = TRIAL_TOLERANCE * max(1.0, float(alone.abs().max()))
