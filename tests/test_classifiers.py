@@ -193,7 +193,8 @@ def test_an_empty_text_has_a_score_without_special_tokens(tmp_path, kind):
 
     assert rows[0].inputs["input_ids"] == [SIZES["bos_token_id"]]
     assert not truncated.any()
-    assert np.isfinite(alone).all() and alone[0] == pytest.approx(alone[1], abs=1e-4)
+    assert np.isfinite(alone).all()
+    assert alone[0] == pytest.approx(alone[1], abs=1e-4)
     assert classifier(["", "abc"])[0][0] == pytest.approx(alone[0], abs=1e-4)
     assert alone[0] != pytest.approx(alone[2], abs=1e-3)
 

@@ -391,6 +391,32 @@ def test_a_toxicity_that_is_the_same_for_all_sentences_is_refused():
         refuse_wrong_order(Scores(same, same, same, same.astype(bool), {}), RewardConfig())
 
 
+@pytest.mark.parametrize("setting", ["reward", "reward.terms[0].classifier"])
+def test_a_classifier_that_gives_nan_is_refused_by_name(tmp_path, setting):
+    folder = str(roberta(tmp_path / "nan", ["nothate", "hate"]))
+    weights = load_file(f"{folder}/model.safetensors")
+    weights["classifier.out_proj.bias"].fill_(float("nan"))
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    term = RewardTerm(classifier=ClassifierConfig(model=folder), name="other")
+    config = RewardConfig(model=folder) if setting == "reward" else RewardConfig(terms=(term,))
+    sentence = f"The classifier {folder} ({setting}.model) gave NaN or an infinite value for "
+
+    with pytest.raises(ConfigError) as refusal:
+        check_sentences(Reward(config), ROW)
+    with pytest.raises(ValueError) as error:
+        Reward(config)(request_of(["abc"]))
+
+    assert str(refusal.value).startswith(f"{sentence}4 of 4 texts")
+    assert str(error.value).startswith(f"{sentence}1 of 1 texts")
+
+
+def test_an_order_that_is_nan_is_refused():
+    nan = np.full(4, np.nan, dtype=np.float32)
+
+    with pytest.raises(ConfigError, match="measures is nan for insults"):
+        refuse_wrong_order(Scores(nan, nan, nan, np.zeros(4, dtype=bool), {}), RewardConfig())
+
+
 # ---- check ---------------------------------------------------------------------------------------
 
 
