@@ -1,8 +1,10 @@
 """How the reward reads a classifier's head, adds up its parts, calls functions, and is tried."""
 
 import asyncio
+import gc
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -151,6 +153,18 @@ def test_default_labels_that_transformers_does_not_write_are_found(tmp_path, pub
             {"toxic_label": "z"},
             "no label 'z'; its labels are 'x', 'y'. Set reward.toxic_label to the one that means toxic.",
         ),
+        (
+            {"id2label": {"0": "x", "2": "y"}},
+            {"label": "y"},
+            "The classifier m has id2label {'0': 'x', '2': 'y'} in its config.json; expected the keys "
+            "0 to 1, one per output.",
+        ),
+        ({"id2label": {"a": "x"}}, {"label": "x"}, "expected the keys 0 to 0, one per output."),
+        (
+            {"num_labels": "2"},
+            {"label": "LABEL_0"},
+            "The classifier m has num_labels '2' in its config.json; expected a positive whole number.",
+        ),
     ],
 )
 def test_a_head_that_cannot_be_read_is_refused(settings, config, sentence):
@@ -285,6 +299,34 @@ def test_async_functions_keep_their_event_loop_and_run_together():
             "slow": [3],
             "waiting": [1],
         }
+
+
+def test_async_functions_run_where_an_event_loop_runs_already():
+    async def cell():
+        return values("slow", ["abc", ""])
+
+    assert asyncio.run(cell()) == [3, 0]
+
+
+async def whose_loop(completions, **_):
+    whose_loop.threads.append(threading.current_thread())
+    return [0.0] * len(completions)
+
+
+def test_the_thread_of_async_functions_lives_as_long_as_the_reward():
+    whose_loop.threads = []
+    reward = Reward(RewardConfig(terms=(RewardTerm(function=f"{__name__}.whose_loop"),)))
+
+    for _ in range(2):
+        reward(request_of(["abc"]))
+    first, second = whose_loop.threads
+    assert first is second
+    assert first is not threading.current_thread()
+
+    del reward
+    gc.collect()
+    first.join(timeout=30)
+    assert not first.is_alive()
 
 
 def test_a_function_that_changes_its_arguments_changes_no_other():

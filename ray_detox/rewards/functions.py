@@ -9,6 +9,8 @@ that it names, and all of them if it has `**kwargs`. Prompts and completions are
 import asyncio
 import importlib
 import inspect
+import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,11 +113,12 @@ def keywords(function: RewardFunction, request: ScoreRequest) -> dict[str, Any]:
 class FunctionCaller:
     """Calls reward functions, and runs those that are async at the same time.
 
-    One event loop for the life of the object, so that an async function can keep a connection.
+    One event loop for the life of the object, so that an async function can keep a connection. It
+    runs in a thread of its own, because the caller's thread may run a loop already, as in Jupyter.
     """
 
     def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __call__(
         self, functions: Sequence[tuple[RewardTerm, RewardFunction]], request: ScoreRequest
@@ -132,16 +135,32 @@ class FunctionCaller:
                 outputs.append(function(**keywords(function, request)))
         pending = [i for i, output in enumerate(outputs) if inspect.isawaitable(output)]
         if pending:
-            if self._runner is None:
-                self._runner = asyncio.Runner()
+            if self._loop is None:
+                self._loop = _start_loop()
+                # The thread holds the loop and not this object, and ends with it.
+                weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
             calls = [_await(functions[i][0], outputs[i]) for i in pending]
-            done = self._runner.run(_gather(calls))
+            done = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop).result()
             for i, output in zip(pending, done, strict=True):
                 outputs[i] = output
         return [
             _as_array(term, output, len(request))
             for (term, _), output in zip(functions, outputs, strict=True)
         ]
+
+
+def _start_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop that runs in a new thread until it is stopped."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    threading.Thread(target=run, name="async-reward-functions", daemon=True).start()
+    return loop
 
 
 @contextmanager
