@@ -259,6 +259,22 @@ def by_position(completions, /, **_):
     return [0.0] * len(completions)
 
 
+def by_position_or_not(completions=None, /, **_):
+    return [0.0] * len(completions)
+
+
+def a_dict(completions, **_):
+    return dict(enumerate(completions))
+
+
+def a_string(completions, **_):
+    return "1" * len(completions)
+
+
+def opens(path):
+    raise FileNotFoundError(2, "No such file", path)
+
+
 def a_number(completions, **_):
     return 1.0
 
@@ -350,6 +366,12 @@ def test_columns_of_reserved_names_are_left_out():
     [
         ("needs_trainer", "needs 'trainer_state', which only TRL's trainers have"),
         ("by_position", "takes 'completions' by position only"),
+        ("by_position_or_not", "takes 'completions' by position only"),
+        (
+            "Callable",
+            "Callable is a class, and a reward function is called with a batch. To create an "
+            "object of it, add arguments: {}.",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_called_is_refused_before_any_call(name, sentence):
@@ -359,9 +381,44 @@ def test_a_function_that_cannot_be_called_is_refused_before_any_call(name, sente
     assert sentence in str(error.value)
 
 
-def test_a_function_that_returns_no_list_is_named():
-    with pytest.raises(ValueError, match="The reward term term returned float"):
-        values("a_number", ["abc"])
+@pytest.mark.parametrize(
+    "name, kind", [("a_number", "float"), ("a_dict", "dict"), ("a_string", "str")]
+)
+def test_a_function_that_returns_no_list_is_named(name, kind):
+    with pytest.raises(ValueError, match=f"The reward term term returned {kind}"):
+        values(name, ["abc"])
+
+
+@pytest.mark.parametrize(
+    "code, sentence",
+    [
+        ("raise RuntimeError('no GPU.\\nSorry.')", "(RuntimeError: no GPU. Sorry)"),
+        ("def f(:", "(SyntaxError: "),
+        ("{}['key']", "(KeyError: 'key')"),
+    ],
+)
+def test_a_module_that_fails_on_import_is_named(tmp_path, monkeypatch, code, sentence):
+    (tmp_path / "module_that_fails.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(ConfigError) as error:
+        load_reward_function(RewardTerm(function="module_that_fails.f"))
+
+    assert f"module_that_fails.f cannot be imported {sentence}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_that_fails_is_named_with_the_error():
+    term = RewardTerm(function=f"{__name__}.opens", arguments={"path": "words.txt"})
+
+    with pytest.raises(ConfigError, match=r"'words\.txt'\}: FileNotFoundError: .*No such file"):
+        load_reward_function(term)
+
+
+def test_a_class_is_called_with_its_arguments_first():
+    term = RewardTerm(function=f"{__name__}.Callable", arguments={})
+
+    assert isinstance(load_reward_function(term), Callable)
 
 
 # ---- the trial on sentences ----------------------------------------------------------------------
@@ -445,7 +502,7 @@ def test_a_classifier_that_gives_nan_is_refused_by_name(tmp_path, setting):
 
     with pytest.raises(ConfigError) as refusal:
         check_sentences(Reward(config), ROW)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="gave NaN") as error:
         Reward(config)(request_of(["abc"]))
 
     assert str(refusal.value).startswith(f"{sentence}4 of 4 texts")
