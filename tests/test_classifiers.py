@@ -184,6 +184,21 @@ def test_gpt2_without_a_padding_token_is_padded_with_one_that_no_text_ends_with(
     )
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "opt", "roberta", "xlnet"])
+def test_an_empty_text_has_a_score_without_special_tokens(tmp_path, kind):
+    classifier = Classifier(ClassifierConfig(model=str(save(tmp_path, kind, template="$A"))))
+
+    rows, truncated = classifier.tokenize(["", "abc"])
+    alone = [classifier(texts)[0][0] for texts in ([""], ["", ""], ["<"])]
+
+    assert rows[0].inputs["input_ids"] == [SIZES["bos_token_id"]]
+    assert not truncated.any()
+    assert np.isfinite(alone).all()
+    assert alone[0] == pytest.approx(alone[1], abs=1e-4)
+    assert classifier(["", "abc"])[0][0] == pytest.approx(alone[0], abs=1e-4)
+    assert alone[0] != pytest.approx(alone[2], abs=1e-3)
+
+
 def test_token_types_of_xlnet_are_kept(tmp_path):
     folder = save(tmp_path, "xlnet", template="$A:0 </s>:0 <s>:2")
 

@@ -292,7 +292,7 @@ def test_a_classifier_without_the_label_is_refused(mistake, make_roberta):
 
 
 def test_an_ambiguous_label_is_refused(mistake, make_roberta):
-    model = make_roberta(("nothate", "hate"), names={0: "nothate", 1: "NotHate"})
+    model = make_roberta(("nothate", "hate"), names={0: "NOTHATE", 1: "NotHate"})
 
     assert "has more than one label 'nothate'" in mistake("lab", f"reward.model={model}")
 

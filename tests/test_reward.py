@@ -121,15 +121,21 @@ def test_an_unknown_label_is_an_error_that_lists_the_labels(make_roberta):
 
 
 def test_an_ambiguous_label_is_an_error():
-    with pytest.raises(ConfigError, match=r"clf has more than one label 'nothate'; its labels are"):
-        label_index({"id2label": {"0": "nothate", "1": "NotHate"}}, "nothate", "clf")
+    labels = {"id2label": {"0": "nothate", "1": "NotHate"}}
+
+    with pytest.raises(ConfigError, match=r"clf has more than one label 'NOTHATE'; its labels are"):
+        label_index(labels, "NOTHATE", "clf")
+    with pytest.raises(ConfigError, match=r"clf has more than one label 'same'; its labels are"):
+        label_index({"id2label": {"0": "same", "1": "same"}}, "same", "clf")
+    assert label_index(labels, "nothate", "clf") == 0
+    assert label_index(labels, "NotHate", "clf") == 1
 
 
 def test_a_classifier_without_labels_has_those_of_autoconfig(tmp_path):
     for settings in ({}, {"num_labels": 3}, {"id2label": {"0": "x", "1": "y"}}):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"} | settings))
 
-        assert label_names(settings) == AutoConfig.from_pretrained(tmp_path).id2label
+        assert label_names(settings, "clf") == AutoConfig.from_pretrained(tmp_path).id2label
 
     assert label_index({}, "label_1", "clf") == 1
     with pytest.raises(

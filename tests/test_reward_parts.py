@@ -1,8 +1,10 @@
 """How the reward reads a classifier's head, adds up its parts, calls functions, and is tried."""
 
 import asyncio
+import gc
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -151,6 +153,18 @@ def test_default_labels_that_transformers_does_not_write_are_found(tmp_path, pub
             {"toxic_label": "z"},
             "no label 'z'; its labels are 'x', 'y'. Set reward.toxic_label to the one that means toxic.",
         ),
+        (
+            {"id2label": {"0": "x", "2": "y"}},
+            {"label": "y"},
+            "The classifier m has id2label {'0': 'x', '2': 'y'} in its config.json; expected the keys "
+            "0 to 1, one per output.",
+        ),
+        ({"id2label": {"a": "x"}}, {"label": "x"}, "expected the keys 0 to 0, one per output."),
+        (
+            {"num_labels": "2"},
+            {"label": "LABEL_0"},
+            "The classifier m has num_labels '2' in its config.json; expected a positive whole number.",
+        ),
     ],
 )
 def test_a_head_that_cannot_be_read_is_refused(settings, config, sentence):
@@ -245,6 +259,22 @@ def by_position(completions, /, **_):
     return [0.0] * len(completions)
 
 
+def by_position_or_not(completions=None, /, **_):
+    return [0.0] * len(completions)
+
+
+def a_dict(completions, **_):
+    return dict(enumerate(completions))
+
+
+def a_string(completions, **_):
+    return "1" * len(completions)
+
+
+def opens(path):
+    raise FileNotFoundError(2, "No such file", path)
+
+
 def a_number(completions, **_):
     return 1.0
 
@@ -287,6 +317,34 @@ def test_async_functions_keep_their_event_loop_and_run_together():
         }
 
 
+def test_async_functions_run_where_an_event_loop_runs_already():
+    async def cell():
+        return values("slow", ["abc", ""])
+
+    assert asyncio.run(cell()) == [3, 0]
+
+
+async def whose_loop(completions, **_):
+    whose_loop.threads.append(threading.current_thread())
+    return [0.0] * len(completions)
+
+
+def test_the_thread_of_async_functions_lives_as_long_as_the_reward():
+    whose_loop.threads = []
+    reward = Reward(RewardConfig(terms=(RewardTerm(function=f"{__name__}.whose_loop"),)))
+
+    for _ in range(2):
+        reward(request_of(["abc"]))
+    first, second = whose_loop.threads
+    assert first is second
+    assert first is not threading.current_thread()
+
+    del reward
+    gc.collect()
+    first.join(timeout=30)
+    assert not first.is_alive()
+
+
 def test_a_function_that_changes_its_arguments_changes_no_other():
     terms = tuple(RewardTerm(function=f"{__name__}.{name}") for name in ("greedy", "word_count"))
 
@@ -308,6 +366,12 @@ def test_columns_of_reserved_names_are_left_out():
     [
         ("needs_trainer", "needs 'trainer_state', which only TRL's trainers have"),
         ("by_position", "takes 'completions' by position only"),
+        ("by_position_or_not", "takes 'completions' by position only"),
+        (
+            "Callable",
+            "Callable is a class, and a reward function is called with a batch. To create an "
+            "object of it, add arguments: {}.",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_called_is_refused_before_any_call(name, sentence):
@@ -317,9 +381,44 @@ def test_a_function_that_cannot_be_called_is_refused_before_any_call(name, sente
     assert sentence in str(error.value)
 
 
-def test_a_function_that_returns_no_list_is_named():
-    with pytest.raises(ValueError, match="The reward term term returned float"):
-        values("a_number", ["abc"])
+@pytest.mark.parametrize(
+    "name, kind", [("a_number", "float"), ("a_dict", "dict"), ("a_string", "str")]
+)
+def test_a_function_that_returns_no_list_is_named(name, kind):
+    with pytest.raises(ValueError, match=f"The reward term term returned {kind}"):
+        values(name, ["abc"])
+
+
+@pytest.mark.parametrize(
+    "code, sentence",
+    [
+        ("raise RuntimeError('no GPU.\\nSorry.')", "(RuntimeError: no GPU. Sorry)"),
+        ("def f(:", "(SyntaxError: "),
+        ("{}['key']", "(KeyError: 'key')"),
+    ],
+)
+def test_a_module_that_fails_on_import_is_named(tmp_path, monkeypatch, code, sentence):
+    (tmp_path / "module_that_fails.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(ConfigError) as error:
+        load_reward_function(RewardTerm(function="module_that_fails.f"))
+
+    assert f"module_that_fails.f cannot be imported {sentence}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_that_fails_is_named_with_the_error():
+    term = RewardTerm(function=f"{__name__}.opens", arguments={"path": "words.txt"})
+
+    with pytest.raises(ConfigError, match=r"'words\.txt'\}: FileNotFoundError: .*No such file"):
+        load_reward_function(term)
+
+
+def test_a_class_is_called_with_its_arguments_first():
+    term = RewardTerm(function=f"{__name__}.Callable", arguments={})
+
+    assert isinstance(load_reward_function(term), Callable)
 
 
 # ---- the trial on sentences ----------------------------------------------------------------------
@@ -389,6 +488,32 @@ def test_a_toxicity_that_is_the_same_for_all_sentences_is_refused():
 
     with pytest.raises(ConfigError, match=r"measures is 0\.000 for insults such as .* and 0\.000"):
         refuse_wrong_order(Scores(same, same, same, same.astype(bool), {}), RewardConfig())
+
+
+@pytest.mark.parametrize("setting", ["reward", "reward.terms[0].classifier"])
+def test_a_classifier_that_gives_nan_is_refused_by_name(tmp_path, setting):
+    folder = str(roberta(tmp_path / "nan", ["nothate", "hate"]))
+    weights = load_file(f"{folder}/model.safetensors")
+    weights["classifier.out_proj.bias"].fill_(float("nan"))
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    term = RewardTerm(classifier=ClassifierConfig(model=folder), name="other")
+    config = RewardConfig(model=folder) if setting == "reward" else RewardConfig(terms=(term,))
+    sentence = f"The classifier {folder} ({setting}.model) gave NaN or an infinite value for "
+
+    with pytest.raises(ConfigError) as refusal:
+        check_sentences(Reward(config), ROW)
+    with pytest.raises(ValueError, match="gave NaN") as error:
+        Reward(config)(request_of(["abc"]))
+
+    assert str(refusal.value).startswith(f"{sentence}4 of 4 texts")
+    assert str(error.value).startswith(f"{sentence}1 of 1 texts")
+
+
+def test_an_order_that_is_nan_is_refused():
+    nan = np.full(4, np.nan, dtype=np.float32)
+
+    with pytest.raises(ConfigError, match="measures is nan for insults"):
+        refuse_wrong_order(Scores(nan, nan, nan, np.zeros(4, dtype=bool), {}), RewardConfig())
 
 
 # ---- check ---------------------------------------------------------------------------------------

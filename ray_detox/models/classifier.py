@@ -24,8 +24,8 @@ DEFAULT_MAX_TOKENS = 512
 """Longest input of a model that states no limit, such as one with relative positions only."""
 BOUNDARY_TOKENS = 8
 """Most tokens by which a response differs beside a prompt, where one word may span both."""
-TRIAL_TEXTS = ("No.", "They talk about the weather, and then they go home by train.")
-"""A short and a longer text, to try whether padding changes a score."""
+TRIAL_TEXTS = ("No.", "", "They talk about the weather, and then they go home by train.")
+"""A short, an empty and a longer text, to try whether padding changes a score."""
 TRIAL_TOLERANCE = 1e-4
 """Largest difference that padding may make to a logit, relative to the largest logit."""
 
@@ -44,7 +44,7 @@ LOAD_ERRORS = (
 # ---- the head ----------------------------------------------------------------------------------
 
 
-def label_names(settings: dict[str, Any]) -> dict[int, str]:
+def label_names(settings: dict[str, Any], where: str) -> dict[int, str]:
     """Return the label of each output, by index.
 
     transformers does not write default labels into config.json; they are LABEL_0, LABEL_1 and so
@@ -52,11 +52,27 @@ def label_names(settings: dict[str, Any]) -> dict[int, str]:
 
     Args:
         settings: the classifier's config.json.
+        where: the model's name, for messages.
+
+    Raises:
+        ConfigError: `id2label` or `num_labels` does not number the outputs.
     """
     names = settings.get("id2label")
     if isinstance(names, dict) and names:
-        return {int(index): str(name) for index, name in names.items()}
-    return {index: f"LABEL_{index}" for index in range(settings.get("num_labels") or 2)}
+        outputs = {str(index): index for index in range(len(names))}
+        if {str(index) for index in names} != outputs.keys():
+            raise ConfigError(
+                f"The classifier {where} has id2label {names} in its config.json; expected the keys 0 "
+                f"to {len(names) - 1}, one per output. Correct config.json."
+            )
+        return {outputs[str(index)]: str(name) for index, name in names.items()}
+    count = settings.get("num_labels") or 2
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(
+            f"The classifier {where} has num_labels {count!r} in its config.json; expected a positive "
+            "whole number. Correct config.json."
+        )
+    return {index: f"LABEL_{index}" for index in range(count)}
 
 
 def label_index(
@@ -66,15 +82,16 @@ def label_index(
 
     Args:
         settings: the classifier's config.json.
-        label: the label to find; case does not matter.
+        label: the label to find; case matters only between labels that differ in nothing else.
         where: the model's name, for messages.
         setting: the setting that names the label, for messages.
 
     Raises:
         ConfigError: no output has this label, or several have.
     """
-    names = label_names(settings)
-    matches = [index for index, name in names.items() if name.casefold() == label.casefold()]
+    names = label_names(settings, where)
+    exact = [index for index, name in names.items() if name == label]
+    matches = exact or [i for i, name in names.items() if name.casefold() == label.casefold()]
     if len(matches) != 1:
         known = ", ".join(repr(names[i]) for i in sorted(names))
         problem = "has no label" if not matches else "has more than one label"
@@ -139,7 +156,7 @@ def read_head(settings: dict[str, Any], config: ClassifierConfig, setting: str) 
     label = config.toxic_label or config.label
     assert label is not None, "ClassifierConfig has one of the two"
     index = label_index(settings, label, config.model, f"{setting}.{name}")
-    outputs, kind = len(label_names(settings)), settings.get("problem_type")
+    outputs, kind = len(label_names(settings, config.model)), settings.get("problem_type")
     activation = config.head
     if activation == "auto":
         if kind == "regression":
@@ -396,11 +413,27 @@ class Classifier:
         types = encoded.get("token_type_ids")
         return [
             TokenizedText(
-                {"input_ids": ids}
+                {"input_ids": ids or [self._token_of_empty_text()]}
                 | ({"token_type_ids": types[i]} if types and any(types[i]) else {})
             )
             for i, ids in enumerate(encoded["input_ids"])
         ]
+
+    def _token_of_empty_text(self) -> int:
+        """Return the token that stands for "" if the tokenizer adds no special tokens.
+
+        No model can run on a row without tokens: alone it has no shape, in a batch it is padding.
+        """
+        tokenizer = self.tokenizer
+        special = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+            tokenizer.unk_token_id,
+            tokenizer.pad_token_id,
+        )
+        return next((token for token in special if token is not None), 0)
 
     @torch.inference_mode()
     def forward(
@@ -462,7 +495,7 @@ class Classifier:
         """
         tokenizer, config = self.tokenizer, self.model.config.get_text_config()
         rows, _ = self.tokenize(TRIAL_TEXTS)
-        alone = self._logits(rows[:1])
+        alone = torch.cat([self._logits([row]) for row in rows])
         own = (tokenizer.pad_token, tokenizer.padding_side, config.pad_token_id)
         end = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
         for token, side in dict.fromkeys((own[:2], (own[0], "right"), (end, "right"))):
@@ -471,7 +504,7 @@ class Classifier:
             tokenizer.pad_token, tokenizer.padding_side = token, side
             config.pad_token_id = tokenizer.pad_token_id
             try:
-                together = self._logits(rows)[:1]
+                together = self._logits(rows)
             except (ValueError, LookupError, RuntimeError):  # the model cannot pad this way
                 continue
             tolerance = TRIAL_TOLERANCE * max(1.0, float(alone.abs().max()))

@@ -9,7 +9,9 @@ that it names, and all of them if it has `**kwargs`. Prompts and completions are
 import asyncio
 import importlib
 import inspect
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,24 +38,31 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
     """Import the function that a term names; call it with the term's arguments if it has any.
 
     Raises:
-        ConfigError: nothing is at that import path, the result is not callable, or it needs an
-            object that only TRL's trainers have.
+        ConfigError: the import or the call fails, the result is not callable, or it needs an object
+            that only TRL's trainers have.
     """
     assert term.function is not None, "the term is a classifier"
     module, _, name = term.function.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: ".name"
+    except Exception as error:  # whatever a person's module raises
         raise ConfigError(
-            f"reward.terms: {term.function} cannot be imported ({error}). Give the import path of "
-            "a function that every node can import."
+            f"reward.terms: {term.function} cannot be imported ({_describe(error)}). Give the import "
+            "path of a function that every node can import."
         ) from error
-    if term.arguments is not None:
+    if term.arguments is None:
+        if inspect.isclass(found):
+            raise ConfigError(
+                f"reward.terms: {term.function} is a class, and a reward function is called with a "
+                "batch. To create an object of it, add arguments: {}."
+            )
+    else:
         try:
             found = found(**term.arguments)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a person's factory raises
             raise ConfigError(
-                f"reward.terms: {term.function} refuses its arguments {term.arguments}: {error}."
+                f"reward.terms: {term.function} refuses its arguments {term.arguments}: "
+                f"{_describe(error)}."
             ) from error
     if not callable(found):
         raise ConfigError(f"reward.terms: {term.function} is not a function.")
@@ -61,10 +70,15 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
     return found
 
 
+def _describe(error: Exception) -> str:
+    """Return an error's type and its message in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
+
+
 def _check_signature(function: RewardFunction, term: RewardTerm) -> None:
     parameters = _parameters(function)
     for name, parameter in (parameters or {}).items():
-        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+        if parameter.kind is parameter.POSITIONAL_ONLY:
             raise ConfigError(
                 f"reward.terms: {term.function} takes {name!r} by position only, and reward functions "
                 "are called by keyword. Write f(completions, **columns)."
@@ -111,11 +125,12 @@ def keywords(function: RewardFunction, request: ScoreRequest) -> dict[str, Any]:
 class FunctionCaller:
     """Calls reward functions, and runs those that are async at the same time.
 
-    One event loop for the life of the object, so that an async function can keep a connection.
+    One event loop for the life of the object, so that an async function can keep a connection. It
+    runs in a thread of its own, because the caller's thread may run a loop already, as in Jupyter.
     """
 
     def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __call__(
         self, functions: Sequence[tuple[RewardTerm, RewardFunction]], request: ScoreRequest
@@ -132,16 +147,32 @@ class FunctionCaller:
                 outputs.append(function(**keywords(function, request)))
         pending = [i for i, output in enumerate(outputs) if inspect.isawaitable(output)]
         if pending:
-            if self._runner is None:
-                self._runner = asyncio.Runner()
+            if self._loop is None:
+                self._loop = _start_loop()
+                # The thread holds the loop and not this object, and ends with it.
+                weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
             calls = [_await(functions[i][0], outputs[i]) for i in pending]
-            done = self._runner.run(_gather(calls))
+            done = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop).result()
             for i, output in zip(pending, done, strict=True):
                 outputs[i] = output
         return [
             _as_array(term, output, len(request))
             for (term, _), output in zip(functions, outputs, strict=True)
         ]
+
+
+def _start_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop that runs in a new thread until it is stopped."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    threading.Thread(target=run, name="async-reward-functions", daemon=True).start()
+    return loop
 
 
 @contextmanager
@@ -165,6 +196,8 @@ async def _gather(pending: Sequence[Awaitable[Any]]) -> list[Any]:
 
 def _as_array(term: RewardTerm, output: Any, count: int) -> np.ndarray:
     try:
+        if isinstance(output, str | bytes | Mapping | Set):
+            raise TypeError("its items are not one number per response, in their order")
         # None means "not applicable to this sample" in that protocol, and adds nothing.
         value = np.array([0.0 if v is None else float(v) for v in output], dtype=np.float32)
     except (TypeError, ValueError) as error:

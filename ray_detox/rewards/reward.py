@@ -72,7 +72,8 @@ class Reward:
         """Score a batch.
 
         Raises:
-            ValueError: a function did not return one finite number per response.
+            ValueError: a classifier's output is not finite, or a function did not return one finite
+                number per response.
         """
         tokenized = self.tokenize(request)
         return self.combine(self.forward(tokenized.rows), tokenized.truncated, request)
@@ -96,6 +97,21 @@ class Reward:
             for classifier, own in zip(self.classifiers, rows, strict=True)
         ]
 
+    def check_finite(self, outputs: Outputs) -> None:
+        """Check that scores and toxicities are numbers, because NaN compares as neither high nor low.
+
+        Raises:
+            ValueError: a classifier gave NaN or an infinite value.
+        """
+        for (setting, config), values in zip(self.config.classifiers, outputs, strict=True):
+            finite = np.isfinite(values).all(axis=0)
+            if not finite.all():
+                raise ValueError(
+                    f"The classifier {config.model} ({setting}.model) gave NaN or an infinite value "
+                    f"for {int((~finite).sum())} of {len(finite)} texts; expected finite logits. "
+                    f"Check its weights, or set {setting}.model to another classifier."
+                )
+
     def combine(self, outputs: Outputs, truncated: np.ndarray, request: ScoreRequest) -> Scores:
         """Call the functions, and add up all parts of the reward.
 
@@ -109,8 +125,10 @@ class Reward:
             request: the batch that they belong to.
 
         Raises:
-            ValueError: a function did not return one finite number per response.
+            ValueError: a classifier's output is not finite, or a function did not return one finite
+                number per response.
         """
+        self.check_finite(outputs)
         (score, toxicity), *others = outputs
         of_classifiers = iter([value for value, _ in others])
         of_functions = iter(self._call(self._functions, request))

@@ -48,7 +48,8 @@ def check_sentences(reward: Reward, row: SampleRow) -> None:
         row: of the data.
 
     Raises:
-        ConfigError: the reward or the reported toxicity has the wrong order, or a function failed.
+        ConfigError: the reward or the reported toxicity has the wrong order, a classifier's output
+            is not finite, or a function failed.
     """
     texts = [*KIND, *INSULTING]
     classifier = reward.classifier
@@ -61,6 +62,10 @@ def check_sentences(reward: Reward, row: SampleRow) -> None:
         columns={name: [value] * len(texts) for name, value in row.columns.items()},
     )
     outputs = reward.forward([tokens for tokens, _ in rows])
+    try:
+        reward.check_finite(outputs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         scores = reward.combine(outputs, rows[0][1], request)
     except Exception as error:  # whatever a person's function raises
@@ -86,7 +91,7 @@ def refuse_wrong_order(scores: Scores, config: RewardConfig) -> None:
     """
     # The mean over several sentences: one of them may be outside of what a classifier knows.
     toxicity, rewards = _means(scores.toxicity), _means(scores.rewards)
-    if toxicity[1] <= toxicity[0]:
+    if not toxicity[1] > toxicity[0]:  # also for NaN
         raise ConfigError(
             f"The toxicity that {config.model} measures is {toxicity[1]:.3f} for insults such as "
             f"{INSULTING[0]!r} and {toxicity[0]:.3f} for {KIND[0]!r}. {_other_label(config)} "
