@@ -28,10 +28,8 @@ from ray_detox.records import PreparedRow, Rollout, TokenBatch, UpdateStats
 from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
 from ray_detox.rl.divergence import DivergedError
-from ray_detox.rl.learner import Learner, NonFiniteError
-from ray_detox.rl.loop import Outcome, check_start, is_probed, objective_key, train
 from ray_detox.rl.learner import Learner
-from ray_detox.rl.loop import Outcome, check_start, is_probed, train
+from ray_detox.rl.loop import Outcome, check_start, is_probed, objective_key, train
 from ray_detox.rl.rollout import collect
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.local import LocalRuntime

@@ -104,11 +104,11 @@ class Reward:
             ValueError: a classifier gave NaN or an infinite value.
         """
         for (setting, config), values in zip(self.config.classifiers, outputs, strict=True):
-            finite = np.isfinite(values).all(axis=0)
+            finite = np.isfinite(np.stack(values)).all(axis=0)
             if not finite.all():
                 raise ValueError(
                     f"The classifier {config.model} ({setting}.model) gave NaN or an infinite value "
-                    f"for {int((~finite).sum())} of {len(finite)} texts; expected finite logits. "
+                    f"for {int((~finite).sum())} of {finite.size} texts; expected finite logits. "
                     f"Check its weights, or set {setting}.model to another classifier."
                 )
 
