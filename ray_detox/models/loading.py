@@ -128,7 +128,7 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         # the decoder's, for untied.
         merged.config.tie_word_embeddings = ties
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if config.forced_bos_token is not None:  # `generate` then responds as the policy does
+    if config.forced_bos_token is not None:  # `generate` then starts as the policy does
         merged.generation_config.forced_bos_token_id = forced_bos_id(tokenizer, config)
     merged.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
