@@ -69,7 +69,6 @@ class Learner:
         self.trainable = policy.trainable()
         self.log_ratio_max = 0.0
         """Largest absolute log ratio in the last update's first minibatch, of this worker's rows."""
-        self._largest_log_ratio = torch.zeros(())
         detached = config.critic == "detached"
         is_critic = lambda name: detached and name.startswith("value_head.")
         self.critic_weights = [p for name, p in self.trainable.items() if is_critic(name)]
@@ -124,7 +123,6 @@ class Learner:
             ).to(self.policy.device)
         ).tolist()
 
-        largest = self._largest_log_ratio = torch.zeros((), device=self.policy.device)
         metrics: list[dict[str, float]] = []
         for rows, token_count in zip(
             (r for assignment in assignments for r in assignment), tokens, strict=True
@@ -132,9 +130,9 @@ class Learner:
             self.optimiser.zero_grad(set_to_none=False)
             # Sorted by size, so that the rows of a micro-batch need little padding.
             by_size = rows[np.argsort(sizes[rows], kind="stable")]
-            sums = self._backward(rollout, targets, by_size, token_count)
+            sums, largest = self._backward(rollout, targets, by_size, token_count)
             if not metrics:
-                largest = self._largest_log_ratio
+                self.log_ratio_max = float(largest)
             measured = self._reduce_and_clip(sums)
             if not all(np.isfinite(v) for v in measured.values()):
                 bad = ", ".join(name for name, v in measured.items() if not np.isfinite(v))
@@ -147,7 +145,6 @@ class Learner:
             self.optimiser.step()
             metrics.append(measured)
 
-        self.log_ratio_max = float(largest)
         return self._summary(metrics, measured)
 
     def _assign_minibatches(
@@ -163,19 +160,27 @@ class Learner:
 
     def _backward(
         self, rollout: Rollout, targets: Targets, rows: np.ndarray, token_count: float
-    ) -> Tensor:
-        """Add this worker's gradient of a minibatch to `.grad`; return its sums of `_METRICS`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Add this worker's gradient of a minibatch to `.grad`.
+
+        Returns:
+            this worker's sums of `_METRICS`, and its largest absolute log ratio.
+        """
+        largest = torch.zeros((), device=self.policy.device)
         sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=self.policy.device)
         for start in range(0, len(rows), self.config.micro_batch_size):
             part = torch.from_numpy(rows[start : start + self.config.micro_batch_size])
             micro = rollout.select(part)
-            loss, metrics = self._loss(micro, targets.select(part, micro.response_ids.shape[1]))
+            loss, metrics, log_ratio = self._loss(
+                micro, targets.select(part, micro.response_ids.shape[1])
+            )
             (loss / token_count).backward()
             sums += metrics
-        return sums / token_count
+            largest = torch.maximum(largest, log_ratio)
+        return sums / token_count, largest
 
-    def _loss(self, rollout: Rollout, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Return the loss summed over the tokens of a micro-batch, and sums of `_METRICS`."""
+    def _loss(self, rollout: Rollout, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss and `_METRICS`, summed over a micro-batch, and its largest absolute log ratio."""
         config, mask = self.config, rollout.response_mask
         new = self.policy.score_tokens(rollout.tokens)
         policy_loss, clipped = ppo.policy_loss(
@@ -195,8 +200,6 @@ class Learner:
         with torch.no_grad():
             log_ratio = torch.where(mask, new.logprobs - rollout.logprobs, 0.0)
             ratio = torch.where(mask, ppo.probability_ratio(new.logprobs, rollout.logprobs), 0.0)
-            largest = torch.maximum(self._largest_log_ratio, log_ratio.abs().max())
-            self._largest_log_ratio = largest
             metrics = torch.stack(
                 [
                     policy_loss.sum(),
@@ -208,7 +211,7 @@ class Learner:
                     log_ratio.square().sum(),
                 ]
             ).double()
-        return loss, metrics
+        return loss, metrics, log_ratio.abs().max()
 
     def _reduce_and_clip(self, sums: Tensor) -> dict[str, float]:
         """Sum gradients and metrics over workers in one all-reduce, then clip the gradients.
