@@ -413,6 +413,13 @@ class RewardConfig(ClassifierConfig):
             ),
         )
 
+    def scoring_settings(self) -> dict[str, Any]:
+        """Return the settings on which the score of a response depends, as JSON values.
+
+        `batch_size` is one of them: texts that share a forward pass round together.
+        """
+        return self.model_dump(mode="json", exclude={"actors", "check_sentences"})
+
     @property
     def min_actors(self) -> int:
         """Reward actors that a run always has."""

@@ -237,9 +237,8 @@ def objective_key(config: RunConfig) -> str:
     Objectives of the same key are comparable. Settings that cost or save only time and memory are
     left out, so a run that is resumed with other ones keeps its best checkpoint.
     """
-    reward = config.reward.model_dump(
-        mode="json", exclude={"actors", "batch_size", "check_sentences"}
-    )
+    reward = config.reward.scoring_settings()
+    del reward["batch_size"]
     settings = {
         "seed": config.seed,
         "data": config.data.model_dump(mode="json"),

@@ -34,20 +34,6 @@ AdapterFiles = Mapping[str, bytes]
 """The files of an adapter's folder, by name."""
 Examples = list[PairedExample]
 
-# Settings of the reward on which a score depends; the number of actors is not one.
-_DECISIVE_REWARD_SETTINGS = (
-    "model",
-    "revision",
-    "label",
-    "toxic_label",
-    "head",
-    "input",
-    "weight",
-    "terms",
-    "batch_size",
-    "max_tokens",
-)
-
 
 @ray.remote(max_retries=5)
 def measure_shard(
@@ -177,7 +163,7 @@ class _KeptShards:
         tree = config.to_dict()
         decisive = [tree[section] for section in ("seed", "data", "policy", "sampling")]
         decisive += [tree["evaluate"][name] for name in ("shards", "batch_size")]
-        decisive += [tree["reward"][name] for name in _DECISIVE_REWARD_SETTINGS]
+        decisive += [config.reward.scoring_settings()]
         decisive += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
         decisive += [row.prompt_id for row in rows]
         self._storage = storage
