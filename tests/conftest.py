@@ -7,7 +7,7 @@ have no effect. The RoBERTa tokenises bytes and has the labels `nothate` and `ha
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,18 @@ WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
 MakePolicy = Callable[..., Policy]
 
 
+def save_word_tokenizer(folder: Path, tokens: Sequence[str]) -> None:
+    """Save a tokenizer of words that ends each text with `</s>`, which is token 1."""
+    words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
 def save_tiny_t5(folder: Path) -> None:
     """Save a random T5 with an untied head, and its tokenizer, with `save_pretrained`."""
     torch.manual_seed(0)
@@ -73,14 +85,7 @@ def save_tiny_t5(folder: Path) -> None:
     model.lm_head.weight = nn.Parameter(head)
     model.save_pretrained(folder, safe_serialization=True)
 
-    words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    save_word_tokenizer(folder, tokens)
 
 
 def save_tiny_roberta(folder: Path, labels: tuple[str, ...] = ("nothate", "hate")) -> None:

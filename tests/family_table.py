@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     BertConfig,
     EncoderDecoderConfig,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
@@ -25,6 +23,7 @@ from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfi
 from ray_detox.models.constraints import generation_rules
 from ray_detox.models.trial import tiny_model
 from ray_detox.stages.preflight import check_policy
+from tests.conftest import save_word_tokenizer
 
 FAMILIES = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 SPECIAL = ("<pad>", "</s>", "<unk>", "<s>")
@@ -71,15 +70,7 @@ def save_family(family: str, folder: Path) -> Path:
         config.save_pretrained(folder)
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
 
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    save_word_tokenizer(folder, (*SPECIAL, *WORDS))
     return folder
 
 
