@@ -1,4 +1,4 @@
-"""How the reward reads a classifier's head, adds up its parts, calls functions, and is tried."""
+"""Parts of the reward: heads of classifiers, their sum, functions, and the trial on sentences."""
 
 import asyncio
 import gc

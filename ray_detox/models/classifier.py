@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_detox.config import ClassifierConfig, ConfigError
+from ray_detox.config import ClassifierConfig
+from ray_detox.errors import ConfigError, first_line
 from ray_detox.models.sources import local_folder
 
 DEFAULT_MAX_TOKENS = 512
@@ -38,7 +39,7 @@ LOAD_ERRORS = (
     RuntimeError,
     ImportError,
 )
-"""What transformers raises for a model that it cannot build: of an unknown type, or damaged."""
+"""Errors that transformers raises for a model of an unknown type, or a damaged one."""
 
 
 # ---- the head ----------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def label_index(
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How a score and a toxicity are read from the logits z of a text.
+    """The rule that reads a score and a toxicity from the logits z of a text.
 
     | label | activation | score | toxicity |
     |---|---|---|---|
@@ -123,7 +124,7 @@ class Head:
     index: int
     """Output of the label."""
     toxic: bool
-    """Whether the label means toxic."""
+    """True if the label means toxic."""
     activation: Literal["softmax", "sigmoid"]
 
     def read(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +227,7 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
     except LOAD_ERRORS as error:
         raise ConfigError(
             f"{setting} is {name!r}, and it cannot be loaded as a sequence classifier "
-            f"({type(error).__name__}: {_first_line(error)}). Set it to a model that this version of "
+            f"({type(error).__name__}: {first_line(error)}). Set it to a model that this version of "
             "transformers can load."
         ) from error
     if mismatched:
@@ -349,9 +350,9 @@ class Classifier:
         except LOAD_ERRORS as error:
             raise ConfigError(
                 f"{name} is {config.model!r}, and it cannot score a text from its tokens alone "
-                f"({type(error).__name__}: {_first_line(error)}). Set it to a classifier of texts."
+                f"({type(error).__name__}: {first_line(error)}). Set it to a classifier of texts."
             ) from error
-        """Whether texts of different lengths share a forward pass; else each has its own."""
+        """True if texts of different lengths share a forward pass; else each has its own."""
         self.device = torch.device(device)
         self.model.to(self.device)
 
@@ -514,8 +515,3 @@ class Classifier:
             tokenizer.pad_token = own[0]
         tokenizer.padding_side, config.pad_token_id = own[1:]
         return False
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or ["no reason given"])[0].rstrip(".:")

@@ -1,4 +1,4 @@
-"""What a model's author forces or forbids in generation, as part of the policy's distribution.
+"""Generation settings of a model's author, as part of the policy's distribution.
 
 `generate` of transformers changes the logits by the model's generation settings (the file
 generation_config.json, or older fields of config.json): a translation model starts every response
@@ -360,7 +360,7 @@ class Constraints:
     def __init__(self, rules: GenerationRules) -> None:
         self.rules = rules
         self.needs_history = bool(rules.forbidden_sequences)
-        """Whether `apply_` reads decoder inputs before those of the given logits."""
+        """True if `apply_` reads decoder inputs before those of the given logits."""
         self._begin = 0 if rules.forced_bos_id is None else 1
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_detox import lab
-from ray_detox.config import ConfigError
+from ray_detox.errors import ConfigError, first_line
 
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -126,7 +126,7 @@ def _from_s3(address: str, setting: str) -> Path:
         infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise ConfigError(
-            f"{setting} is {address!r}, and listing it failed: {_first_line(error)} Check the "
+            f"{setting} is {address!r}, and listing it failed: {first_line(error)}. Check the "
             "address, the region and the credentials."
         ) from error
     files = [info for info in infos if info.type == fs.FileType.File]
@@ -169,10 +169,6 @@ def s3_filesystem(address: str, setting: str) -> tuple[Any, str]:
         filesystem, root = fs.FileSystem.from_uri(address)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{setting} is {address!r}, and it cannot be opened: {_first_line(error)}"
+            f"{setting} is {address!r}, and it cannot be opened: {first_line(error)}."
         ) from error
     return filesystem, root
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") + "."

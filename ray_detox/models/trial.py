@@ -23,6 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConf
 
 from ray_detox import __version__
 from ray_detox.config import SamplingConfig
+from ray_detox.errors import first_line
 from ray_detox.models.constraints import GenerationRules
 from ray_detox.models.loading import build_policy
 from ray_detox.models.policy import Policy
@@ -164,8 +165,8 @@ def failed_trial(
             # Whatever the code of an architecture raises, the policy cannot use it.
             except Exception as failure:
                 error = error or failure
-    lines = str(error).splitlines() or [""]
-    return f"its forward pass fails ({type(error).__name__}: {lines[0].rstrip('.')})"
+    assert error is not None, "the loop returns if no trial fails"
+    return f"its forward pass fails ({type(error).__name__}: {first_line(error)})"
 
 
 def cached_trial(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ray_detox.errors import ConfigError
+from ray_detox.errors import ConfigError, first_line
 
 MIN_FREE_MB = 200
 """Free disk that checkpoints need: one of FLAN-T5-base takes 40 MB, and a run keeps several."""
@@ -92,7 +92,7 @@ class Storage:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise StorageError(f"{self.address} cannot be {verb}: {_first_line(error)}.") from error
+            raise StorageError(f"{self.address} cannot be {verb}: {first_line(error)}.") from error
 
 
 def open_address(address: str) -> tuple[Any, str]:
@@ -170,7 +170,7 @@ def _reason_not_reachable(address: str) -> str | None:
         # answer from them is enough.
         kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
     except (OSError, ValueError, ImportError) as error:
-        return _first_line(error)
+        return first_line(error)
     if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
         return f"the bucket {bucket} does not exist, or you may not use it"
     return None
@@ -180,7 +180,3 @@ def _first_existing(folder: Path) -> Path:
     while not os.path.exists(folder):  # not Path.exists, which may raise PermissionError
         folder = folder.parent
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
