@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from ray_detox.errors import ConfigError, first_line
 
@@ -34,6 +35,14 @@ class Storage:
 
     def __repr__(self) -> str:
         return f"Storage({self.address!r})"
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder on this machine, or None for any other address."""
+        if "://" not in self.address:
+            return Path(self.address)
+        parts = urlsplit(self.address)
+        return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file and create the folders above it; replaces a file of the same name."""

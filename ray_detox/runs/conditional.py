@@ -1,0 +1,245 @@
+"""One small file that several processes replace without losing each other's changes.
+
+    version, content = file.read()
+    file.replace(changed(content), version)      Conflict: somebody else was first; read again
+
+    a folder      compared and replaced while FILE.lock is locked (flock)
+    s3://         If-Match and If-None-Match: the service compares
+    other URLs    compared, then replaced: two writers within the same moment may not notice each other
+
+Every failure of the storage itself is a `StorageError`.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from ray_detox.errors import first_line
+from ray_detox.runs.storage import Storage, StorageError, write_atomic
+
+LOCK_TIMEOUT_S = 30.0
+"""Longest wait for another process that has the lock of a file."""
+LOCK_POLL_S = 0.01
+
+NAME = "run.json"
+
+
+class Conflict(Exception):
+    """The file is not the version that was to be replaced."""
+
+
+class VersionedFile(Protocol):
+    """The file `run.json` of a run in its storage."""
+
+    def read(self) -> tuple[str | None, bytes | None]:
+        """Return version and content; both None if there is no such file.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+
+    def replace(self, content: bytes, version: str | None) -> str:
+        """Write the file if it still is the given version, and return its new version.
+
+        Args:
+            content: to write.
+            version: from `read`; None if no such file exists.
+
+        Raises:
+            Conflict: the file is another version.
+            StorageError: the storage cannot be written to.
+        """
+
+
+def versioned_file(storage: Storage) -> VersionedFile:
+    """Return the record's file under an address."""
+    if storage.local_folder is not None:
+        return LocalFile(storage.local_folder / NAME)
+    return S3File(storage) if storage.address.startswith("s3://") else PlainFile(storage)
+
+
+class LocalFile:
+    """A file on this machine or on a mounted file system."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def read(self) -> tuple[str | None, bytes | None]:
+        """See `VersionedFile.read`."""
+        try:
+            content = self.file.read_bytes()
+        except FileNotFoundError:
+            return None, None
+        except OSError as error:
+            raise StorageError(f"{self.file} cannot be read: {first_line(error)}.") from error
+        return _version(content), content
+
+    def replace(self, content: bytes, version: str | None) -> str:
+        """See `VersionedFile.replace`."""
+        with locked(self.file):
+            if self.read()[0] != version:
+                raise Conflict
+            try:
+                write_atomic(self.file, content.decode())
+            except OSError as error:
+                raise StorageError(
+                    f"{self.file} cannot be written to: {first_line(error)}."
+                ) from error
+        return _version(content)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock beside a file; other threads and processes of any machine wait.
+
+    Raises:
+        StorageError: the folder cannot be written to, or another process keeps the lock.
+    """
+    lock = file.with_name(file.stem + ".lock")
+    try:
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StorageError(f"{lock} cannot be written to: {first_line(error)}.") from error
+    try:
+        _lock(opened, lock)
+        yield
+    finally:
+        os.close(opened)  # ends the lock
+
+
+def _lock(opened: int, lock: Path) -> None:
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{lock} has been locked for {LOCK_TIMEOUT_S:g} s by another process, which was "
+                    "paused while it wrote. End that process, then go on."
+                ) from None
+            time.sleep(LOCK_POLL_S)
+        except OSError:
+            return  # a file system without locks: as with other URLs
+
+
+class PlainFile:
+    """A file in a storage that cannot compare."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def read(self) -> tuple[str | None, bytes | None]:
+        """See `VersionedFile.read`."""
+        content = self.storage.read(NAME)
+        return (None, None) if content is None else (_version(content), content)
+
+    def replace(self, content: bytes, version: str | None) -> str:
+        """See `VersionedFile.replace`."""
+        if self.read()[0] != version:
+            raise Conflict
+        self.storage.write(NAME, content)
+        return _version(content)
+
+
+class S3File:
+    """An object in S3, or in a service that speaks its protocol."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._client: Any = None
+        self._place: dict[str, str] = {}
+
+    def read(self) -> tuple[str | None, bytes | None]:
+        """See `VersionedFile.read`."""
+        import botocore.exceptions
+
+        try:
+            answer = self._opened().get_object(**self._place)
+            return answer["ETag"], answer["Body"].read()
+        except botocore.exceptions.ClientError as error:
+            if _code(error) in ("NoSuchKey", "404"):
+                return None, None
+            raise self._failed("read", error) from error
+        except (botocore.exceptions.BotoCoreError, OSError) as error:
+            raise self._failed("read", error) from error
+
+    def replace(self, content: bytes, version: str | None) -> str:
+        """See `VersionedFile.replace`."""
+        import botocore.exceptions
+
+        expected = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        try:
+            answer = self._opened().put_object(**self._place, Body=content, **expected)
+            return str(answer["ETag"])
+        except botocore.exceptions.ClientError as error:
+            if _code(error) == "NotImplemented":
+                return PlainFile(self.storage).replace(content, version)
+            if _code(error) not in _CONFLICTS:
+                raise self._failed("written to", error) from error
+        except (botocore.exceptions.BotoCoreError, OSError) as error:
+            raise self._failed("written to", error) from error
+        # The answer to a request that succeeded may have been lost; its repetition then conflicts.
+        found, there = self.read()
+        if there != content or found is None:
+            raise Conflict
+        return found
+
+    def _opened(self) -> Any:
+        if self._client is None:
+            self._client, self._place = _open_s3(self.storage.address)
+        return self._client
+
+    def _failed(self, verb: str, error: Exception) -> StorageError:
+        return StorageError(f"{self.storage.address} cannot be {verb}: {first_line(error)}.")
+
+
+_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "404", "409", "412")
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _open_s3(address: str) -> tuple[Any, dict[str, str]]:
+    """Return a client and the object's place, from an address as pyarrow understands it."""
+    import boto3
+    from botocore.config import Config
+
+    parts = urlsplit(address)
+    options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    endpoint = options.get("endpoint_override")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+    credentials = {}
+    if parts.username and parts.password:
+        credentials = {
+            "aws_access_key_id": unquote(parts.username),
+            "aws_secret_access_key": unquote(parts.password),
+        }
+    client = boto3.client(
+        "s3",
+        region_name=options.get("region"),
+        endpoint_url=endpoint,
+        config=Config(
+            connect_timeout=5,
+            read_timeout=20,
+            retries={"total_max_attempts": 3, "mode": "standard"},
+            # As pyarrow does with another service than AWS.
+            s3={"addressing_style": "path"} if endpoint else {},
+        ),
+        **credentials,
+    )
+    key = "/".join(part for part in (unquote(parts.path).strip("/"), NAME) if part)
+    return client, {"Bucket": parts.netloc.rpartition("@")[2], "Key": key}
+
+
+def _version(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
