@@ -491,6 +491,9 @@ class PPOConfig(Section):
     """Stop the run if the policy has lost its entropy, or no longer ends its responses."""
     unfinished_penalty: NonNegative = 0.0
     """Subtracted from the score of a response that its limit cut before end-of-sequence."""
+    bootstrap_unfinished: bool = False
+    """Give a response that its limit cut the critic's value at the cut in place of its score: what the
+    finished response would have earned (Pardo et al. 2018, arXiv:1712.00378). Needs a critic."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -501,6 +504,11 @@ class PPOConfig(Section):
             raise ConfigError(
                 f"ppo.prompts_per_step ({self.prompts_per_step}) does not divide into "
                 f"ppo.minibatches ({self.minibatches}). Use a multiple, such as {nearest}."
+            )
+        if self.bootstrap_unfinished and self.critic == "none":
+            raise ConfigError(
+                "ppo.bootstrap_unfinished is true with ppo.critic=none; expected a critic, whose value "
+                "takes the place of the score. Set ppo.critic=detached, or ppo.bootstrap_unfinished=false."
             )
         if self.kl_controller == "adaptive":
             self._check_adaptive_kl()

@@ -244,7 +244,8 @@ class Rollout:
     values: Tensor
     """[B, R] float32, the value estimated just before each token."""
     scores: Tensor
-    """[B] float32, the reward for the whole response, less `ppo.unfinished_penalty` if it was cut."""
+    """[B] float32, the reward for the whole response. If it was cut, `ppo.unfinished_penalty` is
+    subtracted, and `ppo.bootstrap_unfinished` puts the value at the cut in its place."""
 
     def __post_init__(self) -> None:
         batch, response = self.response_ids.shape
@@ -321,13 +322,23 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """The measure by which the checkpoints of a run are compared."""
+
+    value: float
+    """Score less KL penalty, on prompts and with noise that stay the same; maybe not finite."""
+    key: str
+    """Hash of the settings that it depends on: objectives with different keys are not comparable."""
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateStats:
     """Metrics of one PPO step, already reduced over all workers. One row of metrics.jsonl."""
 
     step: int
     """Steps done, including this one."""
     score: float
-    """Mean reward of a response, less `ppo.unfinished_penalty` if it was cut."""
+    """Mean of `Rollout.scores`."""
     score_std: float
     """Standard deviation of these rewards."""
     toxicity: float

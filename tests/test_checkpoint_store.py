@@ -6,14 +6,15 @@ import threading
 
 import pytest
 
+from ray_detox.records import Objective
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore, CheckpointWriter
 from ray_detox.runs.storage import Storage, StorageError
 
 
-def made(step, objective=None, key=None):
+def made(step, objective=None, key=""):
     """A checkpoint of two files."""
     files = {"state.json": b'{"step": %d}' % step, "adapter/weights": bytes([step]) * 5000}
-    return Checkpoint(step, files, objective, key)
+    return Checkpoint(step, files, None if objective is None else Objective(objective, key))
 
 
 @pytest.fixture

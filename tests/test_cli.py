@@ -23,6 +23,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from ray_detox import pipeline, signals
 from ray_detox.cli import main as cli
+from ray_detox.records import Objective
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.folder import RunFolder
@@ -583,7 +584,8 @@ def checkpoints(stored_run):
         store = CheckpointStore(Storage(str(folder.path)), keep=9)
         for step, objective in objectives.items():
             files = {"adapter/adapter_config.json": b"{}", "state.json": str(step).encode()}
-            store.save(Checkpoint(step, files, objective))
+            measured = None if objective is None else Objective(objective, "")
+            store.save(Checkpoint(step, files, measured))
         return folder
 
     return make
@@ -596,6 +598,7 @@ def checkpoints(stored_run):
         ({}, "best", "Run 'first' has no checkpoint yet."),
         ({}, "bets", "--checkpoint is 'bets'; expected best, newest or the step of one."),
         ({2: None, 3: None}, "best", "has measured none of its checkpoints (train.probe_prompts=0)"),
+        ({2: float("nan"), 3: None}, "best", "has no objective that is a finite number"),
         ({1: 0.5, 2: 0.9, 3: None}, "7", "keeps no checkpoint of step 7; it keeps those of steps "
          "1, 2 (best), 3."),
     ],

@@ -405,6 +405,11 @@ def test_a_value_that_cannot_work_is_refused_in_a_sentence_with_its_name_and_its
             "ppo.adaptive_kl_coef_min is 0.2; expected at most ppo.kl_coef (0.1), with which",
         ),
         (
+            ["ppo.bootstrap_unfinished=true"],
+            "ppo.bootstrap_unfinished is true with ppo.critic=none; expected a critic, whose value takes "
+            "the place of the score. Set ppo.critic=detached, or ppo.bootstrap_unfinished=false.",
+        ),
+        (
             ["ppo.adaptive_kl_coef_min=0.01"],
             "ppo.adaptive_kl_coef_min is 0.01 with ppo.kl_controller=fixed; expected null, since "
             "only the adaptive controller uses it. Set ppo.adaptive_kl_coef_min=null, or "

@@ -29,7 +29,15 @@ from ray_detox.rewards.reward import Reward
 from ray_detox.rl import checkpoint
 from ray_detox.rl.divergence import DivergedError
 from ray_detox.rl.learner import Learner
-from ray_detox.rl.loop import Outcome, check_start, is_probed, objective_key, train
+from ray_detox.rl.loop import (
+    Outcome,
+    StartError,
+    check_start,
+    is_probed,
+    objective_key,
+    on_all_workers,
+    train,
+)
 from ray_detox.rl.rollout import collect
 from ray_detox.runs.checkpoint_store import unpack_folder
 from ray_detox.runs.local import LocalRuntime
@@ -299,14 +307,14 @@ def test_the_newest_and_the_best_checkpoints_are_kept(train_run, uninterrupted, 
     train_run(more)
 
     assert kept(more) == [0, 2, 4, 5]
-    start = more.store.load(0).objective
+    start = more.store.load(0).objective.value
     objectives = {0: start} | {
         stats.step: stats.probe_score - config.ppo.kl_coef * stats.probe_kl
         for stats in more.logged
         if stats.probe_score is not None
     }
     assert objectives.keys() == {0, 2, 4, 5}
-    assert objectives == {step: more.store.load(step).objective for step in kept(more)}
+    assert objectives == {step: more.store.load(step).objective.value for step in kept(more)}
     best = max(objectives, key=objectives.get)
     assert more.store.best() == best
     assert kept(uninterrupted) == sorted({4, 5, best})
@@ -329,7 +337,7 @@ def test_an_objective_is_that_of_the_saved_policy_on_fixed_prompts_and_noise(
     rollout = collected.rollout
     kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1).mean()
     objective = rollout.scores.mean() - config.ppo.kl_coef * kl
-    assert newest.objective == pytest.approx(float(objective), abs=1e-4)
+    assert newest.objective.value == pytest.approx(float(objective), abs=1e-4)
     assert learner.kl_coef != config.ppo.kl_coef, "the controller's coefficient is another one"
 
 
@@ -378,7 +386,7 @@ def test_a_run_resumed_with_another_kl_coef_compares_only_its_own_checkpoints(
     # With this coefficient the objectives are far from those of before.
     train_run(runtime, train=short.replace(steps=3), ppo=config.ppo.replace(kl_coef=50.0))
 
-    keys = [runtime.store.load(step).objective_key for step in range(4)]
+    keys = [runtime.store.load(step).objective.key for step in range(4)]
     assert keys[0] == keys[1] != keys[2] == keys[3]
     assert runtime.store.best() in (2, 3)
 
@@ -587,6 +595,26 @@ def test_a_score_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
 
     assert runtime.store.newest().step == 2
     assert [stats.step for stats in runtime.logged] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("error", [NonFiniteError, StartError])
+def test_a_failure_on_one_worker_is_raised_on_every_worker(two_workers, error):
+    def work(rank, total):
+        def part():
+            if rank == 1:
+                raise error("of worker 1")
+            return "done"
+
+        runtime = LocalRuntime.__new__(LocalRuntime)
+        runtime.sum_over_workers = total
+        assert on_all_workers(runtime, torch.device("cpu"), lambda: rank) == rank
+        with pytest.raises(error) as raised:
+            on_all_workers(runtime, torch.device("cpu"), part)
+        return str(raised.value)
+
+    other, own = two_workers(work)
+    assert own == "of worker 1"
+    assert "on another worker" in other
 
 
 def test_a_diverged_run_stops_keeps_earlier_checkpoints_and_stops_again_when_resumed(

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from ray_detox import draws
-from ray_detox.records import Scores
+from ray_detox.records import Scores, TokenBatch
 from ray_detox.rewards.reward import Ready
 from ray_detox.rl.rollout import Collected, collect, decode, is_finished, recompute
 
@@ -255,6 +255,38 @@ def test_an_unfinished_response_pays_its_penalty_in_the_rollout_only(
     difference = free.rollout.scores - paid.rollout.scores
     assert_close(difference, torch.from_numpy(1.5 * ~free.finished).float(), atol=1e-4, rtol=0.0)
     assert (paid.scores.rewards == free.scores.rewards).all()
+
+
+def test_a_cut_response_earns_the_value_at_its_cut_in_place_of_its_score(
+    make_policy, tokenizer, make_prompts
+):
+    policy = make_policy(critic="detached")
+    torch.nn.init.normal_(policy.value_head.value.weight)
+    batch = make_prompts(40)
+    settings = {"seed": 0, "step": 0, "chunk_size": 8}
+
+    scored = collect(policy, tokenizer, ImmediateScorer(), batch, **settings)
+    found = collect(policy, tokenizer, ImmediateScorer(), batch, **settings, bootstrap_gamma=0.5)
+
+    cut = ~torch.from_numpy(scored.finished)
+    assert 0 < cut.sum() < 40
+    assert_close(found.rollout.scores[~cut], scored.rollout.scores[~cut])
+    # The value before the next token, had the limit been one token more.
+    tokens = scored.rollout.tokens
+    for row in cut.nonzero()[:, 0].tolist():
+        n = int(tokens.response_mask[row].sum())
+        ids = torch.cat([tokens.response_ids[row, :n], torch.tensor([policy.pad_id])])[None]
+        one = TokenBatch(
+            query_ids=tokens.query_ids[[row]],
+            query_mask=tokens.query_mask[[row]],
+            response_ids=ids,
+            response_mask=torch.ones(1, n + 1, dtype=torch.bool),
+            encoder_states=None,
+            limits=None,
+        )
+        value = policy.score_tokens(one).values[0, n]
+        assert_close(found.rollout.scores[row], 0.5 * value, atol=1e-4, rtol=1e-4)
+    assert (found.scores.rewards == scored.scores.rewards).all()
 
 
 def test_seconds_are_reported_per_part(policy, tokenizer, make_prompts):

@@ -10,7 +10,7 @@ sampling and update, and the very first ratio would no longer be 1. Gradients fl
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,18 @@ class Policy(nn.Module):
             logprobs=torch.where(response_mask, logprobs, 0.0),
             values=torch.where(response_mask, values, 0.0),
         )
+
+    @torch.no_grad()
+    def values_after(self, tokens: TokenBatch) -> Tensor:
+        """Estimate the value [B] after the last token of each response, float32.
+
+        It is the value before the next token, which was not sampled; 0 without a value head.
+        """
+        lengths = tokens.response_mask.sum(dim=1, keepdim=True)
+        ids = nn.functional.pad(tokens.response_ids, (0, 1), value=self.pad_id)
+        mask = torch.arange(ids.shape[1], device=ids.device) <= lengths
+        longer = replace(tokens, response_ids=ids, response_mask=mask)
+        return self.score_tokens(longer).values.gather(1, lengths)[:, 0]
 
     @torch.no_grad()
     def ref_logprobs(self, tokens: TokenBatch) -> Tensor:

@@ -26,7 +26,7 @@ from ray_detox.config import RunConfig, TrainConfig
 from ray_detox.data.shards import PromptShards
 from ray_detox.draws import EVALUATION
 from ray_detox.models.policy import Policy
-from ray_detox.records import PromptBatch, Rollout, Scorer, Targets, UpdateStats
+from ray_detox.records import Objective, PromptBatch, Rollout, Scorer, Targets, UpdateStats
 from ray_detox.rl import checkpoint, ppo
 from ray_detox.rl.divergence import check_divergence
 from ray_detox.rl.learner import Learner, Update
@@ -63,8 +63,7 @@ class Runtime(Protocol):
         self,
         step: int,
         write: Callable[[Path], None],
-        objective: float | None,
-        objective_key: str,
+        objective: Objective | None,
         last: bool,
     ) -> None:
         """Keep a checkpoint; called on rank 0.
@@ -73,7 +72,6 @@ class Runtime(Protocol):
             step: steps done.
             write: fills an empty folder.
             objective: of the saved policy on the probe prompts, see `Probe`; None if not measured.
-            objective_key: see `objective_key`.
             last: True if no step follows: return only when the checkpoint is safely stored.
         """
 
@@ -139,7 +137,7 @@ def train(
     step, history = found or (0, list[UpdateStats]())
     stop = False
 
-    def respond(batch: PromptBatch, position: int) -> Collected:
+    def respond(batch: PromptBatch, position: int, gamma: float | None = None) -> Collected:
         return collect(
             policy,
             tokenizer,
@@ -149,7 +147,15 @@ def train(
             step=position,
             chunk_size=config.sampling.batch_size,
             unfinished_penalty=config.ppo.unfinished_penalty,
+            bootstrap_gamma=gamma,
         )
+
+    def rollout_of_step() -> Collected:
+        gamma = config.ppo.gamma if config.ppo.bootstrap_unfinished else None
+        collected = respond(shards.batch(step), step, gamma)
+        if step == 0:
+            check_start(collected.rollout, policy.dtype)
+        return collected
 
     def probe() -> Probe | None:
         if not is_probed(step, config.train):
@@ -161,17 +167,17 @@ def train(
         if runtime.rank == 0:
             write = lambda folder: checkpoint.write(folder, policy, learner, config, step, history)
             # The coefficient of the settings, not the controller's: one price for all checkpoints.
-            objective = None if probed is None else probed.objective(config.ppo.kl_coef)
-            runtime.save(step, write, objective, objective_key(config), last)
+            objective = probed and Objective(
+                probed.objective(config.ppo.kl_coef), objective_key(config)
+            )
+            runtime.save(step, write, objective, last)
 
     if step == 0:
         save(probe(), last=False)
 
     while step < config.train.steps and not stop:
         began = time.perf_counter()
-        collected = respond(shards.batch(step), step)
-        if step == 0:
-            check_start(collected.rollout, policy.dtype)
+        collected = on_all_workers(runtime, policy.device, rollout_of_step)
         if config.ppo.recompute_logprobs:
             collected = recompute(policy, collected, config.ppo.micro_batch_size)
 
@@ -189,7 +195,7 @@ def train(
             collected,
             targets,
             update,
-            learner.log_ratio_max,
+            learner,
             step,
             kl_coef,
             seconds,
@@ -214,6 +220,42 @@ def train(
             save(probed, last)
 
     return Outcome(step=step, stopped=stop and step < config.train.steps)
+
+
+def on_all_workers(runtime: Runtime, device: torch.device, work: Callable[[], T]) -> T:
+    """Return the result of `work`, or raise on every worker if it fails on one of them.
+
+    Otherwise the others would wait for the one that failed in their next sum, until that times out.
+
+    Args:
+        runtime: sums over workers; every worker calls this.
+        device: of the policy, on which workers exchange sums.
+        work: its part on this worker.
+
+    Raises:
+        NonFiniteError, StartError: `work` raised it, here or on another worker.
+    """
+    failure: NonFiniteError | StartError | None = None
+    try:
+        result = work()
+    except (NonFiniteError, StartError) as error:
+        failure = error
+    failed = [isinstance(failure, kind) for kind in (NonFiniteError, StartError)]
+    packed = torch.tensor(failed, dtype=torch.float64, device=device)
+    not_finite, not_equal = runtime.sum_over_workers(packed).tolist()
+    if failure is not None:
+        raise failure
+    if not_finite:
+        raise NonFiniteError(
+            "The policy's log-probabilities are not finite numbers on another worker, so it cannot "
+            "sample. If the weights of policy.model have no NaN, set policy.dtype=float32."
+        )
+    if not_equal:
+        raise StartError(
+            "Before any training the policy differs from its reference on another worker. The base "
+            "model or the adapter is not the same on every node: check policy.model and policy.adapter."
+        )
+    return result
 
 
 def is_probed(step: int, train: TrainConfig) -> bool:
@@ -267,8 +309,10 @@ def measure_probe(
     """
     began = time.perf_counter()
     score = kl = 0.0
-    if len(batch):
-        rollout = respond(batch, EVALUATION).rollout
+    collect_probe = lambda: respond(batch, EVALUATION) if len(batch) else None
+    collected = on_all_workers(runtime, device, collect_probe)
+    if collected is not None:
+        rollout = collected.rollout
         score, kl = rollout.scores.double().sum().item(), _kl_sum(rollout)
     seconds = time.perf_counter() - began
     packed = torch.tensor([len(batch), score, kl, seconds, 1], dtype=torch.float64)
@@ -310,7 +354,7 @@ def _reduce_stats(
     collected: Collected,
     targets: Targets,
     update: Update,
-    log_ratio_max: float,
+    learner: Learner,
     step: int,
     kl_coef: float,
     seconds: dict[str, float],
@@ -337,12 +381,17 @@ def _reduce_stats(
     }
     # A sum over workers of numbers that only one of them has, so that their maximum can be taken.
     ranks = range(runtime.world_size)
-    sums |= {f"max {r}": log_ratio_max if r == runtime.rank else 0.0 for r in ranks}
+    sums |= {f"max {r}": learner.log_ratio_max if r == runtime.rank else 0.0 for r in ranks}
     sums |= {f"seconds {name}": value for name, value in seconds.items()}
     sums |= {f"term {name}": value.astype("float64").sum() for name, value in scores.terms.items()}
     packed = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
     total = dict(zip(sums, runtime.sum_over_workers(packed.to(mask.device)).tolist(), strict=True))
 
+    explained_variance = 0.0
+    if learner.policy.value_head is not None:
+        explained_variance = ppo.explained_variance(
+            rollout.values, targets.returns, mask, runtime.sum_over_workers
+        )
     rows, workers = total["rows"], total["workers"]
     mean = total["score"] / rows
     stats = UpdateStats(
@@ -362,9 +411,7 @@ def _reduce_stats(
         ratio=update.ratio,
         log_ratio_std=update.log_ratio_std,
         log_ratio_max=max(total[f"max {r}"] for r in ranks),
-        explained_variance=ppo.explained_variance(
-            rollout.values, targets.returns, mask, runtime.sum_over_workers
-        ),
+        explained_variance=explained_variance,
         grad_norm=update.grad_norm,
         minibatches=update.minibatches,
         truncated=int(total["truncated"]),

@@ -57,6 +57,7 @@ def collect(
     step: int,
     chunk_size: int,
     unfinished_penalty: float = 0.0,
+    bootstrap_gamma: float | None = None,
 ) -> Collected:
     """Sample one response per prompt, have the responses scored, and return the rollout.
 
@@ -70,6 +71,8 @@ def collect(
         chunk_size: prompts that are sampled, and then submitted for scoring, at a time.
         unfinished_penalty: subtracted in the rollout from the score of a response that its limit
             cut; `Collected.scores` stays as the scorer returned it.
+        bootstrap_gamma: discount of the value at the cut, which then takes the place of the score of
+            such a response; None keeps the score. Source: Pardo et al. 2018, arXiv:1712.00378, eq. 6.
     """
     # Sorted by length, so that the prompts of a chunk need little padding.
     order = torch.argsort(batch.query_mask.sum(dim=1), stable=True).tolist()
@@ -103,9 +106,13 @@ def collect(
         torch.from_numpy(original_order).to(policy.device),
     )
     finished = is_finished(rollout.tokens, policy.eos_ids)
-    penalised = rollout.scores - unfinished_penalty * ~finished
+    earned = rollout.scores
+    if bootstrap_gamma is not None:
+        earned = earned.clone()
+        for rows in (~finished).nonzero()[:, 0].split(chunk_size):
+            earned[rows] = bootstrap_gamma * policy.values_after(rollout.tokens.select(rows))
     return Collected(
-        rollout=replace(rollout, scores=penalised),
+        rollout=replace(rollout, scores=earned - unfinished_penalty * ~finished),
         scores=scores,
         responses=[responses[i] for i in original_order],
         finished=finished.cpu().numpy(),

@@ -25,10 +25,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray_detox.records import Objective
 from ray_detox.runs.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,8 @@ class Checkpoint:
     step: int
     files: Mapping[str, bytes]
     """Contents by name, such as `adapter/adapter_model.safetensors`."""
-    objective: float | None = None
-    """Score less KL penalty on the run's probe prompts, in units of score; None if not measured."""
-    objective_key: str | None = None
-    """Hash of the settings behind the objective: objectives with different keys are not comparable."""
+    objective: Objective | None = None
+    """On the run's probe prompts; None if not measured."""
 
 
 class CheckpointStore:
@@ -63,8 +62,8 @@ class CheckpointStore:
     def __init__(self, storage: Storage, keep: int = 2) -> None:
         self.storage = storage
         self.keep = keep
-        self._objectives: dict[int, tuple[float | None, str | None]] = {}
-        """Objective and its key of the complete checkpoints, by step."""
+        self._objectives: dict[int, Objective | None] = {}
+        """Of the complete checkpoints, by step."""
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then delete those that need not be kept.
@@ -80,13 +79,12 @@ class CheckpointStore:
             self.storage.write(f"{folder}/{name}", content)
         about = {
             "step": checkpoint.step,
-            "objective": checkpoint.objective,
-            "objective_key": checkpoint.objective_key,
+            "objective": None if checkpoint.objective is None else asdict(checkpoint.objective),
             "files": {name: _digest(content) for name, content in checkpoint.files.items()},
         }
         # Last: the manifest is what makes a checkpoint complete.
         self.storage.write(f"{folder}/{MANIFEST}", json.dumps(about, indent=2).encode())
-        self._objectives[checkpoint.step] = (checkpoint.objective, checkpoint.objective_key)
+        self._objectives[checkpoint.step] = checkpoint.objective
         # After the write, so that at every moment at least `keep` checkpoints are complete.
         self._prune()
 
@@ -117,7 +115,7 @@ class CheckpointStore:
                     f"{expected['bytes']:,} bytes that were written."
                 )
             files[name] = content
-        return Checkpoint(step, files, about["objective"], about.get("objective_key"))
+        return Checkpoint(step, files, _objective(about))
 
     def newest(self, on_damage: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None.
@@ -145,14 +143,19 @@ class CheckpointStore:
         """
         self._read_objectives()
         known = {
-            step: (value, key)
-            for step, (value, key) in self._objectives.items()
-            if value is not None and math.isfinite(value)
+            step: objective
+            for step, objective in self._objectives.items()
+            if objective is not None and math.isfinite(objective.value)
         }
         if not known:
             return None
-        _, current = known[max(known)]
-        return max((value, step) for step, (value, key) in known.items() if key == current)[1]
+        current = known[max(known)].key
+        return max((one.value, step) for step, one in known.items() if one.key == current)[1]
+
+    def is_measured(self) -> bool:
+        """Whether an objective was measured for any complete checkpoint, finite or not."""
+        self._read_objectives()
+        return any(objective is not None for objective in self._objectives.values())
 
     def _prune(self) -> None:
         best = self.best()
@@ -173,16 +176,27 @@ class CheckpointStore:
             if step not in self._objectives:
                 about = self._read_manifest(step)
                 if about is not None:
-                    self._objectives[step] = (about["objective"], about.get("objective_key"))
+                    self._objectives[step] = _objective(about)
 
     def _read_manifest(self, step: int) -> dict[str, Any] | None:
         """Return the manifest of a step; None if it is missing or not valid."""
         text = self.storage.read(f"{_folder(step)}/{MANIFEST}")
         try:
             about = json.loads(text or b"null")
-            return about if about and about["step"] == step and "files" in about else None
+            _objective(about)
+            return about if about["step"] == step and isinstance(about["files"], dict) else None
         except (ValueError, KeyError, TypeError):
             return None
+
+
+def _objective(manifest: Mapping[str, Any]) -> Objective | None:
+    """Return the objective in a manifest.
+
+    Raises:
+        KeyError, TypeError: it has not the form that `CheckpointStore.save` writes.
+    """
+    stored = manifest["objective"]
+    return None if stored is None else Objective(value=stored["value"], key=stored["key"])
 
 
 class CheckpointWriter:

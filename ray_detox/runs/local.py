@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ray_detox.records import UpdateStats
+from ray_detox.records import Objective, UpdateStats
 from ray_detox.rl.loop import T
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore, pack_folder, unpack_folder
 from ray_detox.runs.storage import Storage
@@ -33,12 +33,11 @@ class LocalRuntime:
         self,
         step: int,
         write: Callable[[Path], None],
-        objective: float | None,
-        objective_key: str,
+        objective: Objective | None,
         last: bool,
     ) -> None:
         """Write a checkpoint, and return once it is on disk."""
-        self.store.save(Checkpoint(step, pack_folder(write), objective, objective_key))
+        self.store.save(Checkpoint(step, pack_folder(write), objective))
 
     def restore(self, read: Callable[[Path], T]) -> T | None:
         """Read the newest complete checkpoint, if there is one."""

@@ -87,9 +87,14 @@ def kept_checkpoint(config: RunConfig, folder: RunFolder, name: str) -> Checkpoi
             raise ConfigError(f"Run {folder.run_id!r} has no checkpoint yet.")
         kept = ", ".join(f"{step} (best)" if step == best else str(step) for step in steps)
         if name == "best" and best is None:
+            reason = (
+                "no objective that is a finite number"
+                if store.is_measured()
+                else "measured none of its checkpoints (train.probe_prompts=0)"
+            )
             raise ConfigError(
-                f"Run {folder.run_id!r} has measured none of its checkpoints "
-                f"(train.probe_prompts=0), so none is the best; it keeps those of steps {kept}."
+                f"Run {folder.run_id!r} has {reason}, so none is the best; it keeps the checkpoints of "
+                f"steps {kept}."
             )
         step = {"best": best, "newest": steps[-1]}[name] if name.isalpha() else int(name)
         assert step is not None, "checked above"

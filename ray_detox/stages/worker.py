@@ -20,7 +20,7 @@ from ray import ObjectRef
 from ray_detox.config import RunConfig
 from ray_detox.data.prompts import unpack_rows
 from ray_detox.errors import NonFiniteError
-from ray_detox.records import UpdateStats
+from ray_detox.records import Objective, UpdateStats
 from ray_detox.rewards.messages import ActorHandle
 from ray_detox.runs.checkpoint_store import Checkpoint, pack_folder, unpack_folder
 from ray_detox.stages.events import CheckpointTaken, StepDone, WorkerEvent, WorkerStarted
@@ -97,12 +97,11 @@ class RayRuntime:
         self,
         step: int,
         write: Callable[[Path], None],
-        objective: float | None,
-        objective_key: str,
+        objective: Objective | None,
         last: bool,
     ) -> None:
         """Send a checkpoint to the driver; wait for it only after the last step."""
-        checkpoint = Checkpoint(step, pack_folder(write), objective, objective_key)
+        checkpoint = Checkpoint(step, pack_folder(write), objective)
         sent = self.send(CheckpointTaken(self.group, checkpoint))
         if last:
             ray.get(sent, timeout=ACTOR_TIMEOUT_S)
