@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, overload
 
 from ray_detox.errors import ConfigError
-from ray_detox.recipes.loading import apply_override, config_from_dict, load_config
-from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder, new_run_id
+from ray_detox.recipes.loading import (
+    apply_override,
+    config_from_dict,
+    load_config,
+    override_settings,
+)
+from ray_detox.runs.folder import RunFolder, new_run_id
 from ray_detox.store.errors import StoreError
 from ray_detox.store.opening import open_store
 from ray_detox.store.protocol import ResultStore, check_run_id
 
 if TYPE_CHECKING:
     from ray_detox.config import ResultsConfig, RunConfig
+
+FIXED_SETTINGS = ("recipe", "data", "policy", "seed")
+"""Settings of a run that a measurement of its adapter cannot change."""
 
 
 def train(
@@ -27,6 +35,7 @@ def train(
     run_id: str | None = None,
     output: str | Path = "runs",
     resume: bool = False,
+    accept_changes: bool = False,
     quiet: bool = False,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -42,6 +51,8 @@ def train(
             one up from the recipe and the time.
         output: folder where runs are kept. The run's own folder in it is named by `run_id`.
         resume: continue the run `run_id` from its newest checkpoint.
+        accept_changes: continue even if the data, a model or the package is not the one that the run
+            was started with; the report shows what differs.
         quiet: print no progress.
         stream: where to print progress; None is the standard output.
 
@@ -68,7 +79,13 @@ def train(
     from ray_detox import pipeline
     from ray_detox.runs.console import Console
 
-    return pipeline.run(config, folder, Console(stream, quiet=quiet), resume=resume)
+    return pipeline.run(
+        config,
+        folder,
+        Console(stream, quiet=quiet),
+        resume=resume,
+        accept_changes=accept_changes,
+    )
 
 
 def evaluate(
@@ -77,6 +94,7 @@ def evaluate(
     output: str | Path = "runs",
     *,
     checkpoint: str | None = None,
+    accept_changes: bool = False,
     quiet: bool = False,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -89,6 +107,8 @@ def evaluate(
         output: folder where runs are kept.
         checkpoint: measure a kept checkpoint instead of the final adapter: `best`, `newest` or
             its step, such as `"20"`. The run need not have finished.
+        accept_changes: measure even if the data or a model is not the one that the run was started
+            with; the report shows what differs.
         quiet: print no progress.
         stream: where to print progress; None is the standard output.
 
@@ -109,7 +129,9 @@ def evaluate(
     from ray_detox import pipeline
     from ray_detox.runs.console import Console
 
-    return pipeline.evaluate_run(config, folder, Console(stream, quiet=quiet), checkpoint)
+    return pipeline.evaluate_run(
+        config, folder, Console(stream, quiet=quiet), checkpoint, accept_changes=accept_changes
+    )
 
 
 @overload
@@ -155,13 +177,11 @@ def results(
 
 
 def change_settings(config: "RunConfig", overrides: Sequence[str]) -> "RunConfig":
-    """Change settings of a stored run, of those that leave it the same run.
+    """Change settings of a stored run for a measurement of its adapter.
 
     Raises:
         ConfigError: a setting would make it another run, or is not valid.
     """
-    if any("=" not in override for override in overrides):
-        raise ConfigError("A run that exists keeps its recipe; give only section.name=value.")
     for override in overrides:
         section = override.partition("=")[0].partition(".")[0]
         if section in FIXED_SETTINGS:
@@ -169,10 +189,7 @@ def change_settings(config: "RunConfig", overrides: Sequence[str]) -> "RunConfig
                 f"{override!r} would make another run of {config.recipe!r}: data, policy and seed "
                 "of a run stay as they are. Start a new run instead."
             )
-    tree = config.to_dict()
-    for override in overrides:
-        apply_override(tree, override)
-    return config_from_dict(tree)
+    return override_settings(config, overrides)
 
 
 def open_results(
@@ -258,10 +275,4 @@ def _resumed(config: "RunConfig | None", folder: RunFolder) -> "RunConfig":
 
         resume_from_storage(folder, config.train.storage)
     stored = folder.read_config()
-    for name in FIXED_SETTINGS if config is not None else ():
-        if getattr(config, name) != getattr(stored, name):
-            raise ConfigError(
-                f"Run {folder.run_id!r} was started with other settings of {name}. Pass those it "
-                "was started with (config=None takes them), or start a new run."
-            )
     return stored if config is None else config

@@ -8,9 +8,8 @@
 The stages are methods of `stages/session.py`; the files of a run are in `runs/folder.py`.
 """
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
-from ray_detox.models.sources import fingerprint, folder_fingerprint
-from ray_detox.recipes.loading import config_from_dict
+from ray_detox.models.sources import folder_fingerprint
 from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
 from ray_detox.runs.console import Console
-from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.folder import RunFolder, run_exists
+from ray_detox.runs.held import CREATED_FILES, HeldRun, Origin, OtherIdentity, open_run
+from ray_detox.runs.identity import fingerprints
+from ray_detox.runs.lease import LeaseLost
 from ray_detox.runs.publish import check_store
-from ray_detox.runs.resume import kept_checkpoint, require_same_run, run_storage
-from ray_detox.runs.storage import StorageError, write_atomic
+from ray_detox.runs.resume import kept_checkpoint
+from ray_detox.runs.storage import StorageError
 from ray_detox.signals import end_on_sigterm
 from ray_detox.stages import preflight
 from ray_detox.stages.cluster.connect import cluster, count_gpus, is_local
@@ -42,8 +43,12 @@ if TYPE_CHECKING:
     from ray_detox.stages.ingest import Ingested
     from ray_detox.stages.session import Session
 
+log = logging.getLogger(__name__)
+
 __all__ = [
+    "LeaseLost",
     "NotStored",
+    "OtherIdentity",
     "StageError",
     "Stopped",
     "TrainingDiverged",
@@ -54,7 +59,12 @@ __all__ = [
 
 
 def run(
-    config: RunConfig, folder: RunFolder, console: Console, *, resume: bool = False
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> dict[str, Any]:
     """Run the whole job and return its report.
 
@@ -63,44 +73,70 @@ def run(
         folder: of the run.
         console: shows progress.
         resume: continue from the newest checkpoint, if there is one.
+        accept_changes: go on although something is not what the run was started with.
 
     Raises:
         ConfigError, StoreError: the settings are not valid; nothing has started.
+        OtherIdentity: the data, a model or the package is not what the run was started with.
         Stopped: the user stopped the run; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
         TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
+        LeaseLost: another process has taken the run; this one has written nothing since.
         StageError: a task of another stage failed, or the cluster lost resources of the run.
         NotStored: the result is in the run's folder, but not in the result store.
     """
-    source = prepare_run(config, folder, resume=resume)
+    source, held = prepare_run(
+        config, folder, resume=resume, accept_changes=accept_changes, say=console.line
+    )
     console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
     try:
         with flatten_ray_errors():
-            return _run_stages(config, folder, console, source, overwrite=resume)
+            return _run_stages(
+                config, held, console, source, overwrite=resume, accept_changes=accept_changes
+            )
+    except OtherIdentity:
+        raise
     except ConfigError as error:
-        if [file.name for file in folder.path.iterdir()] != ["config.json"]:
+        if {file.name for file in folder.path.iterdir()} - CREATED_FILES:
             # The cluster lost nodes after the start: the run can be resumed, and its settings
             # are valid.
             raise StageError(str(error)) from error
-        shutil.rmtree(folder.path)
+        held.discard()
         raise
+    finally:
+        held.release()
 
 
 def _run_stages(
-    config: RunConfig, folder: RunFolder, console: Console, source: Source, overwrite: bool
+    config: RunConfig,
+    held: HeldRun,
+    console: Console,
+    source: Source,
+    *,
+    overwrite: bool,
+    accept_changes: bool,
 ) -> dict[str, Any]:
     with _session(config, console) as session:
         data = session.ingest(source)
-        training = session.train(folder, data.shards)
-        adapter = read_files(folder.adapter)
-        examples = session.measure(folder, adapter, data.held_out)
+        held.identify({"prompts": data.fingerprint}, accept=accept_changes)
+        training = session.train(held, data.shards)
+        # Again: training may have taken days.
+        held.identify(fingerprints(config), accept=accept_changes)
+        adapter = read_files(held.folder.adapter)
+        examples = session.measure(adapter, data.held_out, held)
         measured = training.to_json() | {"actors": _actors(session)}
-        facts = _facts(config, folder, console, data, adapter, training.outcome.step, measured)
-        return session.finish(folder, examples, facts, overwrite=overwrite)
+        steps = training.outcome.step
+        facts = _facts(config, held.folder, console, data, adapter, steps, measured, held.facts())
+        return session.finish(held, examples, facts, overwrite=overwrite)
 
 
 def evaluate_run(
-    config: RunConfig, folder: RunFolder, console: Console, checkpoint: str | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    console: Console,
+    checkpoint: str | None = None,
+    *,
+    accept_changes: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's adapter again, possibly with changed settings; store nothing.
 
@@ -110,9 +146,11 @@ def evaluate_run(
         console: shows progress.
         checkpoint: measure a kept checkpoint (`best`, `newest` or its step) instead of the final
             adapter; the run need not have finished.
+        accept_changes: measure although something is not what the run was started with.
 
     Raises:
         ConfigError: the run has no adapter or checkpoint of that name, or a setting is not valid.
+        OtherIdentity: the data or a model is not what the run was started with.
     """
     steps, training = config.train.steps, dict[str, Any]()
     if checkpoint is None:
@@ -124,19 +162,36 @@ def evaluate_run(
         training["checkpoint"] = {
             "name": checkpoint,
             "step": found.step,
-            "objective": found.objective and found.objective.value,
+            "objective": None if found.objective is None else found.objective.value,
         }
         console.line(f"checkpoint of step {found.step} ({checkpoint})")
     source = preflight.check(config)
+    origin = Origin.of_run(config, folder)
+    origin.compare(fingerprints(config), accept=accept_changes)
     with flatten_ray_errors(), _session(config, console) as session:
         data = session.ingest(source)
-        examples = session.measure(folder, adapter, data.held_out, keep=False)
-    facts = _facts(config, folder, console, data, adapter, steps, training)
+        origin.compare({"prompts": data.fingerprint}, accept=accept_changes)
+        examples = session.measure(adapter, data.held_out)
+    facts = _facts(config, folder, console, data, adapter, steps, training, origin.facts())
     return summarise(rate(examples, config), config, facts)
 
 
-def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source:
-    """Check everything that can be checked before the start, then create the run's folder.
+def prepare_run(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    accept_changes: bool = False,
+    say: Callable[[str], None] = log.warning,
+) -> tuple[Source, HeldRun]:
+    """Check everything that can be checked before the start, then create or take the run.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        resume: the run exists.
+        accept_changes: go on although something is not what the run was started with.
+        say: called with a line while the run may be held by another process.
 
     Raises:
         ConfigError, StoreError: a check failed; nothing has started and no files are left.
@@ -144,35 +199,22 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
     check_run_id(folder.run_id)
     preflight.check_output(folder.output)
     if folder.path.exists() and not resume:
-        raise ConfigError(
-            f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or resume "
-            f"it: ray-detox run --resume {folder.run_id}."
-        )
+        raise ConfigError(run_exists(folder))
     if is_local(config):
         preflight.check_local_gpus(config, count_gpus)
     source = preflight.check(config)
     check_store(config.results, folder, new_run=not resume)
-    settings = json.dumps(config.to_dict(), indent=2) + "\n"
-    if config.train.storage is not None:
-        _claim_storage(config, folder, settings)
-    folder.path.mkdir(parents=True, exist_ok=resume)
-    write_atomic(folder.path / "config.json", settings)
-    return source
-
-
-def _claim_storage(config: RunConfig, folder: RunFolder, settings: str) -> None:
-    """Write the run's settings to `train.storage`, unless a different run with this id is there.
-
-    The same run may be there already: a job that is retried on another machine resumes from it.
-    """
-    storage = run_storage(config, folder)
+    found = fingerprints(config)
     try:
-        stored = storage.read("config.json")
-        if stored is not None:
-            require_same_run(config, config_from_dict(json.loads(stored)), folder.run_id)
-        storage.write("config.json", settings.encode())
+        held = open_run(config, folder, say, resume=resume)
     except StorageError as error:
         raise ConfigError(f"train.storage: {error}") from error
+    try:
+        held.identify(found, accept=accept_changes)
+    except BaseException:
+        held.release()
+        raise
+    return source, held
 
 
 @contextmanager
@@ -194,33 +236,18 @@ def _facts(
     adapter: Mapping[str, bytes],
     steps: int,
     training: dict[str, Any],
+    record: Mapping[str, Any],
 ) -> RunFacts:
+    content = {"adapter": unpack_folder(adapter, folder_fingerprint), "prompts": data.fingerprint}
     return RunFacts(
         run_id=folder.run_id,
         steps=steps,
         rows=asdict(data.counts),
         seconds=dict(console.seconds),
         training=training,
-        fingerprints=_fingerprints(config, adapter, data),
+        fingerprints=fingerprints(config) | content,
+        record=record,
     )
-
-
-def _fingerprints(
-    config: RunConfig, adapter: Mapping[str, bytes], data: "Ingested"
-) -> dict[str, str]:
-    """Return content fingerprints of the models, the adapter and the prompts of this run."""
-    policy, (_, *others) = config.policy, config.reward.classifiers
-    of_terms = {
-        f"{setting}.model": fingerprint(each.model, each.revision, f"{setting}.model")
-        for setting, each in others
-    }
-    reward = config.reward
-    return of_terms | {
-        "policy": fingerprint(policy.model, policy.revision, "policy.model"),
-        "reward": fingerprint(reward.model, reward.revision, "reward.model"),
-        "adapter": unpack_folder(adapter, folder_fingerprint),
-        "prompts": data.fingerprint,
-    }
 
 
 def _actors(session: "Session") -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ FACTS = RunFacts(
     seconds={"train": 2.0, "evaluate": 1.0},
     training={},
     fingerprints={"policy": "sha256:1"},
+    record={},
 )
 
 

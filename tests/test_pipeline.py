@@ -106,13 +106,18 @@ def test_runs_that_share_a_storage_have_separate_checkpoints(tmp_path):
 def test_a_different_run_with_the_same_id_is_refused(tmp_path, other):
     words = [f"train.storage={tmp_path / 'kept'}"]
     config = load_config("lab", words)
-    pipeline.prepare_run(config, RunFolder(tmp_path / "one", "first"), resume=False)
+    _, held = pipeline.prepare_run(config, RunFolder(tmp_path / "one", "first"), resume=False)
+    held.release()
 
     # A retry on another machine is the same run, also with a setting that may change on resume.
     retried = load_config("lab", [*words, "train.steps=50"])
-    pipeline.prepare_run(retried, RunFolder(tmp_path / "two", "first"), resume=False)
+    _, held = pipeline.prepare_run(retried, RunFolder(tmp_path / "two", "first"), resume=False)
+    held.release()
+    assert [(c.name, c.after) for c in held.record.settings] == [("train.steps", 50)]
     changed = load_config("lab", [*words, other])
-    with pytest.raises(ConfigError, match=rf"a run 'first' with .* \({other[:4]}"):
+    with pytest.raises(
+        ConfigError, match=rf"^Run 'first' has {other[:4]}.* would make it another run"
+    ):
         pipeline.prepare_run(changed, RunFolder(tmp_path / "three", "first"), resume=False)
 
     assert not (tmp_path / "three/first").exists()

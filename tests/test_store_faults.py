@@ -294,6 +294,7 @@ FACTS = RunFacts(
     seconds={},
     training={},
     fingerprints={},
+    record={},
 )
 
 

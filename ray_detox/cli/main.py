@@ -100,6 +100,14 @@ def _parser() -> argparse.ArgumentParser:
             help="folder where runs are kept; default: runs",
         )
 
+    def add_accept_changes(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--accept-changes",
+            action="store_true",
+            help="go on although the data, a model or the package is not the one that the run was "
+            "started with; the report shows it",
+        )
+
     def add_checkpoint(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--checkpoint",
@@ -125,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         help="continue a run from its newest checkpoint; on another machine, pass its "
         "train.storage= as well",
     )
+    add_accept_changes(sub)
     add_output(sub)
     cli_jobs.add_verbs(add)
     sub = add("evaluate", _evaluate, "Measure a run's adapter again, also with changed settings.")
@@ -138,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_checkpoint(sub)
+    add_accept_changes(sub)
     add_output(sub)
     cli_results.add_verbs(add, add_output)
     add("schema", _schema, "Print the JSON schema of a recipe, for editors.")
@@ -236,7 +246,7 @@ def _run(args: argparse.Namespace) -> int:
     from ray_detox import api, pipeline
     from ray_detox.runs.console import Console
     from ray_detox.runs.report_text import describe_run
-    from ray_detox.runs.resume import resume_from_storage
+    from ray_detox.runs.resume import resume_from_storage, resumed_settings
 
     resume = args.resume is not None
     if resume:
@@ -246,7 +256,7 @@ def _run(args: argparse.Namespace) -> int:
         storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
         if storage and not folder.path.exists():
             resume_from_storage(folder, storage[-1])
-        config = api.change_settings(folder.read_config(), args.words)
+        config = resumed_settings(folder.read_config(), args.words, folder.run_id)
     else:
         config = _load(args.words)
         run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
@@ -255,7 +265,13 @@ def _run(args: argparse.Namespace) -> int:
     go_on = f"ray-detox run --resume {folder.run_id}{output}"
     console = Console()
     try:
-        report = api.train(config, run_id=folder.run_id, output=args.output, resume=resume)
+        report = api.train(
+            config,
+            run_id=folder.run_id,
+            output=args.output,
+            resume=resume,
+            accept_changes=args.accept_changes,
+        )
     except pipeline.Stopped as stopped:
         console.line(f"Stopped after step {stopped.step}, with a checkpoint. Go on with: {go_on}")
         return 128 + stopped.signal_number
@@ -297,7 +313,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     progress = sys.stderr if args.json else sys.stdout
     try:
         report = api.evaluate(
-            args.run_id, args.words, args.output, checkpoint=args.checkpoint, stream=progress
+            args.run_id,
+            args.words,
+            args.output,
+            checkpoint=args.checkpoint,
+            accept_changes=args.accept_changes,
+            stream=progress,
         )
     except RuntimeError as error:
         print_error(error)

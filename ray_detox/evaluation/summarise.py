@@ -34,6 +34,8 @@ class RunFacts:
     """Further values of the training, such as peak memory; empty if nothing was trained."""
     fingerprints: Mapping[str, str]
     """Content fingerprints of the models and the data."""
+    record: Mapping[str, Any]
+    """What the run's record says: `writer`, and `changes` of settings and content since the start."""
 
 
 def rate(examples: Sequence[PairedExample], config: RunConfig) -> list[PairedExample]:
@@ -117,6 +119,7 @@ def summarise(
         "notes": notes(config, examples),
         "config": config.to_dict(),
         "fingerprints": dict(facts.fingerprints),
+        **facts.record,
         "versions": versions(),
     }
 

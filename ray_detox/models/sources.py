@@ -5,6 +5,7 @@ Only configuration, tokenizer and safetensors files are downloaded; no code of a
 is executed and nothing is unpickled.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -67,10 +68,19 @@ def folder_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
-            with file.open("rb") as content:
-                inner = hashlib.file_digest(content, "sha256").hexdigest()
+            about = file.stat()
+            inner = _hash_file(
+                file, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+            )
             digest.update(f"{file.name} {inner}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash_file(file: Path, state: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a file, read once per state: a run asks again after its training."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:

@@ -87,6 +87,20 @@ def config_from_dict(tree: Mapping[str, Any]) -> "RunConfig":
     return RunConfig(**as_text)
 
 
+def override_settings(config: "RunConfig", overrides: Sequence[str]) -> "RunConfig":
+    """Change the settings of a run that exists by words such as `train.steps=60`.
+
+    Raises:
+        ConfigError: a word is no setting, or a value is not valid.
+    """
+    if any("=" not in override for override in overrides):
+        raise ConfigError("A run that exists keeps its recipe; give only section.name=value.")
+    tree = config.to_dict()
+    for override in overrides:
+        apply_override(tree, override)
+    return config_from_dict(tree)
+
+
 def _read_recipe(recipe: str) -> dict[str, Any]:
     import yaml
 

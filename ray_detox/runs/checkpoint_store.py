@@ -3,6 +3,10 @@
     ADDRESS/checkpoints/step-00000012/adapter/...        the files of `rl/checkpoint.py`
                                       value_head.safetensors  optimiser.safetensors  ...
                                       manifest.json         written last: size and SHA-256 of each
+                        step-00000013.2/...                 of the second process that took the run
+
+No two takings of a run (`lease.py`) write the same file. What a process wrote after another one had
+taken the run does not count.
 
     training --put--> CheckpointWriter (a thread) --save--> CheckpointStore --> folder, s3://, ...
 
@@ -10,8 +14,9 @@ States of a checkpoint in the storage:
 
     writing --manifest.json written--> complete --newer ones exist, not the best--> pruned
        |                                  |
-       '--process or storage fails:       '--a file changes: its size or SHA-256 differs
-          incomplete, ignored                from the manifest, so it is damaged and ignored
+       '--process or storage fails:       |--a file changes: its size or SHA-256 differs
+          incomplete, ignored             |  from the manifest, so it is damaged and ignored
+                                          '--its process had lost the run: ignored
 
 The writer never delays training: if the storage is slower than the steps, only the newest checkpoint
 and the last measured one before it wait, in memory.
@@ -21,15 +26,18 @@ import hashlib
 import json
 import logging
 import math
+import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ray_detox.records import Objective
+from ray_detox.runs.lease import LeaseLost
+from ray_detox.runs.record import Taking
 from ray_detox.runs.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
@@ -51,17 +59,32 @@ class Checkpoint:
     """On the run's probe prompts; None if not measured."""
 
 
+class _Name(NamedTuple):
+    """The name of a checkpoint's folder."""
+
+    step: int
+    token: int
+    """Of the taking that wrote it."""
+
+    def __str__(self) -> str:
+        return f"step-{self.step:08d}" + (f".{self.token}" if self.token > 1 else "")
+
+
 class CheckpointStore:
     """Writes, reads and prunes the checkpoints of one run.
 
     Args:
         storage: of the run.
         keep: number of newest checkpoints to keep, beside the one with the best objective.
+        takings: of the run, the last one by this process if it writes; none if only one process can
+            know the storage.
     """
 
-    def __init__(self, storage: Storage, keep: int = 2) -> None:
+    def __init__(self, storage: Storage, keep: int = 2, takings: Sequence[Taking] = ()) -> None:
         self.storage = storage
         self.keep = keep
+        self.takings = tuple(takings)
+        self.token = max((taking.token for taking in takings), default=1)
         self._objectives: dict[int, Objective | None] = {}
         """Of the complete checkpoints, by step."""
 
@@ -71,7 +94,7 @@ class CheckpointStore:
         Raises:
             StorageError: the checkpoint was not written; earlier checkpoints are still there.
         """
-        folder = _folder(checkpoint.step)
+        folder = f"{FOLDER}/{_Name(checkpoint.step, self.token)}"
         # An earlier process may have left a checkpoint of this step. Without its manifest it is
         # incomplete, so no reader takes a mixture of old and new files for a checkpoint.
         self.storage.delete(f"{folder}/{MANIFEST}")
@@ -90,8 +113,20 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or not, oldest first."""
-        names = self.storage.names(FOLDER)
-        return sorted(int(name[5:]) for name in names if name.startswith("step-"))
+        return sorted({name.step for name in self._names()})
+
+    def _names(self, counting: bool = True) -> list[_Name]:
+        """Return the names of the checkpoints, oldest first.
+
+        Args:
+            counting: False returns those that do not count, see `Taking`.
+        """
+        parsed = map(_parse_name, self.storage.names(FOLDER))
+        names = sorted(name for name in parsed if name is not None)
+        return [name for name in names if self._counts(name) == counting]
+
+    def _counts(self, name: _Name) -> bool:
+        return all(t.token <= name.token or t.step >= name.step for t in self.takings)
 
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of a step, and compare its files with the manifest.
@@ -99,22 +134,32 @@ class CheckpointStore:
         Raises:
             StorageError: it is incomplete or damaged, or cannot be read.
         """
-        folder = _folder(step)
-        about = self._read_manifest(step)
+        found = [name for name in self._names() if name.step == step]
+        problem = f"The checkpoint of step {step} is incomplete: it has no valid manifest."
+        for name in reversed(found):  # the latest taking first
+            try:
+                return self._load(name)
+            except StorageError as error:
+                problem = str(error)
+        raise StorageError(problem)
+
+    def _load(self, name: _Name) -> Checkpoint:
+        step, folder = name.step, f"{FOLDER}/{name}"
+        about = self._read_manifest(name)
         if about is None:
             raise StorageError(
                 f"The checkpoint of step {step} is incomplete: it has no valid manifest."
             )
         files = {}
-        for name, expected in about["files"].items():
-            content = self.storage.read(f"{folder}/{name}")
+        for file, expected in about["files"].items():
+            content = self.storage.read(f"{folder}/{file}")
             if content is None or _digest(content) != expected:
                 size = "missing" if content is None else f"{len(content):,} bytes"
                 raise StorageError(
-                    f"The checkpoint of step {step} is damaged: {name} is {size}, not the "
+                    f"The checkpoint of step {step} is damaged: {file} is {size}, not the "
                     f"{expected['bytes']:,} bytes that were written."
                 )
-            files[name] = content
+            files[file] = content
         return Checkpoint(step, files, _objective(about))
 
     def newest(self, on_damage: Callable[[str], None] = log.warning) -> Checkpoint | None:
@@ -160,31 +205,40 @@ class CheckpointStore:
     def _prune(self) -> None:
         best = self.best()
         complete = sorted(self._objectives)
-        for step in self.steps():
+        for name in self._names():
             # Only complete checkpoints count as newer: an incomplete one replaces none.
-            newer = sum(other > step for other in complete)
-            if newer >= self.keep and step != best:
-                # The manifest first: a deletion that is cut off leaves an incomplete checkpoint,
-                # not one that looks damaged.
-                self.storage.delete(f"{_folder(step)}/{MANIFEST}")
-                self.storage.delete(_folder(step))
-                self._objectives.pop(step, None)
+            newer = sum(other > name.step for other in complete)
+            if newer >= self.keep and name.step != best:
+                self._delete(name)
+                self._objectives.pop(name.step, None)
+        for name in self._names(counting=False):
+            self._delete(name)
+
+    def _delete(self, name: _Name) -> None:
+        if name.token > self.token:  # this process has lost the run
+            return
+        # The manifest first: a deletion that is cut off leaves an incomplete checkpoint, not one that
+        # looks damaged.
+        self.storage.delete(f"{FOLDER}/{name}/{MANIFEST}")
+        self.storage.delete(f"{FOLDER}/{name}")
 
     def _read_objectives(self) -> None:
         """Read the objectives of checkpoints that an earlier process wrote."""
-        for step in self.steps():
-            if step not in self._objectives:
-                about = self._read_manifest(step)
+        for name in self._names():
+            if name.step not in self._objectives:
+                about = self._read_manifest(name)
                 if about is not None:
-                    self._objectives[step] = _objective(about)
+                    self._objectives[name.step] = _objective(about)
 
-    def _read_manifest(self, step: int) -> dict[str, Any] | None:
-        """Return the manifest of a step; None if it is missing or not valid."""
-        text = self.storage.read(f"{_folder(step)}/{MANIFEST}")
+    def _read_manifest(self, name: _Name) -> dict[str, Any] | None:
+        """Return the manifest of a checkpoint; None if it is missing or not valid."""
+        text = self.storage.read(f"{FOLDER}/{name}/{MANIFEST}")
         try:
             about = json.loads(text or b"null")
             _objective(about)
-            return about if about["step"] == step and isinstance(about["files"], dict) else None
+            return (
+                about if about["step"] == name.step and isinstance(about["files"], dict) else None
+            )
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -208,6 +262,7 @@ class CheckpointWriter:
         store: writes them.
         newest: newest checkpoint of an earlier process, if there is one.
         on_event: called on the thread with a message when writing fails and when it works again.
+        on_saved: called on the thread with the step of a checkpoint that is in the storage.
     """
 
     RETRY_S = 1.0
@@ -218,12 +273,15 @@ class CheckpointWriter:
         store: CheckpointStore,
         newest: Checkpoint | None,
         on_event: Callable[[str], None] = log.warning,
+        on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.store = store
         self.newest = newest
         self.seconds: list[float] = []
         """Duration of each write."""
         self._on_event = on_event
+        self._on_saved = on_saved
+        self._lost: LeaseLost | None = None
         self._waiting: list[Checkpoint] = []
         """Oldest first; the first one is being written."""
         self._problem: str | None = None
@@ -236,8 +294,12 @@ class CheckpointWriter:
         """Hand over a checkpoint, and return at once.
 
         It replaces those that still wait, except the last measured one, which may be the best.
+
+        Raises:
+            LeaseLost: another process has taken the run.
         """
         with self._changed:
+            self._check()
             # An older one may arrive late, from a worker group that was cut off. Its steps have been
             # repeated, and it must not replace a newer one.
             if self.newest is None or checkpoint.step >= self.newest.step:
@@ -254,15 +316,22 @@ class CheckpointWriter:
 
         Raises:
             StorageError: it is not after `timeout_s`.
+            LeaseLost: another process has taken the run.
         """
         with self._changed:
-            if self._changed.wait_for(lambda: not self._waiting, timeout_s):
+            done = lambda: not self._waiting or self._lost is not None
+            if self._changed.wait_for(done, timeout_s):
+                self._check()
                 return
             step = self._waiting[-1].step
             problem = self._problem or f"{self.store.storage.address} did not answer."
         raise StorageError(
             f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {problem}"
         )
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     def close(self) -> None:
         """End the thread after the current write, without waiting for it.
@@ -283,6 +352,12 @@ class CheckpointWriter:
             began = time.perf_counter()
             try:
                 self.store.save(checkpoint)
+                self._on_saved(checkpoint.step)
+            except LeaseLost as error:
+                with self._changed:
+                    self._lost = error
+                    self._changed.notify_all()
+                return
             except StorageError as error:
                 self._report(
                     f"The checkpoint of step {checkpoint.step} is not written yet. {error}"
@@ -307,8 +382,13 @@ class CheckpointWriter:
             self._on_event(problem)
 
 
-def _folder(step: int) -> str:
-    return f"{FOLDER}/step-{step:08d}"
+def _parse_name(text: str) -> _Name | None:
+    """Return the parts of a checkpoint's name; None if no checkpoint has this name."""
+    found = re.fullmatch(r"step-([0-9]{8,})(?:\.([0-9]+))?", text)
+    if found is None:
+        return None
+    name = _Name(int(found[1]), int(found[2] or 1))
+    return name if str(name) == text else None
 
 
 def _digest(content: bytes) -> dict[str, Any]:

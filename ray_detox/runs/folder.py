@@ -28,9 +28,6 @@ from ray_detox.runs.storage import write_atomic
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
 
-FIXED_SETTINGS = ("recipe", "data", "policy", "seed")
-"""Settings that identify a run: another value of one of them makes a different run."""
-
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -137,6 +134,14 @@ class RunFolder:
                 f"{file} cannot be read ({error}). Measure the run again: "
                 f"ray-detox run --resume {self.run_id}."
             ) from None
+
+
+def run_exists(folder: RunFolder) -> str:
+    """Say that the id of a new run is taken, and what to do."""
+    return (
+        f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or resume it: "
+        f"ray-detox run --resume {folder.run_id}."
+    )
 
 
 def new_run_id(recipe: str) -> str:

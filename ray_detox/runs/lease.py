@@ -169,8 +169,15 @@ class Lease:
         with self._lock:
             self._write(replace(self.record, **changes))
 
+    def note_step(self, step: int) -> None:
+        """Have the next beat write that the checkpoint of a step is in the storage."""
+        with self._lock:
+            self.record = replace(self.record, step=step)
+
     def release(self) -> None:
         """End the thread and free the run; does nothing if the lease is lost or the storage is away."""
+        if self._released.is_set():
+            return
         self._released.set()
         self._thread.join(BEAT_S)
         try:
@@ -210,8 +217,13 @@ class Lease:
         raise StorageError(f"{self.guard.address}: {NAME} changes all the time.")
 
 
-def create(storage: Storage, run_id: str) -> Lease:
+def create(storage: Storage, run_id: str, run: str | None = None) -> Lease:
     """Create the record of a new run, and take the run.
+
+    Args:
+        storage: of the run.
+        run_id: for messages.
+        run: see `RunRecord.run`; None makes a new one.
 
     Raises:
         Conflict: a run is there already.
@@ -219,7 +231,8 @@ def create(storage: Storage, run_id: str) -> Lease:
     """
     writer = this_process(secrets.token_hex(8), _now())
     record = RunRecord(
-        run=secrets.token_hex(16),
+        format=1,
+        run=run or secrets.token_hex(16),
         token=1,
         beat=0,
         writer=writer,

@@ -1,7 +1,8 @@
 """The metrics of every PPO step on disk: `metrics.jsonl` and TensorBoard files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,16 @@ class MetricsLog:
 
     Args:
         folder: the run's own folder.
+        hold: returns a context in which the folder may be written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, hold: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         from tensorboardX import SummaryWriter  # the writer alone, without torch or TensorFlow
 
         self.file = folder / "metrics.jsonl"
+        self._hold = hold
         rows = read_metrics(self.file)
         self.last_step = max((row["step"] for row in rows), default=0)
         if rows:
@@ -43,7 +48,7 @@ class MetricsLog:
         row = asdict(stats) | ({} if pool is None else {"pool": asdict(pool)})
         if step <= self.last_step:
             self._rewrite([r for r in read_metrics(self.file) if r["step"] < step])
-        with self.file.open("a") as file:
+        with self._hold(), self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.last_step = step
         flat = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -68,7 +73,8 @@ class MetricsLog:
         self.board.close()
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        with self._hold():
+            write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -3,17 +3,20 @@
 Plain data and its JSON form; `lease.py` reads and writes it.
 """
 
+import functools
 import json
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ray_detox.errors import ConfigError
 
-FORMAT = 1
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Writer:
 class Taking:
     """A process took the run; the takings of a run are numbered."""
 
-    token: int
-    step: int
+    token: Count
+    step: Count
     """Step of the checkpoint from which it went on. Checkpoints that an earlier taking wrote for later
     steps do not count: it wrote them when it no longer had the run."""
 
@@ -49,7 +52,7 @@ class Taking:
 class Change:
     """Something about a run that changed at a step."""
 
-    step: int
+    step: Count
     """Steps done before; the new value holds from the next step on."""
     name: str
     """A setting, such as `train.workers`, or an entry of the identity."""
@@ -61,11 +64,13 @@ class Change:
 class RunRecord:
     """Content of `run.json`."""
 
+    format: Literal[1]
+    """Version of the file."""
     run: str
     """Random id of this run: another run of the same name has another one."""
-    token: int
+    token: Count
     """Number of the current taking, from 1."""
-    beat: int
+    beat: Count
     """Grows while the writer lives."""
     writer: Writer | None
     """None if nobody writes the run."""
@@ -76,12 +81,12 @@ class RunRecord:
     """Differences from the identity that a user accepted."""
     settings: tuple[Change, ...]
     """Settings that changed when the run was resumed."""
-    step: int | None
+    step: Count | None
     """Step of the newest checkpoint in the storage; None if there is none."""
 
     def to_json(self) -> bytes:
         """Return the file's content."""
-        return (json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n").encode()
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
 
 def record_from_json(content: bytes, where: str) -> RunRecord:
@@ -95,49 +100,20 @@ def record_from_json(content: bytes, where: str) -> RunRecord:
         ConfigError: it is damaged, or of another version.
     """
     try:
-        tree = json.loads(content)
-        if tree.pop("format") != FORMAT:
-            raise ConfigError(
-                f"{where} is of another version of ray-detox. Use the version that started the run."
-            )
-        writer = tree.pop("writer")
-        changes = {
-            name: tuple(Change(**change) for change in tree.pop(name))
-            for name in ("accepted", "settings")
-        }
-        takings = tuple(Taking(**taking) for taking in tree.pop("takings"))
-        record = RunRecord(
-            writer=None if writer is None else Writer(**writer),
-            takings=takings,
-            **changes,
-            **tree,
-        )
-        _check(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        return _adapter().validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
-            f"{where} is damaged ({error}), and nothing else says who may write the run. Restore it "
-            "from a backup, or start a new run."
+            f"{where} is damaged, or of another version of ray-detox ({place}: {first['msg']}), and "
+            "nothing else says who may write the run. Restore it from a backup, use the version that "
+            "started the run, or start a new run."
         ) from error
-    return record
 
 
-def _check(record: RunRecord) -> None:
-    numbers = [record.token, record.beat, *([] if record.step is None else [record.step])]
-    numbers += [n for taking in record.takings for n in (taking.token, taking.step)]
-    numbers += [change.step for change in record.accepted + record.settings]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a number is not one")
-    texts = [record.run, *record.identity, *record.identity.values()]
-    texts += [change.name for change in record.accepted + record.settings]
-    if record.writer is not None:
-        writer = record.writer
-        texts += [writer.id, writer.host, writer.born, writer.since]
-        if type(writer.pid) is not int:
-            raise ValueError("a number is not one")
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a text is not one")
+@functools.cache
+def _adapter() -> TypeAdapter[RunRecord]:
+    return TypeAdapter(RunRecord)
 
 
 # ---- processes of this machine -------------------------------------------------------------------

@@ -1,33 +1,93 @@
 """Find a run and its checkpoints in its storage, and refuse a different run of the same id."""
 
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
-from ray_detox.recipes.loading import config_from_dict
+from ray_detox.recipes.loading import config_from_dict, override_settings
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
-from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder
+from ray_detox.runs.conditional import Conflict, versioned_file
+from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.lease import read_record
 from ray_detox.runs.storage import Storage, StorageError, check_storage, write_atomic
 from ray_detox.store.protocol import check_run_id
 
+MAY_CHANGE = (
+    "description",
+    "sampling.batch_size",
+    "reward.actors",
+    "reward.batch_size",
+    "reward.check_sentences",
+    "ppo.micro_batch_size",
+    "ppo.max_kl",
+    "ppo.stop_on_collapse",
+    "train",
+    "evaluate",
+    "serving",
+    "cluster",
+    "results",
+)
+"""Settings, and sections of them, that may change when a run is resumed. All others define it."""
+
+
+def changed_settings(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return the name, the old and the new value of every setting that differs."""
+    old, new = _flat(before.to_dict()), _flat(after.to_dict())
+    return [
+        (name, old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
 
 def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
-    """Check that checkpoints in the storage come from a run of the same data, policy and seed.
+    """Check that a run keeps the settings that define it.
 
     Args:
-        config: of the run that is about to start.
-        begun: settings that the storage keeps under the same run id.
-        run_id: of both.
+        config: of the run that is about to go on.
+        begun: that it has now.
+        run_id: of the run.
 
     Raises:
-        ConfigError: they are different runs.
+        ConfigError: a setting differs that makes it another run.
     """
-    for name in FIXED_SETTINGS:
-        if getattr(config, name) != getattr(begun, name):
+    for name, old, new in changed_settings(begun, config):
+        if not any(name == each or name.startswith(f"{each}.") for each in MAY_CHANGE):
             raise ConfigError(
-                f"train.storage={config.train.storage} keeps a run {run_id!r} with other settings "
-                f"({name}). Choose another --run-id, or go on with that run: "
-                f"ray-detox run --resume {run_id} train.storage={config.train.storage}."
+                f"Run {run_id!r} has {name}={_short(old)}, and {_short(new)} would make it another run. "
+                f"Keep the value, or start a new run with another --run-id. What may change when a run "
+                f"is resumed: {', '.join(MAY_CHANGE)}."
             )
+
+
+def resumed_settings(begun: RunConfig, overrides: Sequence[str], run_id: str) -> RunConfig:
+    """Apply words such as `train.steps=60` to the settings of a run that is resumed.
+
+    Raises:
+        ConfigError: a setting would make it another run, or is not valid.
+    """
+    config = override_settings(begun, overrides)
+    require_same_run(config, begun, run_id)
+    return config
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree of settings as names such as `train.steps`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": each for inner, each in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def resume_from_storage(folder: RunFolder, storage: str) -> None:
@@ -44,16 +104,22 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
     check_storage(storage)
     kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
     try:
-        settings, newest = kept.read("config.json"), CheckpointStore(kept).newest()
+        settings, record = kept.read("config.json"), read_record(kept)
+        takings = record.takings if record else ()
+        newest = CheckpointStore(kept, takings=takings).newest()
     except StorageError as error:
         raise ConfigError(f"train.storage: {error}") from error
-    if settings is None:
+    if settings is None or record is None:
         raise ConfigError(
             f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
         )
     # Settings of another version may not be valid here: find out before the folder exists.
     config_from_dict(json.loads(settings))
     folder.path.mkdir(parents=True, exist_ok=True)
+    # Nobody has the folder yet; who resumes the run takes it in the storage first.
+    with suppress(Conflict):
+        content = replace(record, writer=None).to_json()
+        versioned_file(Storage(str(folder.path.resolve()))).replace(content, None)
     if newest is not None:
         write_atomic(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
     # Last: a folder with config.json counts as a run that can be resumed.
@@ -80,8 +146,10 @@ def kept_checkpoint(config: RunConfig, folder: RunFolder, name: str) -> Checkpoi
     """
     if name not in ("best", "newest") and not (name.isascii() and name.isdecimal()):
         raise ConfigError(f"--checkpoint is {name!r}; expected best, newest or the step of one.")
-    store = CheckpointStore(run_storage(config, folder))
+    storage = run_storage(config, folder)
     try:
+        record = read_record(storage)
+        store = CheckpointStore(storage, takings=record.takings if record else ())
         steps, best = store.complete(), store.best()
         if not steps:
             raise ConfigError(f"Run {folder.run_id!r} has no checkpoint yet.")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray_detox.config import ConfigError
+from ray_detox.runs.lease import LeaseLost
 
 
 class Stopped(Exception):
@@ -35,7 +36,7 @@ def flatten_ray_errors() -> Iterator[None]:
     """Convert errors of Ray and the disk to errors with a one-line message.
 
     Raises:
-        ConfigError: the cause is a `ConfigError`, such as one that a task raised on its node.
+        ConfigError, LeaseLost: the cause is one, such as one that a task raised on its node.
         StageError: any other error of Ray, or an OSError.
     """
     try:
@@ -46,8 +47,8 @@ def flatten_ray_errors() -> Iterator[None]:
         # Ray's errors first, because some are OSErrors as well, such as its TimeoutError.
         if ray is not None and isinstance(error, ray.exceptions.RayError):
             cause = root_cause(error)
-            if isinstance(cause, ConfigError):
-                raise ConfigError(str(cause)) from error
+            if isinstance(cause, ConfigError | LeaseLost):
+                raise type(cause)(str(cause)) from error
             raise StageError(f"{type(cause).__name__}: {last_line(cause)}") from error
         if isinstance(error, OSError):
             raise StageError(f"{type(error).__name__}: {error}") from error

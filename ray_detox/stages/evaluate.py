@@ -87,6 +87,7 @@ def run_evaluation(
     need: Needs,
     on_event: Callable[[PromptsMeasured], None],
     storage: Storage | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> Examples:
     """Measure all rows in `evaluate.shards` tasks; the examples are in the order of the rows.
 
@@ -98,6 +99,8 @@ def run_evaluation(
         need: resolved for this cluster.
         on_event: called after some prompts were measured.
         storage: of the run, for measured shards; None stores none.
+        identity: fingerprints of the models and the data, by name: shards that were measured with
+            others are not reused.
 
     Raises:
         ConfigError: the cluster had no resources for a task for `cluster.capacity_timeout_s`.
@@ -105,7 +108,7 @@ def run_evaluation(
     count = min(config.evaluate.shards, len(rows))
     # Every count-th row, so that all shards have prompts of similar lengths.
     shards = [list(range(first, len(rows), count)) for first in range(count)]
-    kept = _KeptShards(storage, config, adapter, rows)
+    kept = _KeptShards(storage, config, adapter, rows, identity or {})
     found: dict[int, Examples] = {}
     for number in range(count):
         if (earlier := kept.read(number)) is not None:
@@ -159,6 +162,7 @@ class _KeptShards:
         config: RunConfig,
         adapter: AdapterFiles,
         rows: Sequence[PreparedRow],
+        identity: Mapping[str, str],
     ) -> None:
         tree = config.to_dict()
         decisive = [tree[section] for section in ("seed", "data", "policy", "sampling")]
@@ -166,6 +170,7 @@ class _KeptShards:
         decisive += [config.reward.scoring_settings()]
         decisive += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
         decisive += [row.prompt_id for row in rows]
+        decisive += sorted(identity.items())
         self._storage = storage
         self._folder = (
             f"evaluation/{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}"

@@ -9,6 +9,8 @@ from ray_detox.config import RunConfig
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.held import HeldRun
+from ray_detox.runs.lease import Guard
 from ray_detox.runs.publish import publish
 from ray_detox.stages.cluster.nodes import on_this_node
 from ray_detox.stages.errors import NotStored
@@ -19,6 +21,7 @@ from ray_detox.store.errors import StoreError
 def store_result(
     config: RunConfig,
     folder: RunFolder,
+    guard: Guard,
     examples: list[PairedExample],
     facts: RunFacts,
     *,
@@ -33,15 +36,20 @@ def store_result(
     Args:
         config: of the run.
         folder: of the run, on this machine.
+        guard: of the folder.
         examples: from `run_evaluation`.
         facts: see `summarise`.
         attempt: an id that stays the same when Ray runs this task again after a crash; the store
             lets only the same attempt overwrite a result that was partly written.
         overwrite: replace a stored run of the same id; for runs that were resumed.
+
+    Raises:
+        LeaseLost: another process has taken the run; nothing was written.
     """
     rated = rate(examples, config)
     report = summarise(rated, config, facts)
-    folder.write_result(report, rated)
+    with guard.hold():
+        folder.write_result(report, rated)
     try:
         publish(config.results, folder, attempt=attempt, overwrite=overwrite)
     except StoreError as error:
@@ -51,7 +59,7 @@ def store_result(
 
 def finish(
     config: RunConfig,
-    folder: RunFolder,
+    held: HeldRun,
     examples: list[PairedExample],
     facts: RunFacts,
     *,
@@ -61,20 +69,23 @@ def finish(
 
     Args:
         config: of the run.
-        folder: of the run, on this machine.
+        held: the run.
         examples: from `run_evaluation`.
         facts: see `summarise`.
         overwrite: replace a stored run of the same id; for runs that were resumed.
 
     Raises:
+        LeaseLost: another process has taken the run.
         NotStored: the report is in the run's folder, but could not be stored.
     """
+    folder = held.folder
     # The run's folder and the SQLite store are on this machine.
     task = store_result.options(scheduling_strategy=on_this_node())
     report, _, problem = ray.get(
         task.remote(
             config,
             RunFolder(folder.output.resolve(), folder.run_id),
+            held.guard,
             examples,
             facts,
             attempt=secrets.token_hex(8),

@@ -24,11 +24,10 @@ from ray_detox.evaluation.examples import PairedExample
 from ray_detox.evaluation.summarise import RunFacts
 from ray_detox.records import PreparedRow
 from ray_detox.resources import Needs
-from ray_detox.runs.checkpoint_store import CheckpointStore, CheckpointWriter
+from ray_detox.runs.checkpoint_store import CheckpointWriter
 from ray_detox.runs.console import Bar, Console, step_line
-from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.held import HeldRun
 from ray_detox.runs.metrics_log import MetricsLog
-from ray_detox.runs.resume import run_storage
 from ray_detox.signals import stop_on_signal
 from ray_detox.stages.cluster.admission import (
     CapacityWatchdog,
@@ -102,22 +101,25 @@ class Session:
             ]
         return data
 
-    def train(self, folder: RunFolder, shards: Sequence[ObjectRef[Any]]) -> TrainingFacts:
+    def train(self, held: HeldRun, shards: Sequence[ObjectRef[Any]]) -> TrainingFacts:
         """Train, and leave the trained adapter and all metrics in the run's folder.
 
         Args:
-            folder: of the run.
+            held: the run.
             shards: from `ingest`.
 
         Raises:
             Stopped: the user stopped the run; the newest checkpoint is kept.
             TrainingError: training failed; the newest checkpoint is kept.
+            LeaseLost: another process has taken the run.
         """
-        config = self.config
-        store = CheckpointStore(run_storage(config, folder), config.train.checkpoints_kept)
-        writer = CheckpointWriter(store, store.newest(on_damage=self._say), on_event=self._say)
-        metrics = MetricsLog(folder.path)
-        done = writer.newest.step if writer.newest else 0
+        config, folder = self.config, held.folder
+        newest = held.checkpoints(config.train.checkpoints_kept).newest(on_damage=self._say)
+        done = newest.step if newest else 0
+        held.begin(done)
+        store = held.checkpoints(config.train.checkpoints_kept)
+        writer = CheckpointWriter(store, newest, on_event=self._say, on_saved=held.note_step)
+        metrics = MetricsLog(folder.path, held.guard.hold)
         with (
             self.console.stage("train", self._describe_training()) as lines,
             self.console.bar(config.train.steps, "steps", done=done, lines=False) as bar,
@@ -125,9 +127,12 @@ class Session:
             closing(metrics),
             stop_on_signal(self.console) as stop,
         ):
-            if writer.newest is not None and writer.newest.step >= config.train.steps:
-                outcome = TrainingOutcome(step=writer.newest.step)
+            if done >= config.train.steps:
+                outcome = TrainingOutcome(step=done)
             else:
+                if newest is not None and held.record.token > 1:
+                    # An earlier process may still be about to delete its own copy.
+                    writer.put(newest)
                 with requesting_workers(config, self.need):
                     outcome = run_training(
                         config,
@@ -135,7 +140,7 @@ class Session:
                         self.pool,
                         self.need,
                         writer,
-                        on_event=lambda event: self._show(event, metrics, bar),
+                        on_event=lambda event: self._show(event, held, metrics, bar),
                         stop_requested=stop.event,
                     )
             if outcome.stopped and writer.newest is None:
@@ -145,26 +150,24 @@ class Session:
             metrics.complete(writer.newest.files["metrics.jsonl"].decode())
             if outcome.stopped:
                 raise Stopped(outcome.step, stop.signal_number)
-            folder.write_adapter(writer.newest.files)
+            with held.guard.hold():
+                folder.write_adapter(writer.newest.files)
             lines.append(f"adapter saved to {folder.adapter}, {_megabytes(folder.adapter)}")
         seconds = statistics.median(writer.seconds) if writer.seconds else None
         return TrainingFacts(outcome, store.best(), seconds)
 
     def measure(
         self,
-        folder: RunFolder,
         adapter: AdapterFiles,
         rows: Sequence[PreparedRow],
-        *,
-        keep: bool = True,
+        held: HeldRun | None = None,
     ) -> list[PairedExample]:
         """Generate and score a response to each held-out prompt, before and after training.
 
         Args:
-            folder: of the run.
             adapter: the trained adapter to measure, its files by name.
             rows: held-out rows from `ingest`.
-            keep: store each measured shard in the run's storage, and reuse those already there.
+            held: the run, whose storage keeps each measured shard for a resume; None keeps none.
         """
         with (
             self.console.stage("evaluate", f"{len(rows)} held-out prompts, before and after"),
@@ -177,27 +180,29 @@ class Session:
                 self.pool.directory,
                 self.need,
                 on_event=lambda event: bar.add(event.prompts),
-                storage=run_storage(self.config, folder) if keep else None,
+                storage=None if held is None else held.storage,
+                identity=None if held is None else held.record.identity,
             )
 
     def finish(
         self,
-        folder: RunFolder,
+        held: HeldRun,
         examples: list[PairedExample],
         facts: RunFacts,
         *,
         overwrite: bool,
     ) -> dict[str, Any]:
         """Summarise and store the run on the driver's node; see `stages.finish.finish`."""
-        return finish(self.config, folder, examples, facts, overwrite=overwrite)
+        return finish(self.config, held, examples, facts, overwrite=overwrite)
 
     def _say(self, text: str) -> None:
         self.console.line(f"{'':<9} {text}")
 
-    def _show(self, event: TrainingEvent, metrics: MetricsLog, bar: Bar) -> None:
+    def _show(self, event: TrainingEvent, held: HeldRun, metrics: MetricsLog, bar: Bar) -> None:
         """Print a training event, and store the metrics if it is a finished step."""
         match event:
             case StepDone(stats=stats):
+                held.check()
                 metrics.add(stats, self.pool.metrics())
                 line = step_line(stats, self.config.train.steps, self.console.width)
                 self.console.line(line)

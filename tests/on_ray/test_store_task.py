@@ -25,6 +25,7 @@ FACTS = RunFacts(
     seconds={"train": 2.0, "evaluate": 1.0},
     training={"workers": 2},
     fingerprints={"policy": "sha256:1"},
+    record={},
 )
 
 
