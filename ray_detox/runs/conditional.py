@@ -82,6 +82,8 @@ class LocalFile:
 
     def replace(self, content: bytes, version: str | None) -> str:
         """See `VersionedFile.replace`."""
+        if version is None:
+            self._make_folder()
         with locked(self.file):
             if self.read()[0] != version:
                 raise Conflict
@@ -92,6 +94,14 @@ class LocalFile:
                     f"{self.file} cannot be written to: {first_line(error)}."
                 ) from error
         return _version(content)
+
+    def _make_folder(self) -> None:
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{self.file.parent} cannot be written to: {first_line(error)}."
+            ) from error
 
 
 @contextmanager
