@@ -124,7 +124,7 @@ def evaluate_run(
         training["checkpoint"] = {
             "name": checkpoint,
             "step": found.step,
-            "objective": found.objective and found.objective.value,
+            "objective": None if found.objective is None else found.objective.value,
         }
         console.line(f"checkpoint of step {found.step} ({checkpoint})")
     source = preflight.check(config)

@@ -23,8 +23,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from ray_detox import pipeline, signals
 from ray_detox.cli import main as cli
-from ray_detox.records import Objective
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
+from ray_detox.records import Objective
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.resume import kept_checkpoint

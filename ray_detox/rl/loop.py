@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ray_detox.config import RunConfig, TrainConfig
 from ray_detox.data.shards import PromptShards
 from ray_detox.draws import EVALUATION
+from ray_detox.errors import NonFiniteError
 from ray_detox.models.policy import Policy
 from ray_detox.records import Objective, PromptBatch, Rollout, Scorer, Targets, UpdateStats
 from ray_detox.rl import checkpoint, ppo
@@ -167,9 +168,10 @@ def train(
         if runtime.rank == 0:
             write = lambda folder: checkpoint.write(folder, policy, learner, config, step, history)
             # The coefficient of the settings, not the controller's: one price for all checkpoints.
-            objective = probed and Objective(
-                probed.objective(config.ppo.kl_coef), objective_key(config)
-            )
+            objective = None
+            if probed is not None:
+                value = probed.objective(config.ppo.kl_coef)
+                objective = Objective(value, objective_key(config))
             runtime.save(step, write, objective, last)
 
     if step == 0:
