@@ -109,15 +109,15 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         batch_format="pyarrow",
     ).materialize()
 
-    read_count = prepared.count()
-    left_out, examples = _count_left_out(prepared)
+    summary = _summarise(prepared)
+    read_count, left_out = summary.read, summary.left_out
     kept = prepared.filter(expr=col("left_out").is_null()).select_columns(
         ["prompt_id", "prompt", "query_ids", "columns"]
     )
     # Sorted by the other columns as well, so that the order of equal dialogues is defined.
     order = ["prompt_id", "columns"]
     if data.held_out_rows == "hashed":
-        kept = kept.sort(order)
+        kept = _sorted(kept, order, blocks=prepared.num_blocks())
     kept = kept.materialize()
     count = kept.count()
     held = held_out_count(count, data.held_out_fraction)
@@ -131,7 +131,9 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         _check_enough(count - held, held, read_count, left_out, data)
         train, held_out = kept.split_at_indices([count - held])
     else:
-        train, held_out = train.sort(order).materialize(), held_out.sort(order)
+        train, held_out = (
+            _sorted(part, order, part.num_blocks()).materialize() for part in (train, held_out)
+        )
     bounds = [round((count - held) * shard / data.shards) for shard in range(1, data.shards)]
     seen: Counter[str] = Counter()
     measured = held_out.take(config.evaluate.prompts)
@@ -143,9 +145,17 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         held_out=unpack_rows(
             row | {"copy": copy} for row, copy in zip(measured, copies, strict=True)
         ),
-        counts=RowCounts(read_count, left_out, examples, count - held, held),
-        fingerprint=_fingerprint(kept),
+        counts=RowCounts(read_count, left_out, summary.examples, count - held, held),
+        fingerprint=summary.fingerprint,
     )
+
+
+def _sorted(rows: ray.data.Dataset, order: Sequence[str], blocks: int) -> ray.data.Dataset:
+    """Sort rows by columns; a single block where it is, since a distributed sort starts two processes."""
+    if blocks > 1:
+        return rows.sort(list(order))
+    sort = lambda block: block.sort_by([(name, "ascending") for name in order])
+    return rows.map_batches(sort, batch_size=None, batch_format="pyarrow")
 
 
 def _hold(shard: ray.data.Dataset, seen: Counter[str]) -> Any:
@@ -227,32 +237,38 @@ def _tokenizer(config: RunConfig) -> Any:
     return _tokenizer_of(config.policy.model, config.policy.revision)
 
 
-def _fingerprint(prompts: ray.data.Dataset) -> str:
-    """Sum the prompt ids, which are hashes: the same prompts in any order give the same sum."""
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What the driver has to know of all rows."""
 
-    def sum_of(batch: pa.Table) -> pa.Table:
-        total = sum(int(prompt_id, 16) for prompt_id in batch["prompt_id"].to_pylist())
-        # 47 bits, so that the sum over 65,000 batches still fits into 63 bits.
-        return pa.table({"sum": pa.array([total % 2**47], pa.int64())})
-
-    sums = prompts.select_columns(["prompt_id"]).map_batches(
-        sum_of, batch_size=None, batch_format="pyarrow"
-    )
-    return f"{(sums.sum('sum') or 0) % 2**47:012x}"
+    read: int
+    left_out: dict[str, int]
+    examples: dict[str, list[str]]
+    fingerprint: str
 
 
-def _count_left_out(
-    prepared: ray.data.Dataset,
-) -> tuple[dict[str, int], dict[str, list[str]]]:
+def _summarise(prepared: ray.data.Dataset) -> _Summary:
+    """Count the rows, and sum the prompt ids of those kept.
+
+    The ids are hashes: the same prompts in any order give the same sum, of which 47 bits are kept.
+    """
+    read = total = 0
     counts: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
-    bad = prepared.filter(expr=col("left_out").is_not_null()).select_columns(["left_out", "name"])
-    for batch in bad.iter_batches(batch_size=4096, batch_format="pyarrow"):
-        for reason, name in zip(*(batch[c].to_pylist() for c in ("left_out", "name")), strict=True):
+    names = ["prompt_id", "left_out", "name"]
+    light = prepared.select_columns(names)
+    for batch in light.iter_batches(batch_size=4096, batch_format="pyarrow"):
+        read += len(batch)
+        for prompt_id, reason, name in zip(*(batch[c].to_pylist() for c in names), strict=True):
+            if reason is None:
+                total = (total + int(prompt_id, 16)) % 2**47
+                continue
             counts[reason] = counts.get(reason, 0) + 1
             if len(examples.setdefault(reason, [])) < EXAMPLES_SHOWN:
                 examples[reason].append(name)
-    return dict(sorted(counts.items())), dict(sorted(examples.items()))
+    return _Summary(
+        read, dict(sorted(counts.items())), dict(sorted(examples.items())), f"{total:012x}"
+    )
 
 
 def _check_enough(

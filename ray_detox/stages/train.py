@@ -284,7 +284,7 @@ class WorkerGroup:
     def _make_trainer(self, need: Needs, scratch: str) -> TorchTrainer:
         gpus = need.gpus_per_worker
         cpus = self.job.config.cluster.cpus_per_worker
-        return TorchTrainer(
+        return _Trainer(
             train_worker,
             train_loop_config={"job": self.job},
             # NCCL refuses two workers on one GPU.
@@ -302,6 +302,19 @@ class WorkerGroup:
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer without two actors, which take seconds to start for each group.
+
+    One hands out data sets, of which we pass none; the other frees the resources of a controller that
+    was killed, as `WorkerGroup.run` does. Should Ray rename the method or the classes, it starts them.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+        made = super()._create_default_callbacks()
+        return [callback for callback in made if type(callback).__name__ not in unused]
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]

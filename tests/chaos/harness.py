@@ -38,6 +38,7 @@ SETTINGS = [
     "evaluate.shards=3",
     "data.limit=400",
     "reward.batch_size=8",
+    "reward.check_sentences=false",
     "serving.heartbeat_timeout_s=3",
     "cluster.cpus_per_worker=1",
     "cluster.capacity_timeout_s=60",
@@ -59,14 +60,18 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": str(Path(__file__).parents[2]),
 }
-HEALTH_CHECK = {
+NODE_ENVIRONMENT = {
+    # No process is started in advance, for each CPU and each driver.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
 }
-"""Ray notices in 5 seconds that the processes of a node are gone; its own settings make that 15.
+"""For Ray's own processes.
 
-A node that is only slow may still be silent for 20 seconds.
+Ray notices in 5 seconds that the processes of a node are gone; its own settings make that 15. A node
+that is only slow may still be silent for 20 seconds.
 """
 DRAIN_S = 8
 HEADLESS_S = 150
@@ -117,7 +122,7 @@ class Chaos:
         # Ray writes the address of its newest cluster into this folder, and fails if it is missing.
         (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)
         memory = 100 * 1024 * 1024
-        with mock.patch.dict(os.environ, HEALTH_CHECK):
+        with mock.patch.dict(os.environ, NODE_ENVIRONMENT):
             self.cluster = Cluster(
                 initialize_head=True,
                 head_node_args={
@@ -133,11 +138,12 @@ class Chaos:
 
     def add_node(self) -> None:
         """Add a worker node."""
-        self.cluster.add_node(
-            num_cpus=self.cpus,
-            object_store_memory=100 * 1024 * 1024,
-            include_log_monitor=False,
-        )
+        with mock.patch.dict(os.environ, NODE_ENVIRONMENT):
+            self.cluster.add_node(
+                num_cpus=self.cpus,
+                object_store_memory=100 * 1024 * 1024,
+                include_log_monitor=False,
+            )
 
     def close(self) -> None:
         """Stop all Ray processes that this object started."""
@@ -151,7 +157,7 @@ class Chaos:
         run_id: str,
         settings: Sequence[str] = (),
         faults: Sequence[Fault] = (),
-        limit_s: float = 300,
+        limit_s: float = 900,
         seed: int = 0,
     ) -> RunOutcome:
         """Run `ray-detox run` to its end while the faults are injected.

@@ -8,7 +8,7 @@ from tests.chaos.compare import FEWER, SAME, differences
 from tests.chaos.harness import STEPS, chaos
 from tests.chaos.schedule import KINDS, Fault, schedule
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CALM = "calm"
 QUICK = ["evaluate.shards=1"]  # the faults below come before the evaluation

@@ -27,6 +27,7 @@ SETTINGS = [
     f"evaluate.shards={SHARDS}",
     "data.limit=400",
     "reward.batch_size=8",
+    "reward.check_sentences=false",
     f"train.storage={STORAGE}",
     "results.store=dynamodb",
     "results.table=ray-detox",
@@ -36,7 +37,10 @@ SETTINGS = [
     "reward.actors=3",
 ]
 CPUS = 2
-FAST_HEALTH_CHECKS = {
+NODE_ENVIRONMENT = {
+    # No process is started in advance, for each CPU.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "5",
@@ -91,7 +95,7 @@ def observed():
             lan = stack.enter_context(network(folder, machines=4))
         except NoNetworkError as error:
             pytest.skip(str(error))
-        yield run_and_disconnect(Cluster(lan, folder, CPUS, FAST_HEALTH_CHECKS))
+        yield run_and_disconnect(Cluster(lan, folder, CPUS, NODE_ENVIRONMENT))
 
 
 def run_and_disconnect(cluster: Cluster) -> Observations:

@@ -68,8 +68,13 @@ def cluster(aws: str) -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=200 * 1024 * 1024,
-        # A task's process keeps what it has imported (torch takes seconds) for the next task.
-        _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
+        _system_config={
+            # A task's process keeps what it has imported (torch takes seconds) for the next task.
+            "idle_worker_killing_time_threshold_ms": 600_000,
+            # No process is started in advance, for each CPU.
+            "enable_worker_prestart": False,
+            "prestart_worker_first_driver": False,
+        },
         _temp_dir=folder,
     )
     yield
