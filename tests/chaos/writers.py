@@ -124,7 +124,9 @@ def _drive(words, output, resume, console):
         resume_from_storage(folder, config.train.storage)
     _, held = pipeline.prepare_run(config, folder, resume=resume, say=console.line)
     try:
-        job = session.Session(config, console, need=SimpleNamespace(gpus_per_worker=0), pool=_Pool())
+        job = session.Session(
+            config, console, need=SimpleNamespace(gpus_per_worker=0), pool=_Pool()
+        )
         job.train(held, [])
         held.identify({"prompts": "same"}, accept=False)
         adapter = read_files(folder.adapter)
@@ -135,7 +137,9 @@ def _drive(words, output, resume, console):
             rows={},
             seconds={},
             training={},
-            fingerprints={"adapter": hashlib.sha256(adapter["adapter_model.safetensors"]).hexdigest()},
+            fingerprints={
+                "adapter": hashlib.sha256(adapter["adapter_model.safetensors"]).hexdigest()
+            },
             record=held.facts(),
         )
         _, _, problem = finish.store_result._function(
@@ -237,7 +241,9 @@ def run_schedule(seed, storage, folder):
     exists = (output / RUN / "config.json").exists()
     last = start(resume=exists)
     last.join(60)
-    said = [json.loads(log.read_text())["said"] if log.exists() else "killed" for _, log, _ in started]
+    said = [
+        json.loads(log.read_text())["said"] if log.exists() else "killed" for _, log, _ in started
+    ]
     return Ended(said, _wrong(said, words, started[-1][2]))
 
 
