@@ -275,4 +275,9 @@ def _resumed(config: "RunConfig | None", folder: RunFolder) -> "RunConfig":
 
         resume_from_storage(folder, config.train.storage)
     stored = folder.read_config()
-    return stored if config is None else config
+    if config is None:
+        return stored
+    from ray_detox.runs.resume import require_same_run
+
+    require_same_run(config, stored, folder.run_id)
+    return config

@@ -46,7 +46,8 @@ def calls(monkeypatch):
     """The arguments of `pipeline.run`, which does nothing but remember them."""
     seen = []
 
-    def run(config, folder, console, *, resume):
+    def run(config, folder, console, *, resume, accept_changes):
+        assert accept_changes is False
         seen.append((config, folder, resume))
         console.line("progress")
         return {"run_id": folder.run_id}
@@ -121,7 +122,7 @@ def test_train_refuses_wrong_arguments(calls, begun):
         ({"run_id": "none", "resume": True}, "No run 'none' in"),
         (
             {"config": config.replace(seed=1), "run_id": "first", "resume": True},
-            "started with other settings of seed",
+            "Run 'first' has seed=0, and 1 would make it another run",
         ),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -161,7 +162,7 @@ def test_the_default_store_is_that_of_the_settings():
 def test_train_works_in_a_thread_that_gets_no_signals(begun, monkeypatch):
     from ray_detox import signals
 
-    def run(config, folder, console, *, resume):
+    def run(config, folder, console, *, resume, accept_changes):
         with signals.end_on_sigterm(), signals.stop_on_signal(console):
             return {"run_id": folder.run_id}
 

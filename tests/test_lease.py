@@ -289,6 +289,7 @@ def test_a_paused_process_that_goes_on_stops_with_a_sentence_and_changes_nothing
                 break
         except StorageError:
             process.send_signal(signal.SIGCONT)
+            time.sleep(0.013)
     second = take(storage, "first", lambda line: None, stale_s=STALE_S)
     GuardedStorage(second.guard).write("number", b"mine")
 

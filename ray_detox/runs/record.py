@@ -3,20 +3,15 @@
 Plain data and its JSON form; `lease.py` reads and writes it.
 """
 
-import functools
 import json
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import Any, Literal
 
 from ray_detox.errors import ConfigError
-
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +37,8 @@ class Writer:
 class Taking:
     """A process took the run; the takings of a run are numbered."""
 
-    token: Count
-    step: Count
+    token: int
+    step: int
     """Step of the checkpoint from which it went on. Checkpoints that an earlier taking wrote for later
     steps do not count: it wrote them when it no longer had the run."""
 
@@ -52,7 +47,7 @@ class Taking:
 class Change:
     """Something about a run that changed at a step."""
 
-    step: Count
+    step: int
     """Steps done before; the new value holds from the next step on."""
     name: str
     """A setting, such as `train.workers`, or an entry of the identity."""
@@ -68,9 +63,9 @@ class RunRecord:
     """Version of the file."""
     run: str
     """Random id of this run: another run of the same name has another one."""
-    token: Count
+    token: int
     """Number of the current taking, from 1."""
-    beat: Count
+    beat: int
     """Grows while the writer lives."""
     writer: Writer | None
     """None if nobody writes the run."""
@@ -81,7 +76,7 @@ class RunRecord:
     """Differences from the identity that a user accepted."""
     settings: tuple[Change, ...]
     """Settings that changed when the run was resumed."""
-    step: Count | None
+    step: int | None
     """Step of the newest checkpoint in the storage; None if there is none."""
 
     def to_json(self) -> bytes:
@@ -99,9 +94,11 @@ def record_from_json(content: bytes, where: str) -> RunRecord:
     Raises:
         ConfigError: it is damaged, or of another version.
     """
+    import pydantic
+
     try:
-        return _adapter().validate_json(content, strict=True)
-    except ValidationError as error:
+        return pydantic.TypeAdapter(RunRecord).validate_json(content, strict=True)
+    except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
@@ -109,11 +106,6 @@ def record_from_json(content: bytes, where: str) -> RunRecord:
             "nothing else says who may write the run. Restore it from a backup, use the version that "
             "started the run, or start a new run."
         ) from error
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[RunRecord]:
-    return TypeAdapter(RunRecord)
 
 
 # ---- processes of this machine -------------------------------------------------------------------
