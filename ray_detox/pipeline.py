@@ -69,6 +69,7 @@ def run(
         Stopped: the user stopped the run; it can be resumed.
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
         TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
+        StorageError: newer checkpoints could not be kept; those in the storage are.
         StageError: a task of another stage failed, or the cluster lost resources of the run.
         NotStored: the result is in the run's folder, but not in the result store.
     """

@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+"""The names that `_folder` makes; anything else beside them is not ours and stays where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or not, oldest first."""
-        names = self.storage.names(FOLDER)
-        return sorted(int(name[5:]) for name in names if name.startswith("step-"))
+        found = map(STEP_FOLDER.fullmatch, self.storage.folders(FOLDER))
+        return sorted(int(match[1]) for match in found if match)
 
     def load(self, step: int) -> Checkpoint:
         """Read the checkpoint of a step, and compare its files with the manifest.
@@ -180,15 +184,16 @@ class CheckpointStore:
         text = self.storage.read(f"{_folder(step)}/{MANIFEST}")
         try:
             about = json.loads(text or b"null")
-            return about if about and about["step"] == step and "files" in about else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):  # RecursionError: thousands of lists in each other
             return None
+        return about if _is_manifest(about, step) else None
 
 
 class CheckpointWriter:
     """Writes checkpoints on a background thread; keeps the newest one in memory.
 
     A failed write is repeated until it succeeds or a newer checkpoint takes its place, see `put`.
+    No error of the store ends the thread: later checkpoints would be lost without a word.
 
     Args:
         store: writes them.
@@ -212,7 +217,11 @@ class CheckpointWriter:
         self._on_event = on_event
         self._waiting: list[Checkpoint] = []
         """Oldest first; the first one is being written."""
+        self._unwritten: dict[int, float] = {}
+        """When each step came that is newer than all written ones, in seconds of the monotonic clock,
+        oldest first: also of those that a newer one has replaced."""
         self._problem: str | None = None
+        """Why the last write failed."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._write_all, name="checkpoints", daemon=True)
@@ -233,6 +242,7 @@ class CheckpointWriter:
                 else:
                     self._waiting = [checkpoint]
                 self.newest = checkpoint
+                self._unwritten.setdefault(checkpoint.step, time.monotonic())
                 self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> None:
@@ -245,10 +255,41 @@ class CheckpointWriter:
             if self._changed.wait_for(lambda: not self._waiting, timeout_s):
                 return
             step = self._waiting[-1].step
-            problem = self._problem or f"{self.store.storage.address} did not answer."
         raise StorageError(
-            f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {problem}"
+            f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {self._reason}"
         )
+
+    def check_unwritten(self, warning_s: float, max_s: float | None) -> str | None:
+        """Return a warning if checkpoints have not been written for long, or else None.
+
+        Args:
+            warning_s: seconds since the oldest unwritten one came after which to warn.
+            max_s: seconds after which to give up; None never does.
+
+        Raises:
+            StorageError: checkpoints have not been written for more than `max_s`.
+        """
+        with self._changed:
+            if not self._unwritten:
+                return None
+            step, since = next(iter(self._unwritten.items()))
+        waited_s = time.monotonic() - since
+        if max_s is not None and waited_s > max_s:
+            raise StorageError(
+                f"The checkpoints from step {step} on could not be kept for {waited_s:,.0f} s, longer "
+                f"than train.max_unsaved_s={max_s:g}. {self._reason} Resume the run once the storage "
+                "works."
+            )
+        if waited_s > warning_s:
+            return (
+                f"The checkpoints from step {step} on are not kept yet, after {waited_s:,.0f} s. "
+                f"{self._reason}"
+            )
+        return None
+
+    @property
+    def _reason(self) -> str:
+        return self._problem or f"{self.store.storage.address} did not answer."
 
     def close(self) -> None:
         """End the thread after the current write, without waiting for it.
@@ -269,32 +310,51 @@ class CheckpointWriter:
             began = time.perf_counter()
             try:
                 self.store.save(checkpoint)
-            except StorageError as error:
-                self._report(
-                    f"The checkpoint of step {checkpoint.step} is not written yet. {error}"
-                )
+            except Exception as error:
+                reason = str(error)
+                if not isinstance(error, StorageError):
+                    reason = f"{type(error).__name__}: {first_line(error)}."
+                began, self._problem = self._problem is None, reason
+                if began:  # not at every retry
+                    self._on_event(
+                        f"The checkpoint of step {checkpoint.step} is not written yet. {reason}"
+                    )
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, self.RETRY_S)
                 continue
             self.seconds.append(time.perf_counter() - began)
             if self._problem is not None:
-                self._report(None)
+                self._problem = None
                 self._on_event(f"Checkpoints are written again, from step {checkpoint.step} on.")
             with self._changed:
                 # A newer checkpoint may have arrived during the write; then it still waits.
                 self._waiting = [c for c in self._waiting if c is not checkpoint]
+                self._unwritten = {s: t for s, t in self._unwritten.items() if s > checkpoint.step}
                 self._changed.notify_all()
-
-    def _report(self, problem: str | None) -> None:
-        """Report a problem once, when it begins, rather than at every retry."""
-        began = problem is not None and self._problem is None
-        self._problem = problem
-        if began and problem is not None:
-            self._on_event(problem)
 
 
 def _folder(step: int) -> str:
     return f"{FOLDER}/step-{step:08d}"
+
+
+def _is_manifest(about: Any, step: int) -> bool:
+    """Return whether parsed JSON has the values and types that `CheckpointStore.save` writes."""
+    # `type(x) is int`, because True is an int as well.
+    return (
+        isinstance(about, dict)
+        and type(about.get("step")) is int
+        and about["step"] == step
+        and isinstance(about.get("objective", ""), float | None)
+        and isinstance(about.get("objective_key"), str | None)
+        and isinstance(about.get("files"), dict)
+        and all(
+            isinstance(digest, dict)
+            and digest.keys() == {"bytes", "sha256"}
+            and type(digest["bytes"]) is int
+            and isinstance(digest["sha256"], str)
+            for digest in about["files"].values()
+        )
+    )
 
 
 def _digest(content: bytes) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class Session:
         Raises:
             Stopped: the user stopped the run; the newest checkpoint is kept.
             TrainingError: training failed; the newest checkpoint is kept.
+            StorageError: newer checkpoints could not be kept, see `train.max_unsaved_s`.
         """
         config = self.config
         store = CheckpointStore(run_storage(config, folder), config.train.checkpoints_kept)
@@ -135,7 +136,7 @@ class Session:
                         self.pool,
                         self.need,
                         writer,
-                        on_event=lambda event: self._show(event, metrics, bar),
+                        on_event=lambda event: self._show(event, metrics, bar, writer),
                         stop_requested=stop.event,
                     )
             if outcome.stopped and writer.newest is None:
@@ -194,14 +195,23 @@ class Session:
     def _say(self, text: str) -> None:
         self.console.line(f"{'':<9} {text}")
 
-    def _show(self, event: TrainingEvent, metrics: MetricsLog, bar: Bar) -> None:
-        """Print a training event, and store the metrics if it is a finished step."""
+    def _show(
+        self, event: TrainingEvent, metrics: MetricsLog, bar: Bar, writer: CheckpointWriter
+    ) -> None:
+        """Print a training event; after a step, also store its metrics and look at the checkpoints.
+
+        Raises:
+            StorageError: checkpoints could not be kept for `train.max_unsaved_s`.
+        """
         match event:
             case StepDone(stats=stats):
                 metrics.add(stats, self.pool.metrics())
-                line = step_line(stats, self.config.train.steps, self.console.width)
-                self.console.line(line)
+                train = self.config.train
+                self.console.line(step_line(stats, train.steps, self.console.width))
                 bar.move_to(stats.step)
+                warning = writer.check_unwritten(train.unsaved_warning_s, train.max_unsaved_s)
+                if warning is not None:
+                    self._say(warning)
             case WorkerStarted():
                 self._say(
                     f"worker {event.rank} on node {event.node[:8]}, {event.device}, "
