@@ -473,7 +473,7 @@ def test_checkpoints_that_wait_for_long_give_a_warning_and_then_an_error(
     with pytest.raises(StorageError) as caught:
         writer.check_unwritten(60, 89)
     assert str(caught.value) == (
-        "The checkpoints from step 3 on could not be kept for 90 s, longer than train.max_unsaved_s=89. "
+        "For 90 s, longer than train.max_unsaved_s=89, the checkpoints from step 3 on could not be kept. "
         f"{folder} cannot be written to: No space left on device. Resume the run once the storage works."
     )
 

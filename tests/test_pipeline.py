@@ -164,7 +164,9 @@ def test_a_step_warns_of_checkpoints_that_are_not_kept_and_in_the_end_stops_the_
     assert failed.wait(30)
     after_step(2)
     after_step(3, "train.unsaved_warning_s=1e-9")
-    with pytest.raises(StorageError, match=r"train.max_unsaved_s=1e-09. The disk is full. Resume"):
+    with pytest.raises(
+        StorageError, match=r"max_unsaved_s=1e-09, .* kept. The disk is full. Resume"
+    ):
         after_step(4, "train.max_unsaved_s=1e-9")
     writer.close()
 

@@ -276,9 +276,9 @@ class CheckpointWriter:
         waited_s = time.monotonic() - since
         if max_s is not None and waited_s > max_s:
             raise StorageError(
-                f"The checkpoints from step {step} on could not be kept for {waited_s:,.0f} s, longer "
-                f"than train.max_unsaved_s={max_s:g}. {self._reason} Resume the run once the storage "
-                "works."
+                f"For {waited_s:,.0f} s, longer than train.max_unsaved_s={max_s:g}, the checkpoints "
+                f"from step {step} on could not be kept. {self._reason} Resume the run once the "
+                "storage works."
             )
         if waited_s > warning_s:
             return (
