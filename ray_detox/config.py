@@ -573,6 +573,12 @@ class TrainConfig(Section):
     """PPO steps between two such measurements; each samples and scores the probe prompts once."""
     storage: str | None = None
     """Folder or `s3://...` for checkpoints that every node can reach; null takes the run's own folder."""
+    unsaved_warning_s: Positive = 60.0
+    """Seconds that checkpoints wait for a storage that fails or is slow before every step prints a
+    warning."""
+    max_unsaved_s: Positive | None = None
+    """Seconds that checkpoints wait for the storage before the run ends with an error, with those that
+    are already there; null waits for ever."""
 
     @property
     def min_workers(self) -> int:

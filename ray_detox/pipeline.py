@@ -82,6 +82,7 @@ def run(
         TrainingError, RewardError: training failed; the newest checkpoint is kept.
         TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
         LeaseLost: another process has taken the run; this one has written nothing since.
+        StorageError: newer checkpoints could not be kept; those in the storage are.
         StageError: a task of another stage failed, or the cluster lost resources of the run.
         NotStored: the result is in the run's folder, but not in the result store.
     """

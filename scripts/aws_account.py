@@ -23,6 +23,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import yaml
@@ -242,7 +243,7 @@ class Account:
         address = storage or f"s3://{self._name}-{self.number}-{self.region}"
         if not address.startswith("s3://"):
             return []
-        name = address.removeprefix("s3://").partition("/")[0]
+        name = urlsplit(address).netloc
         try:
             there = self._client("s3").head_bucket(Bucket=name).get("BucketRegion")
         except exceptions.ClientError as error:

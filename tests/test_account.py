@@ -282,7 +282,7 @@ def test_the_runs_bucket_must_be_in_the_clusters_region(account, cluster):
     assert faults(account, cluster, f"train.storage=s3://{BUCKET}/runs") == []
     (fault,) = faults(account, cluster, "train.storage=s3://far/runs")
     assert fault.startswith("The bucket 'far' is in eu-central-1, and the cluster in us-east-1:")
-    (fault,) = faults(account, cluster, "train.storage=s3://none/runs")
+    (fault,) = faults(account, cluster, "train.storage=s3://none?region=us-east-1")
     assert fault.startswith("There is no bucket 'none'.")
     assert faults(account, cluster, "train.storage=/shared/runs") == []
 

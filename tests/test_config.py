@@ -330,6 +330,8 @@ BAD_VALUES = [
     ("cluster.gpus_per_worker", -1),
     ("train.checkpoint_every", 0),
     ("train.checkpoints_kept", 0),
+    ("train.unsaved_warning_s", 0),
+    ("train.max_unsaved_s", 0),
     ("cluster.max_failures", -1),
     ("evaluate.prompts", 1),
     ("evaluate.batch_size", 0),

@@ -1,6 +1,9 @@
 """The run's folder and the error message after a stage fails; without starting Ray."""
 
 import io
+import threading
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import ray.exceptions
@@ -9,11 +12,16 @@ from ray_detox import pipeline
 from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs import resume
+from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore, CheckpointWriter
 from ray_detox.runs.console import Console
 from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.metrics_log import MetricsLog, read_metrics
+from ray_detox.runs.storage import Storage, StorageError
 from ray_detox.stages import errors
-from ray_detox.stages.session import TrainingFacts
+from ray_detox.stages.events import StepDone
+from ray_detox.stages.session import Session, TrainingFacts
 from ray_detox.stages.train import TrainingOutcome
+from tests.test_console import stats as metrics_of
 
 
 def run_with(stages, tmp_path, monkeypatch):
@@ -102,6 +110,18 @@ def test_runs_that_share_a_storage_have_separate_checkpoints(tmp_path):
     assert places == ["s3://bucket/runs/a", "s3://bucket/runs/b"]
 
 
+def test_runs_that_share_a_storage_with_a_query_are_found_again(tmp_path):
+    address = f"file://{tmp_path}/kept?what=ever"
+    config = load_config("lab", [f"train.storage={address}"])
+    for name in "ab":
+        pipeline.prepare_run(config, RunFolder(tmp_path / "here", name), resume=False)
+
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a", "b"]
+    elsewhere = RunFolder(tmp_path / "elsewhere", "a")
+    resume.resume_from_storage(elsewhere, address)
+    assert elsewhere.read_config() == config
+
+
 @pytest.mark.parametrize("other", ["seed=1", "data.limit=300", "policy.lora_rank=4"])
 def test_a_different_run_with_the_same_id_is_refused(tmp_path, other):
     words = [f"train.storage={tmp_path / 'kept'}"]
@@ -121,6 +141,49 @@ def test_a_different_run_with_the_same_id_is_refused(tmp_path, other):
         pipeline.prepare_run(changed, RunFolder(tmp_path / "three", "first"), resume=False)
 
     assert not (tmp_path / "three/first").exists()
+
+
+class FullStore(CheckpointStore):
+    """A store on a disk that stays full."""
+
+    def save(self, checkpoint):
+        raise StorageError("The disk is full.")
+
+
+def test_a_step_warns_of_checkpoints_that_are_not_kept_and_in_the_end_stops_the_run(tmp_path):
+    printed, failed = io.StringIO(), threading.Event()
+    pool = SimpleNamespace(metrics=lambda: None)
+    writer = CheckpointWriter(
+        FullStore(Storage(str(tmp_path / "run"))), None, on_event=lambda text: failed.set()
+    )
+
+    def after_step(step, *words):
+        config = load_config("lab", words)
+        session = Session(config, Console(printed), need=None, pool=pool)
+        done = StepDone("group", metrics_of(step))
+        with closing(MetricsLog(tmp_path)) as metrics, session.console.bar(40, "steps") as bar:
+            session._show(done, SimpleNamespace(check=lambda: None), metrics, bar, writer)
+
+    after_step(1, "train.unsaved_warning_s=1e-9", "train.max_unsaved_s=1e-9")
+    writer.put(Checkpoint(1, {"state.json": b"{}"}))
+    assert failed.wait(30)
+    after_step(2)
+    after_step(3, "train.unsaved_warning_s=1e-9")
+    with pytest.raises(
+        StorageError, match=r"max_unsaved_s=1e-09, .* kept. The disk is full. Resume"
+    ):
+        after_step(4, "train.max_unsaved_s=1e-9")
+    writer.close()
+
+    steps, warnings = [], []
+    for line in printed.getvalue().splitlines():
+        (steps if line.startswith("step ") else warnings).append(line)
+    assert len(steps) == 4
+    assert [line.split(", after ")[0].strip() for line in warnings] == [
+        "The checkpoints from step 1 on are not kept yet"
+    ]
+    assert warnings[0].endswith(" s. The disk is full.")
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 # ---- facts of the training ---------------------------------------------------------------------

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ray_detox.errors import first_line
 from ray_detox.records import Objective
 from ray_detox.runs.lease import LeaseLost
 from ray_detox.runs.record import Taking
@@ -121,7 +122,7 @@ class CheckpointStore:
         Args:
             counting: False returns those that do not count, see `Taking`.
         """
-        parsed = map(_parse_name, self.storage.names(FOLDER))
+        parsed = map(_parse_name, self.storage.folders(FOLDER))
         names = sorted(name for name in parsed if name is not None)
         return [name for name in names if self._counts(name) == counting]
 
@@ -235,28 +236,22 @@ class CheckpointStore:
         text = self.storage.read(f"{FOLDER}/{name}/{MANIFEST}")
         try:
             about = json.loads(text or b"null")
-            _objective(about)
-            return (
-                about if about["step"] == name.step and isinstance(about["files"], dict) else None
-            )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):  # RecursionError: thousands of lists in each other
             return None
+        return about if _is_manifest(about, name.step) else None
 
 
 def _objective(manifest: Mapping[str, Any]) -> Objective | None:
-    """Return the objective in a manifest.
-
-    Raises:
-        KeyError, TypeError: it has not the form that `CheckpointStore.save` writes.
-    """
+    """Return the objective in a valid manifest."""
     stored = manifest["objective"]
-    return None if stored is None else Objective(value=stored["value"], key=stored["key"])
+    return None if stored is None else Objective(**stored)
 
 
 class CheckpointWriter:
     """Writes checkpoints on a background thread; keeps the newest one in memory.
 
     A failed write is repeated until it succeeds or a newer checkpoint takes its place, see `put`.
+    No error of the store ends the thread: later checkpoints would be lost without a word.
 
     Args:
         store: writes them.
@@ -284,7 +279,11 @@ class CheckpointWriter:
         self._lost: LeaseLost | None = None
         self._waiting: list[Checkpoint] = []
         """Oldest first; the first one is being written."""
+        self._unwritten: dict[int, float] = {}
+        """When each step came that is newer than all written ones, in seconds of the monotonic clock,
+        oldest first: also of those that a newer one has replaced."""
         self._problem: str | None = None
+        """Why the last write failed."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._write_all, name="checkpoints", daemon=True)
@@ -309,6 +308,7 @@ class CheckpointWriter:
                 else:
                     self._waiting = [checkpoint]
                 self.newest = checkpoint
+                self._unwritten.setdefault(checkpoint.step, time.monotonic())
                 self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> None:
@@ -324,14 +324,47 @@ class CheckpointWriter:
                 self._check()
                 return
             step = self._waiting[-1].step
-            problem = self._problem or f"{self.store.storage.address} did not answer."
         raise StorageError(
-            f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {problem}"
+            f"The checkpoint of step {step} could not be kept within {timeout_s:g} s. {self._reason}"
         )
 
     def _check(self) -> None:
         if self._lost is not None:
             raise self._lost
+
+    def check_unwritten(self, warning_s: float, max_s: float | None) -> str | None:
+        """Return a warning if checkpoints have not been written for long, or else None.
+
+        Args:
+            warning_s: seconds since the oldest unwritten one came after which to warn.
+            max_s: seconds after which to give up; None never does.
+
+        Raises:
+            StorageError: checkpoints have not been written for more than `max_s`.
+            LeaseLost: another process has taken the run.
+        """
+        with self._changed:
+            self._check()
+            if not self._unwritten:
+                return None
+            step, since = next(iter(self._unwritten.items()))
+        waited_s = time.monotonic() - since
+        if max_s is not None and waited_s > max_s:
+            raise StorageError(
+                f"For {waited_s:,.0f} s, longer than train.max_unsaved_s={max_s:g}, the checkpoints "
+                f"from step {step} on could not be kept. {self._reason} Resume the run once the "
+                "storage works."
+            )
+        if waited_s > warning_s:
+            return (
+                f"The checkpoints from step {step} on are not kept yet, after {waited_s:,.0f} s. "
+                f"{self._reason}"
+            )
+        return None
+
+    @property
+    def _reason(self) -> str:
+        return self._problem or f"{self.store.storage.address} did not answer."
 
     def close(self) -> None:
         """End the thread after the current write, without waiting for it.
@@ -358,28 +391,27 @@ class CheckpointWriter:
                     self._lost = error
                     self._changed.notify_all()
                 return
-            except StorageError as error:
-                self._report(
-                    f"The checkpoint of step {checkpoint.step} is not written yet. {error}"
-                )
+            except Exception as error:
+                reason = str(error)
+                if not isinstance(error, StorageError):
+                    reason = f"{type(error).__name__}: {first_line(error)}."
+                began, self._problem = self._problem is None, reason
+                if began:  # not at every retry
+                    self._on_event(
+                        f"The checkpoint of step {checkpoint.step} is not written yet. {reason}"
+                    )
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, self.RETRY_S)
                 continue
             self.seconds.append(time.perf_counter() - began)
             if self._problem is not None:
-                self._report(None)
+                self._problem = None
                 self._on_event(f"Checkpoints are written again, from step {checkpoint.step} on.")
             with self._changed:
                 # A newer checkpoint may have arrived during the write; then it still waits.
                 self._waiting = [c for c in self._waiting if c is not checkpoint]
+                self._unwritten = {s: t for s, t in self._unwritten.items() if s > checkpoint.step}
                 self._changed.notify_all()
-
-    def _report(self, problem: str | None) -> None:
-        """Report a problem once, when it begins, rather than at every retry."""
-        began = problem is not None and self._problem is None
-        self._problem = problem
-        if began and problem is not None:
-            self._on_event(problem)
 
 
 def _parse_name(text: str) -> _Name | None:
@@ -389,6 +421,34 @@ def _parse_name(text: str) -> _Name | None:
         return None
     name = _Name(int(found[1]), int(found[2] or 1))
     return name if str(name) == text else None
+
+
+def _is_manifest(about: Any, step: int) -> bool:
+    """Return whether parsed JSON has the values and types that `CheckpointStore.save` writes."""
+    # `type(x) is int`, because True is an int as well.
+    return (
+        isinstance(about, dict)
+        and type(about.get("step")) is int
+        and about["step"] == step
+        and _is_objective(about.get("objective", ""))
+        and isinstance(about.get("files"), dict)
+        and all(
+            isinstance(digest, dict)
+            and digest.keys() == {"bytes", "sha256"}
+            and type(digest["bytes"]) is int
+            and isinstance(digest["sha256"], str)
+            for digest in about["files"].values()
+        )
+    )
+
+
+def _is_objective(stored: Any) -> bool:
+    return stored is None or (
+        isinstance(stored, dict)
+        and stored.keys() == {"value", "key"}
+        and isinstance(stored["value"], float)
+        and isinstance(stored["key"], str)
+    )
 
 
 def _digest(content: bytes) -> dict[str, Any]:

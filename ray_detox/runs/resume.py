@@ -12,7 +12,13 @@ from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.conditional import Conflict, versioned_file
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.lease import read_record
-from ray_detox.runs.storage import Storage, StorageError, check_storage, write_atomic
+from ray_detox.runs.storage import (
+    Storage,
+    StorageError,
+    check_storage,
+    join_address,
+    write_atomic,
+)
 from ray_detox.store.protocol import check_run_id
 
 MAY_CHANGE = (
@@ -102,7 +108,7 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
     """
     check_run_id(folder.run_id)
     check_storage(storage)
-    kept = Storage(f"{storage.rstrip('/')}/{folder.run_id}")
+    kept = Storage(join_address(storage, folder.run_id))
     try:
         settings, record = kept.read("config.json"), read_record(kept)
         takings = record.takings if record else ()
@@ -130,7 +136,7 @@ def run_storage(config: RunConfig, folder: RunFolder) -> Storage:
     """Return where a run keeps what its next process needs; each run has its own subfolder."""
     if config.train.storage is None:
         return Storage(str(folder.path.resolve()))
-    return Storage(f"{config.train.storage.rstrip('/')}/{folder.run_id}")
+    return Storage(join_address(config.train.storage, folder.run_id))
 
 
 def kept_checkpoint(config: RunConfig, folder: RunFolder, name: str) -> Checkpoint:

@@ -5,10 +5,12 @@ file only once it is complete, and every failure becomes a `StorageError` of one
 """
 
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -16,6 +18,12 @@ from ray_detox.errors import ConfigError, first_line
 
 MIN_FREE_MB = 200
 """Free disk that checkpoints need: one of FLAN-T5-base takes 40 MB, and a run keeps several."""
+
+
+OBJECT_STORES = frozenset(
+    {"s3", "s3a", "gcs", "gs", "abfs", "abfss", "az", "oss", "oci", "r2", "hf"}
+)
+"""Names of file systems that show a file only once it is complete, in pyarrow or fsspec."""
 
 
 class StorageError(RuntimeError):
@@ -48,35 +56,42 @@ class Storage:
         """Write a file and create the folders above it; replaces a file of the same name."""
         with self._as_storage_error("written to"):
             system, path = self._locate(name)
-            # An object store shows an object only once it is complete. A disk shows half a file,
-            # so the file is written under another name and then moved.
-            on_disk = system.type_name == "local"
-            part = f"{path}.part" if on_disk else path
-            if on_disk:
-                system.create_dir(str(PurePosixPath(path).parent), recursive=True)
-            with system.open_output_stream(part) as sink:
-                sink.write(content)
-            if on_disk:
+            if system.type_name == "local":
+                file = Path(path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(file, content)
+            elif system.type_name.rpartition("+")[2] in OBJECT_STORES:
+                _write_through(system, path, content)
+            else:
+                # Elsewhere a process that ends here leaves half a file, which must not be the file.
+                part = f"{path}.{secrets.token_hex(4)}.part"
+                _write_through(system, part, content)
                 system.move(part, path)
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, or None if there is no such file."""
+        from pyarrow import fs
+
         with self._as_storage_error("read"):
             system, path = self._locate(name)
             try:
                 with system.open_input_stream(path) as source:
                     return bytes(source.read())
             except FileNotFoundError:
-                return None
+                if system.get_file_info(path).type == fs.FileType.NotFound:
+                    return None
+                raise  # fsspec also says so if it could not ask
 
     def names(self, folder: str = "") -> list[str]:
         """List the files and folders directly under `folder`, sorted; empty if it does not exist."""
+        return sorted(info.base_name for info in self._list(folder))
+
+    def folders(self, folder: str) -> list[str]:
+        """List the folders directly under `folder`, sorted; empty if it does not exist."""
         from pyarrow import fs
 
-        with self._as_storage_error("listed"):
-            system, path = self._locate(folder)
-            found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-            return sorted(info.base_name for info in found)
+        found = self._list(folder)
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with its contents; does nothing if it does not exist."""
@@ -90,6 +105,16 @@ class Storage:
             elif kind == fs.FileType.File:
                 system.delete_file(path)
 
+    def _list(self, folder: str) -> list[Any]:
+        from pyarrow import fs
+
+        with self._as_storage_error("listed"):
+            system, path = self._locate(folder)
+            found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            if not found:
+                system.get_file_info(path)  # fails if fsspec found nothing because it could not ask
+            return list(found)
+
     def _locate(self, name: str) -> tuple[Any, str]:
         if self._opened is None:
             self._opened = open_address(self.address)
@@ -100,15 +125,36 @@ class Storage:
     def _as_storage_error(self, verb: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
+        except MemoryError:  # this process is at fault, and a checkpoint in the storage may be good
+            raise
+        except Exception as error:  # a file system of fsspec may have errors of its own
             raise StorageError(f"{self.address} cannot be {verb}: {first_line(error)}.") from error
+
+
+def _write_through(system: Any, path: str, content: bytes) -> None:
+    with system.open_output_stream(path) as sink:
+        sink.write(content)
+
+
+def join_address(address: str, name: str) -> str:
+    """Return the address of `name` in the folder at `address`.
+
+    The name goes before the query of a URL: `s3://bucket/runs?scheme=http` and `first` make
+    `s3://bucket/runs/first?scheme=http`.
+    """
+    if "://" not in address:
+        return f"{address.rstrip('/')}/{name}"
+    # Not urllib.parse, which changes some addresses when it puts them together again.
+    scheme, _, rest = address.partition("://")
+    path, *query = re.split("(?=[?#])", rest, maxsplit=1)
+    return f"{scheme}://{path.rstrip('/')}/{name}{''.join(query)}"
 
 
 def open_address(address: str) -> tuple[Any, str]:
     """Return the file system of an address, and the path in it.
 
     Raises:
-        OSError, ValueError: the address cannot be opened.
+        Exception: the address cannot be opened; a file system of fsspec may raise any.
     """
     from pyarrow import fs
 
@@ -126,11 +172,15 @@ def open_address(address: str) -> tuple[Any, str]:
     return system, path
 
 
-def write_atomic(file: Path, text: str) -> None:
+def write_atomic(file: Path, content: str | bytes) -> None:
     """Write a local file so that readers see either the old content or the complete new content."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    # A name of its own: another process may be writing the same file.
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)  # on a full disk, half a file would take the last of its room
 
 
 # ---- checks before a run -----------------------------------------------------------------------
@@ -178,7 +228,7 @@ def _reason_not_reachable(address: str) -> str | None:
         # S3 does not create a missing bucket. Other file systems create a missing folder, so an
         # answer from them is enough.
         kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as in `Storage`
         return first_line(error)
     if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
         return f"the bucket {bucket} does not exist, or you may not use it"

@@ -112,6 +112,7 @@ class Session:
             Stopped: the user stopped the run; the newest checkpoint is kept.
             TrainingError: training failed; the newest checkpoint is kept.
             LeaseLost: another process has taken the run.
+            StorageError: newer checkpoints could not be kept, see `train.max_unsaved_s`.
         """
         config, folder = self.config, held.folder
         newest = held.checkpoints(config.train.checkpoints_kept).newest(on_damage=self._say)
@@ -140,7 +141,7 @@ class Session:
                         self.pool,
                         self.need,
                         writer,
-                        on_event=lambda event: self._show(event, held, metrics, bar),
+                        on_event=lambda event: self._show(event, held, metrics, bar, writer),
                         stop_requested=stop.event,
                     )
             if outcome.stopped and writer.newest is None:
@@ -198,15 +199,30 @@ class Session:
     def _say(self, text: str) -> None:
         self.console.line(f"{'':<9} {text}")
 
-    def _show(self, event: TrainingEvent, held: HeldRun, metrics: MetricsLog, bar: Bar) -> None:
-        """Print a training event, and store the metrics if it is a finished step."""
+    def _show(
+        self,
+        event: TrainingEvent,
+        held: HeldRun,
+        metrics: MetricsLog,
+        bar: Bar,
+        writer: CheckpointWriter,
+    ) -> None:
+        """Print a training event; after a step, also store its metrics and look at the checkpoints.
+
+        Raises:
+            LeaseLost: another process has taken the run.
+            StorageError: checkpoints could not be kept for `train.max_unsaved_s`.
+        """
         match event:
             case StepDone(stats=stats):
                 held.check()
                 metrics.add(stats, self.pool.metrics())
-                line = step_line(stats, self.config.train.steps, self.console.width)
-                self.console.line(line)
+                train = self.config.train
+                self.console.line(step_line(stats, train.steps, self.console.width))
                 bar.move_to(stats.step)
+                warning = writer.check_unwritten(train.unsaved_warning_s, train.max_unsaved_s)
+                if warning is not None:
+                    self._say(warning)
             case WorkerStarted():
                 self._say(
                     f"worker {event.rank} on node {event.node[:8]}, {event.device}, "

@@ -114,7 +114,7 @@ def run_training(
         TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
         ConfigError: fewer than the smallest number of `train.workers` fit, for longer than
             `cluster.capacity_timeout_s`.
-        StorageError: the last checkpoint could not be stored.
+        StorageError: the last checkpoint could not be stored, or `on_event` raised it.
     """
     progress = start_progress()
     scratch = tempfile.mkdtemp(prefix="ray-detox-train-")

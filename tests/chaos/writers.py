@@ -24,6 +24,7 @@ import traceback
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 
@@ -75,9 +76,8 @@ def weights(step: int) -> bytes:
 
 
 def _stats(step: int) -> UpdateStats:
-    values = {f.name: 0 if f.type in (int, "int") else 0.0 for f in fields(UpdateStats)}
-    stats = UpdateStats(**values | {"terms": {}})
-    return replace(stats, step=step, score=float(step))
+    values: dict[str, Any] = {f.name: 0 for f in fields(UpdateStats)}
+    return UpdateStats(**values | {"terms": {}, "step": step, "score": float(step)})
 
 
 def _train(config, shards, pool, need, writer, on_event, stop_requested):

@@ -46,10 +46,10 @@ def nodes() -> list[dict[str, Any]]:
 def stored(storage: str, run_id: str) -> dict[str, Any]:
     """Return a run's checkpoints, shards, report and samples, and the hash of its adapter."""
     from ray_detox.runs.checkpoint_store import CheckpointStore
-    from ray_detox.runs.storage import Storage
+    from ray_detox.runs.storage import Storage, join_address
     from ray_detox.store.dynamodb import DynamoDBStore
 
-    bucket = Storage(f"{storage}/{run_id}")
+    bucket = Storage(join_address(storage, run_id))
     checkpoints = CheckpointStore(bucket)
     newest = checkpoints.newest()
     assert newest is not None, f"{storage} has no checkpoint of {run_id}"
