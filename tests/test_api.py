@@ -122,7 +122,7 @@ def test_train_refuses_wrong_arguments(calls, begun):
         ({"run_id": "none", "resume": True}, "No run 'none' in"),
         (
             {"config": config.replace(seed=1), "run_id": "first", "resume": True},
-            "Run 'first' has seed=0, and 1 would make it another run",
+            "'seed=1' would make another run of 'lab': run 'first' has 0",
         ),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -158,7 +158,7 @@ def test_a_recipe_that_is_not_yaml_is_refused(mistake, tmp_path):
 def test_settings_may_stand_before_and_after_options(monkeypatch, output, capsys):
     seen = []
 
-    def run(config, folder, console, *, resume):
+    def run(config, folder, console, *, resume, accept_changes):
         seen.append((config, folder))
         raise pipeline.Stopped(1, signal.SIGINT)
 
@@ -549,7 +549,7 @@ def test_a_resumed_run_keeps_its_recipe_and_name(mistake, stored_run):
 def test_a_resumed_run_accepts_other_changes(monkeypatch, stored_run, output):
     seen = []
 
-    def run(config, folder, console, *, resume):
+    def run(config, folder, console, *, resume, accept_changes):
         seen.append((config, folder, resume))
         raise pipeline.Stopped(4, signal.SIGTERM)
 
@@ -630,7 +630,9 @@ def test_the_named_checkpoint_is_evaluated_and_exported(monkeypatch, checkpoints
         lambda policy, adapter, target: seen.append(sorted(f.name for f in adapter.iterdir())),
     )
     monkeypatch.setattr(
-        pipeline, "evaluate_run", lambda config, folder, console, which: seen.append(which) or {}
+        pipeline,
+        "evaluate_run",
+        lambda config, folder, console, which, **_: seen.append(which) or {},
     )
     where = ["--output", str(output)]
 
@@ -675,7 +677,7 @@ def test_export_does_not_overwrite_a_folder(mistake, stored_run, tmp_path):
 def test_a_run_that_ends_early_prints_the_command_to_resume_it(
     monkeypatch, capsys, output, ending, code, said
 ):  # fmt: skip
-    def run(config, folder, console, *, resume):
+    def run(config, folder, console, *, resume, accept_changes):
         folder.path.mkdir(parents=True)
         raise ending
 
@@ -695,7 +697,7 @@ def test_a_run_that_ends_early_prints_the_command_to_resume_it(
 def test_a_run_that_diverges_says_how_to_measure_its_last_good_checkpoint(
     monkeypatch, capsys, output, settings, which
 ):
-    def run(config, folder, console, *, resume):
+    def run(config, folder, console, *, resume, accept_changes):
         raise pipeline.TrainingDiverged("Training has diverged in step 7: the KL ...")
 
     monkeypatch.setattr(pipeline, "run", run)
@@ -936,7 +938,7 @@ def test_a_hub_model_with_only_pickled_weights_is_refused_before_the_download(
 
 
 def test_a_failed_evaluation_is_reported_in_one_line(monkeypatch, stored_run, output, capsys):
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise errors.StageError("ValueError: The reward term gave nothing.")
 
     stored_run("first")

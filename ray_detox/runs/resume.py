@@ -63,9 +63,9 @@ def require_same_run(config: RunConfig, begun: RunConfig, run_id: str) -> None:
     for name, old, new in changed_settings(begun, config):
         if not any(name == each or name.startswith(f"{each}.") for each in MAY_CHANGE):
             raise ConfigError(
-                f"Run {run_id!r} has {name}={_short(old)}, and {_short(new)} would make it another run. "
-                f"Keep the value, or start a new run with another --run-id. What may change when a run "
-                f"is resumed: {', '.join(MAY_CHANGE)}."
+                f"'{name}={_short(new)}' would make another run of {begun.recipe!r}: run {run_id!r} has "
+                f"{_short(old)}. Start a new run instead, with another --run-id. What may change when a "
+                f"run is resumed: {', '.join(MAY_CHANGE)}."
             )
 
 
@@ -92,7 +92,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

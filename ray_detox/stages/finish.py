@@ -1,6 +1,7 @@
 """The final Ray task: summarise the run, write its files and store its result."""
 
 import secrets
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -21,12 +22,12 @@ from ray_detox.store.errors import StoreError
 def store_result(
     config: RunConfig,
     folder: RunFolder,
-    guard: Guard,
     examples: list[PairedExample],
     facts: RunFacts,
     *,
     attempt: str,
     overwrite: bool,
+    guard: Guard | None = None,
 ) -> tuple[dict[str, Any], list[PairedExample], str | None]:
     """Summarise the run, write the report to its folder and store the result.
 
@@ -36,19 +37,19 @@ def store_result(
     Args:
         config: of the run.
         folder: of the run, on this machine.
-        guard: of the folder.
         examples: from `run_evaluation`.
         facts: see `summarise`.
         attempt: an id that stays the same when Ray runs this task again after a crash; the store
             lets only the same attempt overwrite a result that was partly written.
         overwrite: replace a stored run of the same id; for runs that were resumed.
+        guard: of the folder; None if nobody else can write it.
 
     Raises:
         LeaseLost: another process has taken the run; nothing was written.
     """
     rated = rate(examples, config)
     report = summarise(rated, config, facts)
-    with guard.hold():
+    with nullcontext() if guard is None else guard.hold():
         folder.write_result(report, rated)
     try:
         publish(config.results, folder, attempt=attempt, overwrite=overwrite)
@@ -85,11 +86,11 @@ def finish(
         task.remote(
             config,
             RunFolder(folder.output.resolve(), folder.run_id),
-            held.guard,
             examples,
             facts,
             attempt=secrets.token_hex(8),
             overwrite=overwrite,
+            guard=held.guard,
         )
     )
     if problem:

@@ -145,11 +145,11 @@ def _drive(words, output, resume, console):
         _, _, problem = finish.store_result._function(
             config,
             RunFolder(output.resolve(), RUN),
-            held.guard,
             _examples(),
             facts,
             attempt=str(os.getpid()),
             overwrite=resume,
+            guard=held.guard,
         )
         return problem or f"finished as taking {held.record.token}"
     finally:
