@@ -1,5 +1,6 @@
 """The report of evaluated prompts: means, intervals, the verdict and the notes."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -222,3 +223,21 @@ def test_every_metric_of_the_table_is_in_the_report():
     for metric in METRICS:
         value = report[metric.name]
         assert isinstance(value, float) if metric.after_only else set(value) == {"before", "after"}
+
+
+def test_the_report_notes_settings_and_content_that_changed_during_the_run():
+    changes = {
+        "settings": [{"step": 3, "name": "train.steps", "before": 40, "after": 60}],
+        "accepted": [{"step": 5, "name": "policy", "before": "a", "after": "b"}],
+    }
+    facts = dataclasses.replace(FACTS, record={"changes": changes})
+    config = load_config("lab")
+
+    report = summarise(rate([example(i, 0.9, 0.1) for i in range(20)], config), config, facts)
+
+    assert report["changes"] == changes
+    assert report["notes"][-2:] == [
+        "Settings changed when the run was resumed: train.steps was 40 until step 3, and then 60.",
+        "This run went on with other content than it was started with (--accept-changes): policy since "
+        "step 5. Its figures belong to no single state of it.",
+    ]

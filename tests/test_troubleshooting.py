@@ -22,6 +22,11 @@ OUR_MESSAGES = {
     ", and here is Ray ": "stages/cluster/connect.py",
     "its temporary folder ": "stages/cluster/probe.py",
     "lost its connection to another worker": "stages/errors.py",
+    "is being written by": "runs/lease.py",
+    "was taken over by": "runs/lease.py",
+    "was started with other content of": "runs/held.py",
+    "would make another run of": "runs/resume.py",
+    "holds nothing of run": "runs/held.py",
 }
 RAY_MESSAGES = {
     "No available node types can fulfill": "autoscaler/v2/event_logger.py",

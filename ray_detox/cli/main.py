@@ -288,6 +288,9 @@ def _run(args: argparse.Namespace) -> int:
         )
         print_error(f"after a change of settings, go on from an earlier step with: {go_on}")
         return FAILED
+    except pipeline.LeaseLost as error:
+        print_error(error)  # without a command to go on: another process does
+        return FAILED
     except RuntimeError as error:
         # TrainingError, RewardError: the message is for the user; the details are in Ray's logs.
         print_error(error)

@@ -116,7 +116,7 @@ def summarise(
         "rows": dict(facts.rows),
         "training": dict(facts.training),
         "seconds": {"total": float(sum(facts.seconds.values()))} | dict(facts.seconds),
-        "notes": notes(config, examples),
+        "notes": notes(config, examples) + _change_notes(facts.record),
         "config": config.to_dict(),
         "fingerprints": dict(facts.fingerprints),
         **facts.record,
@@ -178,6 +178,27 @@ def notes(config: RunConfig, examples: Sequence[PairedExample]) -> list[str]:
             "prompt's."
         )
     return found + _generation_notes(config)
+
+
+def _change_notes(record: Mapping[str, Any]) -> list[str]:
+    """Say what changed while the run lasted."""
+    changes = record.get("changes", {})
+    settings = [
+        f"{change['name']} was {change['before']} until step {change['step']}, and then {change['after']}"
+        for change in changes.get("settings", [])
+    ]
+    content = [
+        f"{change['name']} since step {change['step']}" for change in changes.get("accepted", [])
+    ]
+    found = []
+    if settings:
+        found.append(f"Settings changed when the run was resumed: {'; '.join(settings)}.")
+    if content:
+        found.append(
+            "This run went on with other content than it was started with (--accept-changes): "
+            f"{', '.join(content)}. Its figures belong to no single state of it."
+        )
+    return found
 
 
 def _generation_notes(config: RunConfig) -> list[str]:
