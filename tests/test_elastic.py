@@ -149,6 +149,19 @@ def test_a_group_grows_once_one_more_worker_has_fitted_for_the_delay(monkeypatch
     assert seconds_until_due(nodes, until=60) == 29.0
 
 
+def test_a_group_grows_by_all_workers_that_fit_at_once(monkeypatch):
+    nodes = Nodes(monkeypatch, 0)
+    nodes.later = {20.0: [1], 24.0: [1, 1]}
+    trigger = elastic.UpscaleTrigger(CONFIG, NEED, nodes, 2, clock=lambda: nodes.now)
+    trigger.on_step(SimpleNamespace(step=10, seconds=5.0))
+
+    while not trigger.is_due():
+        nodes.sleep(1.0)
+
+    assert nodes.now == 29.0
+    assert trigger.more == 2
+
+
 def test_a_group_does_not_grow_on_resources_that_come_and_go(monkeypatch):
     nodes = Nodes(monkeypatch, 0)
     for when in range(5, 60, 10):

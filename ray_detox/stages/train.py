@@ -245,7 +245,8 @@ class WorkerGroup:
         staying = staying_nodes()
         here = sum(node in staying for node in self._nodes.values())
         not_started = self._workers - len(self._nodes)
-        return here + not_started + (self.stop_reason == "resized")
+        more = self._upscale.more if self._upscale and self.stop_reason == "resized" else 0
+        return here + not_started + more
 
     def _find_stop_reason(self, stop_requested: threading.Event) -> StopReason | None:
         if stop_requested.is_set():

@@ -100,6 +100,8 @@ class UpscaleTrigger:
         self._clock = clock
         self._looked = self._since = clock()
         self._left_s = float("inf")
+        self.more = 0
+        """Workers that would fit beside those of the group, at the last look."""
 
     def on_step(self, stats: UpdateStats) -> None:
         """Estimate from a step how long the rest of the training will take."""
@@ -117,7 +119,8 @@ class UpscaleTrigger:
             return False
         self._looked = now
         unplaced = _unplaced_actors(self._config, self._pool)
-        if not workers_that_fit(self._need.training, free_nodes(), unplaced):
+        self.more = workers_that_fit(self._need.training, free_nodes(), unplaced)
+        if not self.more:
             # Resources that come and go, such as a reward actor that moves, start the delay anew.
             self._since = now
         return now - self._since >= long_s
