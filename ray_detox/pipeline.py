@@ -19,10 +19,10 @@ from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.models.sources import fingerprint, folder_fingerprint
-from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
 from ray_detox.runs.console import Console
-from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.folder import RunFolder, settings_from_json
+from ray_detox.runs.metrics_log import read_if_there
 from ray_detox.runs.publish import check_store
 from ray_detox.runs.resume import kept_checkpoint, require_same_run, run_storage
 from ray_detox.runs.storage import StorageError, write_atomic
@@ -143,21 +143,35 @@ def prepare_run(config: RunConfig, folder: RunFolder, *, resume: bool) -> Source
     """
     check_run_id(folder.run_id)
     preflight.check_output(folder.output)
-    if folder.path.exists() and not resume:
-        raise ConfigError(
-            f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or resume "
-            f"it: ray-detox run --resume {folder.run_id}."
-        )
+    if resume:
+        read_if_there(folder.path / "metrics.jsonl")
+    elif folder.path.exists():
+        raise _exists(folder)
     if is_local(config):
         preflight.check_local_gpus(config, count_gpus)
     source = preflight.check(config)
     check_store(config.results, folder, new_run=not resume)
     settings = json.dumps(config.to_dict(), indent=2) + "\n"
+    try:
+        folder.path.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError:  # another process has started a run of this id since the check above
+        raise _exists(folder) from None
     if config.train.storage is not None:
-        _claim_storage(config, folder, settings)
-    folder.path.mkdir(parents=True, exist_ok=resume)
+        try:
+            _claim_storage(config, folder, settings)
+        except BaseException:
+            if not resume:
+                shutil.rmtree(folder.path)
+            raise
     write_atomic(folder.path / "config.json", settings)
     return source
+
+
+def _exists(folder: RunFolder) -> ConfigError:
+    return ConfigError(
+        f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or resume it: "
+        f"ray-detox run --resume {folder.run_id}."
+    )
 
 
 def _claim_storage(config: RunConfig, folder: RunFolder, settings: str) -> None:
@@ -169,7 +183,8 @@ def _claim_storage(config: RunConfig, folder: RunFolder, settings: str) -> None:
     try:
         stored = storage.read("config.json")
         if stored is not None:
-            require_same_run(config, config_from_dict(json.loads(stored)), folder.run_id)
+            there = settings_from_json(stored, f"{storage.address}/config.json")
+            require_same_run(config, there, folder.run_id)
         storage.write("config.json", settings.encode())
     except StorageError as error:
         raise ConfigError(f"train.storage: {error}") from error

@@ -1,6 +1,8 @@
 """The run's folder and the error message after a stage fails; without starting Ray."""
 
 import io
+import json
+import threading
 
 import pytest
 import ray.exceptions
@@ -116,6 +118,35 @@ def test_a_different_run_with_the_same_id_is_refused(tmp_path, other):
         pipeline.prepare_run(changed, RunFolder(tmp_path / "three", "first"), resume=False)
 
     assert not (tmp_path / "three/first").exists()
+
+
+def test_of_two_starts_with_the_same_id_one_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+    words = [f"train.storage={tmp_path / 'kept'}"]
+    both_have_checked = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(pipeline, "check_store", lambda *_, **__: both_have_checked.wait())
+    monkeypatch.setattr(pipeline.preflight, "check", lambda config: None)
+    folder, refused = RunFolder(tmp_path / "runs", "first"), []
+
+    def start(steps):
+        config = load_config("lab", [*words, f"train.steps={steps}"])
+        try:
+            pipeline.prepare_run(config, folder, resume=False)
+        except ConfigError as error:
+            refused.append((steps, str(error)))
+
+    threads = [threading.Thread(target=start, args=(steps,)) for steps in (5, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    ((loser, sentence),) = refused
+    assert sentence.startswith(
+        f"Run 'first' exists in {folder.output}. Choose another --run-id, or"
+    )
+    assert folder.read_config().train.steps == 11 - loser
+    kept = json.loads((tmp_path / "kept/first/config.json").read_text())
+    assert kept["train"]["steps"] == 11 - loser
 
 
 # ---- facts of the training ---------------------------------------------------------------------

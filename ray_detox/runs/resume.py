@@ -1,11 +1,8 @@
 """Find a run and its checkpoints in its storage, and refuse a different run of the same id."""
 
-import json
-
 from ray_detox.config import ConfigError, RunConfig
-from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
-from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder
+from ray_detox.runs.folder import FIXED_SETTINGS, RunFolder, settings_from_json
 from ray_detox.runs.storage import Storage, StorageError, check_storage, write_atomic
 from ray_detox.store.protocol import check_run_id
 
@@ -38,7 +35,8 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
         storage: the `train.storage` that the run started with.
 
     Raises:
-        ConfigError: the storage has no such run, or cannot be read.
+        ConfigError: the storage has no such run, or cannot be read, or the run's settings there are
+            damaged.
     """
     check_run_id(folder.run_id)
     check_storage(storage)
@@ -52,10 +50,11 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
             f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
         )
     # Settings of another version may not be valid here: find out before the folder exists.
-    config_from_dict(json.loads(settings))
+    settings_from_json(settings, f"{kept.address}/config.json")
     folder.path.mkdir(parents=True, exist_ok=True)
     if newest is not None:
-        write_atomic(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
+        metrics = newest.files.get("metrics.jsonl", b"")
+        write_atomic(folder.path / "metrics.jsonl", metrics.decode(errors="replace"))
     # Last: a folder with config.json counts as a run that can be resumed.
     write_atomic(folder.path / "config.json", settings.decode())
 
