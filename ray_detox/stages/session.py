@@ -111,12 +111,13 @@ class Session:
 
         Raises:
             Stopped: the user stopped the run; the newest checkpoint is kept.
-            TrainingError: training failed; the newest checkpoint is kept.
+            TrainingError, RewardError: training failed; the newest checkpoint is kept.
         """
         config = self.config
         store = CheckpointStore(run_storage(config, folder), config.train.checkpoints_kept)
         writer = CheckpointWriter(store, store.newest(on_damage=self._say), on_event=self._say)
-        metrics = MetricsLog(folder.path)
+        kept = writer.newest.files.get("metrics.jsonl", b"") if writer.newest else b""
+        metrics = MetricsLog(folder.path, kept, self._say)
         done = writer.newest.step if writer.newest else 0
         with (
             self.console.stage("train", self._describe_training()) as lines,
@@ -142,7 +143,7 @@ class Session:
                 raise Stopped(0, stop.signal_number)
             assert writer.newest is not None, "training ended without a checkpoint"
             # The driver may have been killed between a checkpoint and its metrics.
-            metrics.complete(writer.newest.files["metrics.jsonl"].decode())
+            metrics.complete(writer.newest.files.get("metrics.jsonl", b""))
             if outcome.stopped:
                 raise Stopped(outcome.step, stop.signal_number)
             folder.write_adapter(writer.newest.files)
@@ -174,7 +175,7 @@ class Session:
                 self.config,
                 adapter,
                 rows,
-                self.pool.directory,
+                self.pool,
                 self.need,
                 on_event=lambda event: bar.add(event.prompts),
                 storage=run_storage(self.config, folder) if keep else None,
