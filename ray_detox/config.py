@@ -635,6 +635,9 @@ class ServingConfig(Section):
     heartbeat_timeout_s: Positive = 10.0
     """Heartbeat timeout in seconds: a silent actor is pinged, then its work is re-dispatched. Set it
     above the time of one call of a reward term."""
+    max_actor_deaths: AtLeastOne = 3
+    """Times that an actor may start and die in a row while it scores the same texts, until the run
+    stops with an error: a reward function that crashes on a text would kill every actor."""
     upscale_delay_s: Positive = 5.0
     """With a range of actors: seconds that texts must wait before the pool adds an actor."""
     downscale_delay_s: Positive = 60.0

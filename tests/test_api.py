@@ -182,8 +182,15 @@ def test_evaluating_a_run_with_an_invalid_id_is_refused(tmp_path, run_id):
         ray_detox.evaluate(run_id, output=tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"data": {"lanes": 16}}'])
-def test_settings_of_a_run_that_cannot_be_read_are_refused_with_the_file(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is damaged: it is empty"),
+        ("[]", "is damaged: it is a list, expected an object"),
+        ('{"data": {"lanes": 16}}', "does not have the settings of a run of this version"),
+    ],
+)
+def test_settings_of_a_run_that_cannot_be_read_are_refused_with_the_file(tmp_path, content, words):
     (tmp_path / "first").mkdir()
     file = tmp_path / "first" / "config.json"
     file.write_text(content)
@@ -191,6 +198,4 @@ def test_settings_of_a_run_that_cannot_be_read_are_refused_with_the_file(tmp_pat
     with pytest.raises(ray_detox.ConfigError) as error:
         ray_detox.evaluate("first", output=tmp_path)
 
-    assert str(error.value).startswith(
-        f"{file} does not have the settings of a run of this version"
-    )
+    assert str(error.value).startswith(f"{file} {words}")

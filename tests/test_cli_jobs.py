@@ -31,6 +31,22 @@ SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]
 SMALL += ["train.workers=1", "evaluate.shards=1"]  # these tests are about jobs
 
 
+def test_the_jobs_of_a_run_are_in_the_order_in_which_they_were_sent():
+    # The clock of the head jumped back between the first two.
+    sent = [("first", 900), ("first-resumed-1", 300), ("first-resumed-2", 400)]
+    sent += [(f"first-resumed-{number}", 500) for number in range(3, 12)]
+    details = [
+        SimpleNamespace(submission_id=name, start_time=at, metadata={"run_id": "first"})
+        for name, at in sent
+    ]
+    other = SimpleNamespace(submission_id="x", start_time=1, metadata=None)
+    client = SimpleNamespace(list_jobs=lambda: [other, *sorted(details, key=id)])
+
+    found = cli_jobs._jobs(client, "first")
+
+    assert [job.submission_id for job in found] == [name for name, _ in sent]
+
+
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """`refused(*words)`: submit with a mistake, and return the error line."""

@@ -66,7 +66,7 @@ def make_report(run_id, created="2026-01-31T12:00:00+00:00"):
         "recipe": "lab",
         "status": "complete",
         "created": created,
-        "n": 2,
+        "n": 1,
         "verdict": {"name": "improved", "sentence": "Toxicity fell.", "reasons": []},
         "toxicity": {"before": side, "after": side, "delta": {"mean": -0.1}},
     }
@@ -162,7 +162,7 @@ def test_publish_stores_a_run_from_its_files_once(folder, output, capsys):
 
 def test_publish_replaces_a_run_only_with_overwrite(folder, output, mistake):
     assert cli.main(["publish", "third", "--output", str(output)]) == 0
-    folder.write_result(make_report("third") | {"recipe": "seed"}, [])
+    folder.write_result(make_report("third") | {"recipe": "seed", "n": 0}, [])
 
     assert "already" in mistake("publish", "third", "--output", output)
     assert cli.main(["publish", "third", "--overwrite", "--output", str(output)]) == 0
@@ -184,7 +184,9 @@ def test_publish_refuses_a_run_without_a_result(output, mistake):
 def test_a_damaged_result_is_named(folder, output, mistake):
     (folder.path / "samples.jsonl").write_text("{")
 
-    assert "samples.jsonl cannot be read" in mistake("publish", "third", "--output", output)
+    assert "samples.jsonl is damaged: line 1 is not valid JSON" in mistake(
+        "publish", "third", "--output", output
+    )
 
 
 def test_a_table_is_created_checked_and_published_to(folder, output, aws, capsys, mistake):

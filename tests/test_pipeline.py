@@ -1,6 +1,7 @@
 """The run's folder and the error message after a stage fails; without starting Ray."""
 
 import io
+import json
 import threading
 from contextlib import closing
 from types import SimpleNamespace
@@ -182,6 +183,37 @@ def test_a_step_warns_of_checkpoints_that_are_not_kept_and_in_the_end_stops_the_
     ]
     assert warnings[0].endswith(" s. The disk is full.")
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_of_two_starts_with_the_same_id_one_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+    words = [f"train.storage={tmp_path / 'kept'}"]
+    both_have_checked = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(pipeline, "check_store", lambda *_, **__: both_have_checked.wait())
+    monkeypatch.setattr(pipeline.preflight, "check", lambda config: None)
+    folder, refused = RunFolder(tmp_path / "runs", "first"), []
+    held = []
+
+    def start(steps):
+        config = load_config("lab", [*words, f"train.steps={steps}"])
+        try:
+            held.append(pipeline.prepare_run(config, folder, resume=False)[1])
+        except ConfigError as error:
+            refused.append((steps, str(error)))
+
+    threads = [threading.Thread(target=start, args=(steps,)) for steps in (5, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    held[0].release()
+    ((loser, sentence),) = refused
+    assert sentence.startswith(
+        f"Run 'first' exists in {folder.output}. Choose another --run-id, or"
+    )
+    assert folder.read_config().train.steps == 11 - loser
+    kept = json.loads((tmp_path / "kept/first/config.json").read_text())
+    assert kept["train"]["steps"] == 11 - loser
 
 
 # ---- facts of the training ---------------------------------------------------------------------

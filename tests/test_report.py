@@ -233,6 +233,19 @@ def test_a_list_fits_the_terminal(width):
         assert all("0.500 -> 0.250" in line for line in lines[1:4])
 
 
+@pytest.mark.parametrize("width", [100, 60])
+def test_a_list_says_that_a_clock_was_ahead(width):
+    ahead = runs(1)[0] | {"created": "2999-01-31T12:00:59+00:00"}
+
+    header, *lines = text.list_table([runs(1)[0], ahead], width).splitlines()
+
+    assert header.startswith("created")
+    assert lines[0].startswith("2026-01-31 ")
+    assert lines[1].startswith("clock was ahead " if width == 100 else "ahead ")
+    assert text.list_line(ahead).startswith("clock was ahead ")
+    assert max(map(columns, lines)) <= width
+
+
 def test_a_list_has_room_for_long_ids_on_a_wide_terminal():
     run = runs(1)[0] | {"run_id": "r" * 64}
 

@@ -28,9 +28,14 @@ class Service:
         self.router = Router(config, self.calls.append, self.pings.append, lambda: self.now)
         self.publish(actors)
 
-    def publish(self, actors, **down):
+    def publish(self, actors, starts=0, **down):
         names = [f"actor {i}" for i in range(actors)]
-        self.router.update_actors([ActorInfo(n, "node a", None, down.get(n[-1])) for n in names])
+        self.router.update_actors(
+            [
+                ActorInfo(name, "node a", None, starts + i, down.get(name[-1]))
+                for i, name in enumerate(names)
+            ]
+        )
 
     def submit(self, *responses):
         n = len(responses)
@@ -100,6 +105,54 @@ def test_chunks_go_to_the_actor_with_the_least_load_of_all_workers():
 
     assert while_the_load_is_known == [idle.actor] * 2
     assert {call.actor for call in service.calls} == {busy.actor, idle.actor}
+
+
+def test_deaths_in_a_row_are_those_that_one_chunk_has_met_since_the_last_scores():
+    service = Service(1)
+    batch = service.submit("a", "b", "cc", "dd")
+    first, other = batch.chunks
+    seen = [service.router.deaths]
+    for start in (1, 2, 3):
+        service.lose(other.calls[0])
+        service.lose(first.calls[0])
+        seen.append(service.router.deaths)
+        service.publish(1, starts=start)  # the actor comes back
+        service.pass_time(COOL_DOWN_S)
+
+    service.answer(other.calls[0])
+    seen.append(service.router.deaths)
+    service.lose(first.calls[0])
+    seen.append(service.router.deaths)
+    batch.fail(RewardError("its caller has gone"))
+    seen.append(service.router.deaths)
+
+    assert seen == [0, 1, 2, 3, 0, 1, 0]
+
+
+def test_actors_that_a_lost_node_takes_along_and_calls_out_of_reach_are_one_death():
+    service = Service(4)
+    (chunk,) = service.submit("a").chunks
+    for _ in range(4):  # sent to each of four actors before it is known that their node is gone
+        service.lose(chunk.calls[0])
+    for _ in range(3):  # tried again, and not back yet
+        service.pass_time(COOL_DOWN_S)
+        service.lose(chunk.calls[0])
+
+    assert service.router.deaths == 1
+
+
+def test_a_timeout_after_deaths_in_a_row_advises_to_look_for_a_crash():
+    service = Service(1)
+    batch = service.submit("a")
+    for start in (1, 2):
+        service.lose(service.calls[0])
+        service.publish(1, starts=start)
+        service.pass_time(COOL_DOWN_S)
+
+    message = timeout_message(service, batch)
+
+    assert "Actors died 2 times in a row while they scored the same texts. Test the fun" in message
+    assert "raise serving.timeout_s" not in message
 
 
 def test_a_lost_chunk_is_redispatched_to_another_actor_and_the_failed_actor_cools_down():

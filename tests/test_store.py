@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import botocore.exceptions
@@ -25,7 +26,16 @@ from ray_detox.store.dynamodb import DynamoDBStore
 from ray_detox.store.dynamodb_items import table_schema
 from ray_detox.store.errors import BadCursor, StoreError
 from ray_detox.store.opening import open_store
-from ray_detox.store.pages import SHOWS, SORTS, Limits, SampleQuery, as_row, limits_of, matches
+from ray_detox.store.pages import (
+    SHOWS,
+    SORTS,
+    Limits,
+    SampleQuery,
+    as_row,
+    encode_cursor,
+    limits_of,
+    matches,
+)
 from ray_detox.store.protocol import SUMMARY_KEYS, check_run_id
 from ray_detox.store.sqlite import SQLiteStore
 from tests.emulators import emulator
@@ -115,6 +125,13 @@ def make_samples(n, **more):
         {"index": i, "query": f"prompt {i}", "toxicity_before": i / 7, "length_after": i, **more}
         for i in range(n)
     ]
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 CURVES = [{"step": 1, "score": 0.5, "kl": 1e-17}, {"step": 2, "score": None, "kl": 1.0}]
@@ -261,6 +278,8 @@ def test_a_stored_run_can_be_stored_again(store):
         (make_report(created="yesterday"), [], "created is 'yesterday'"),
         (make_report(created="2026-01-31T12:00:00"), [], "a time with its zone"),
         (make_report(created=None), [], "created is None"),
+        (make_report(created="0001-01-01T00:00:00+09:00"), [], "created is '0001-01-01T"),
+        (make_report(deep=nested(2000)), [], "too deeply"),
         (make_report(), [{"query": "?"}], "Sample 0 has the index None"),
         (make_report(), [{"index": -1}], "Sample 0 has the index -1"),
         (make_report(), [{"index": 10**8}], "index 100000000"),
@@ -337,6 +356,58 @@ def test_overwriting_removes_all_of_the_old_run(store):
     assert store.get_run("first") == make_report(kl=9.0)
     assert list(store.get_samples("first")) == make_samples(2)
     assert len(store.list_runs()) == 1
+
+
+def taken(token, run="5f2c", **more):
+    """The report of a run that was written by the process that took it as number `token`."""
+    return make_report(writer={"run": run, "token": token}, **more)
+
+
+LOST = r"'first' was stored by a later process of this run \(taking 3\); this one \(taking 2\) has"
+
+
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"attempt": "task"}, {}])
+def test_a_process_that_has_lost_its_run_does_not_replace_what_a_later_one_stored(store, how):
+    store.put_run(taken(3), make_samples(3), CURVES, attempt="task")
+
+    with pytest.raises(StoreError, match=LOST):
+        store.put_run(taken(2, kl=9.0), make_samples(1), **how)
+
+    assert store.get_run("first") == taken(3)
+    assert list(store.get_samples("first")) == make_samples(3)
+    assert store.get_history("first") == CURVES
+
+
+@pytest.mark.parametrize(
+    "report",
+    [taken(3, kl=9.0), taken(4), taken(10), taken(1, run="77aa"), make_report()],
+    ids=["same process", "later", "much later", "another run", "no writer"],
+)
+def test_other_writers_may_overwrite_a_run(store, report):
+    store.put_run(taken(3), make_samples(3))
+
+    assert store.put_run(report, make_samples(1), overwrite=True)
+
+    assert store.get_run("first") == report
+
+
+def test_a_run_of_an_earlier_version_may_be_overwritten_by_any_process(store):
+    store.put_run(make_report(), make_samples(3))
+
+    assert store.put_run(taken(1), make_samples(1), overwrite=True)
+
+    assert store.get_run("first") == taken(1)
+
+
+@pytest.mark.parametrize(
+    "writer", [5, "5f2c", [], {}, {"run": "5f2c"}, {"run": 5, "token": 1}, {"run": "", "token": 1}]
+    + [{"run": "5f2c", "token": token} for token in (-1, True, 1.0, "1", 2**60)],
+)  # fmt: skip
+def test_a_writer_of_another_form_is_refused(store, writer):
+    with pytest.raises(StoreError, match=r"The report's writer is .*; expected the id of the run"):
+        store.put_run(make_report(writer=writer), [])
+
+    assert store.list_runs() == []
 
 
 def test_overwriting_a_missing_run_stores_it(store):
@@ -603,6 +674,40 @@ def test_an_unfinished_run_can_be_claimed(table_store, monkeypatch):
     # The 38 orphaned items are deleted, with the long text and the history.
     keys = sorted(item["sk"]["S"] for item in items(table_store))
     assert keys == ["META", "SAMPLE#00000000", "SAMPLE#00000001"]
+
+
+def test_a_later_process_that_stores_its_result_meanwhile_wins(table_store, monkeypatch):
+    later = DynamoDBStore(table_store.table, region=REGION, endpoint_url=table_store._endpoint_url)
+    write = table_store._write_batch
+
+    def write_after_the_other(requests):
+        if later.get_run("first") is None:
+            later.put_run(taken(3), make_samples(3), overwrite=True)
+        write(requests)
+
+    monkeypatch.setattr(table_store, "_write_batch", write_after_the_other)
+    with pytest.raises(StoreError, match=LOST):
+        table_store.put_run(taken(2), make_samples(60), overwrite=True)
+    later.put_run(taken(3), make_samples(3), overwrite=True)  # repairs what the late batch replaced
+
+    assert later.get_run("first") == taken(3)
+    assert list(later.get_samples("first")) == make_samples(3)
+    later.close()
+
+
+def test_a_process_that_has_lost_its_run_does_not_claim_what_a_later_one_has_begun(
+    table_store, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(table_store, "_complete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            table_store.put_run(taken(3), make_samples(3))
+
+    with pytest.raises(StoreError, match=LOST):
+        table_store.put_run(taken(2), make_samples(1))
+    table_store.put_run(taken(3), make_samples(3))
+
+    assert table_store.get_run("first") == taken(3)
 
 
 def test_a_text_too_long_for_an_item_is_stored_in_parts(table_store):
@@ -960,6 +1065,55 @@ def test_the_list_of_runs_has_pages(store):
     found = [run["run_id"] for page in (first, second, third) for run in page.rows]
     assert found == ["run-4", "run-3", "run-2", "run-1", "run-0"]
     assert third.next is None
+
+
+FUTURE = "2999-01-0{}T00:00:00+00:00"
+
+
+def test_runs_whose_clock_was_ahead_come_last(store):
+    soon = (datetime.now(UTC) + timedelta(hours=20)).isoformat()
+    for run_id, created in {
+        "older": "2026-01-01T00:00:00+00:00",
+        "ahead": FUTURE.format(1),
+        "soon": soon,
+        "further": FUTURE.format(2),
+        "newer": "2026-01-02T00:00:00+00:00",
+    }.items():
+        store.put_run(make_report(run_id, created), [])
+
+    listed = ["soon", "newer", "older", "further", "ahead"]
+    assert [run["run_id"] for run in store.list_runs()] == listed
+    for limit in range(1, 6):
+        found, cursor = [], None
+        while cursor is not None or not found:
+            page = store.list_page(limit, cursor)
+            assert len(page.rows) <= limit
+            found += [run["run_id"] for run in page.rows]
+            cursor = page.next
+        assert found == listed, limit
+
+
+def test_pages_of_one_list_agree_on_what_is_the_future(store, monkeypatch):
+    for i, created in enumerate(("2026-01-01T00:00:00+00:00", FUTURE.format(1), FUTURE.format(3))):
+        store.put_run(make_report(f"run-{i}", created), [])
+    first = store.list_page(1)
+    between = FUTURE.format(2).replace("+", ".000000+")
+    for module in (sqlite_module, dynamodb_module):
+        monkeypatch.setattr(module, "future_from", lambda: between)
+
+    second = store.list_page(1, first.next)
+    third = store.list_page(1, second.next)
+
+    found = [run["run_id"] for page in (first, second, third) for run in page.rows]
+    assert found == ["run-0", "run-2", "run-1"]
+    assert [run["run_id"] for run in store.list_runs()] == ["run-1", "run-0", "run-2"]
+
+
+def test_a_cursor_with_other_moments_is_refused(store):
+    moment = "2026-01-01T00:00:00.000000+00:00"
+    for place in (["", moment, "a"], [moment, "~", "a"], [moment, moment, ""], [moment, "a"]):
+        with pytest.raises(BadCursor):
+            store.list_page(2, encode_cursor(place, "runs"))
 
 
 @pytest.mark.parametrize("junk", ["junk", "x" * 5000, "W10", "bnVsbA", "\u0663", "", "====", "e30"])

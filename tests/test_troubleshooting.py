@@ -21,6 +21,7 @@ OUR_MESSAGES = {
     "wants a token": "stages/cluster/connect.py",
     ", and here is Ray ": "stages/cluster/connect.py",
     "its temporary folder ": "stages/cluster/probe.py",
+    "Reward actors died ": "stages/rewards/pool.py",
     "lost its connection to another worker": "stages/errors.py",
     "is being written by": "runs/lease.py",
     "was taken over by": "runs/lease.py",

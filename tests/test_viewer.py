@@ -536,6 +536,7 @@ def test_a_failing_table_is_read_once_and_the_response_says_when_to_retry(dynamo
         proxy.fail(operation, kind, FOR_EVER)
 
     answers = [respond(event(f"/api/runs{rest}"), store) for rest in ("", "/first/samples")]
+    calls = dict(proxy.calls)
     proxy.heal()
     healed = respond(event("/api/runs"), store)
     store.close()
@@ -545,7 +546,7 @@ def test_a_failing_table_is_read_once_and_the_response_says_when_to_retry(dynamo
         assert (answer["statusCode"], answer["headers"]["retry-after"]) == (503, "2")
         assert list(json.loads(answer["body"])) == ["error"]
         assert not re.search("127.0.0.1|secret|results of|Token|Denied", answer["body"])
-    assert proxy.calls == {"Query": 2, "GetItem": 1}
+    assert calls == {"Query": 1, "GetItem": 1}
     assert healed["statusCode"] == 200
 
 

@@ -266,7 +266,13 @@ def _reach(address: str) -> "JobSubmissionClient":
 def _jobs(client: "JobSubmissionClient", run_id: str) -> "list[JobDetails]":
     """Return the jobs that have worked on a run, oldest first."""
     jobs = [job for job in client.list_jobs() if (job.metadata or {}).get("run_id") == run_id]
-    return sorted(jobs, key=lambda job: job.start_time or 0)
+
+    def age(job: "JobDetails") -> tuple[int, int]:
+        # By the number in the id of `_job_id`: the head's clock may have jumped back.
+        number = (job.submission_id or "").removeprefix(f"{run_id}-resumed-")
+        return int(number) if number.isdecimal() else 0, job.start_time or 0
+
+    return sorted(jobs, key=age)
 
 
 def _job_id(client: "JobSubmissionClient", run_id: str, args: argparse.Namespace) -> str:

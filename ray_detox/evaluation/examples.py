@@ -4,6 +4,7 @@ Our functions pass `PairedExample`s. The stores, the page and samples.jsonl keep
 JSON object, which `to_json` writes and `from_json` reads.
 """
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -11,6 +12,23 @@ from typing import Any, Self
 from ray_detox.evaluation.metrics import RATINGS
 
 SIDES = ("before", "after")
+
+_NUMBER = (float, int)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "index": (int,),
+    "prompt_id": (str,),
+    "query": (str,),
+    "reference": (str, type(None)),
+    "facts": (list, type(None)),
+    "kl": _NUMBER,
+    "response": (str,),
+    "reward": _NUMBER,
+    "toxicity": _NUMBER,
+    "length": (int,),
+    "truncated": (bool,),
+    "finished": (bool,),
+}
+"""Types of the stored fields, those of a side without the side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +107,23 @@ class PairedExample:
         """The record of a stored form; the inverse of `to_json`.
 
         Raises:
-            ValueError: it is not an object, or a field is missing or unknown.
+            ValueError: it is not an object, or a field is missing, unknown or of another type.
         """
         if not isinstance(stored, Mapping):
-            raise ValueError(f"an evaluated prompt is {stored!r}, expected an object")
+            raise ValueError(f"an evaluated prompt is {reprlib.repr(stored)}, expected an object")
         rest = dict(stored)
         try:
             before, after = (_pop_response(rest, side) for side in SIDES)
-            facts = rest.pop("facts")
+            facts = _pop(rest, "facts")
+            for fact in facts or ():
+                _check("facts", fact, (str,))
             example = cls(
-                index=rest.pop("index"),
-                prompt_id=rest.pop("prompt_id"),
-                query=rest.pop("query"),
-                reference=rest.pop("reference"),
+                index=_pop(rest, "index"),
+                prompt_id=_pop(rest, "prompt_id"),
+                query=_pop(rest, "query"),
+                reference=_pop(rest, "reference"),
                 facts=None if facts is None else tuple(facts),
-                kl=rest.pop("kl"),
+                kl=_pop(rest, "kl"),
                 before=before,
                 after=after,
             )
@@ -120,19 +140,28 @@ class PairedExample:
 def _pop_response(stored: dict[str, Any], side: str) -> EvaluatedResponse:
     """Take the fields of one side out of a stored form."""
     suffix = f"_{side}"
-    names = [name.removesuffix(suffix) for name in stored if name.endswith(suffix)]
-    values = {name: stored.pop(name + suffix) for name in names}
-    ratings = {name: values.pop(name) for name in names if name in RATINGS}
-    try:
-        return EvaluatedResponse(
-            response=values.pop("response"),
-            reward=values.pop("reward"),
-            toxicity=values.pop("toxicity"),
-            length=values.pop("length"),
-            truncated=values.pop("truncated"),
-            finished=values.pop("finished"),
-            terms=values,  # the remaining values are the reward terms, under their names
-            ratings=ratings,
+    names = ("response", "reward", "toxicity", "length", "truncated", "finished")
+    fields = {name: _pop(stored, name, suffix) for name in names}
+    # The remaining values are the ratings and the reward terms, under their names.
+    terms, ratings = dict[str, Any](), dict[str, Any]()
+    for full_name in [name for name in stored if name.endswith(suffix)]:
+        name, value = full_name.removesuffix(suffix), stored.pop(full_name)
+        is_rating = name in RATINGS
+        _check(full_name, value, (*_NUMBER, type(None)) if is_rating else _NUMBER)
+        (ratings if is_rating else terms)[name] = value
+    return EvaluatedResponse(**fields, terms=terms, ratings=ratings)
+
+
+def _pop(stored: dict[str, Any], name: str, suffix: str = "") -> Any:
+    """Take a field out of a stored form, and check its type."""
+    value = stored.pop(name + suffix)
+    _check(name + suffix, value, _KINDS[name])
+    return value
+
+
+def _check(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if type(value) not in kinds:  # isinstance would take true for a number
+        raise ValueError(
+            f"the field {name!r} of an evaluated prompt is {reprlib.repr(value)}, expected "
+            f"{' or '.join(kind.__name__ for kind in kinds)}"
         )
-    except KeyError as error:
-        raise KeyError(error.args[0] + suffix) from None

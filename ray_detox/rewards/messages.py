@@ -60,6 +60,9 @@ class ActorInfo:
     """Its node in messages, such as `node 3f29a1c0`."""
     handle: ActorHandle
     """For calls."""
+    start: int
+    """Number of its process among all that have come up in the pool; -1 before that. A process that
+    the pool itself restarted keeps the number."""
     down_reason: str | None = None
     """Why it takes no chunks now, for messages; None while it takes them."""
 
@@ -82,6 +85,8 @@ class WorkerLoad:
     """Texts that wait at the workers now, because no actor has room for them."""
     resent: int = 0
     """Chunks that workers have sent again since the last answer."""
+    deaths: int = 0
+    """Most deaths of actors in a row that texts of a worker have met; see `Router.deaths`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,12 @@ A chunk:
         its call was lost, or every actor that holds it is suspected
 
     Done, too, without scores: the batch failed, or its caller's deadline has passed.
+
+Texts that kill each actor, such as those on which a reward function crashes, would be sent again for
+ever. The router therefore counts the deaths that a chunk has met since this worker last got scores,
+and the pool ends the run at `serving.max_actor_deaths`. A death counts only if the process came up
+after the one counted before it: a node that is lost takes several actors, and the chunk may be sent
+to each of them before that is known.
 """
 
 from __future__ import annotations
@@ -68,6 +74,11 @@ neither a long forward pass nor a queue delays the answer."""
 # waiting at the same moment would raise its own message, which cannot say why.
 TIMEOUT_GRACE_S = 10.0
 """Time that a caller waits beyond `serving.timeout_s` for the router to explain the delay."""
+CRASHES = (
+    "Test the functions of reward.terms on this machine: ray-detox check calls them with sample texts. "
+    "Look for os._exit, for crashes of native code, and for more memory than a node has."
+)
+"""What to do about actors that die while they score."""
 
 
 @dataclass(eq=False, slots=True)
@@ -84,6 +95,8 @@ class ActorState:
     longest is next."""
     calls: list[Call] = field(default_factory=list)
     """Open calls of this worker."""
+    start: int = -1
+    """See `ActorInfo`."""
     load_of_others: int = 0
     """Texts that it held for other workers when it last returned scores; 0 once that is old."""
     gone: bool = False
@@ -123,6 +136,8 @@ class Call:
 
     chunk: Chunk
     actor: ActorState
+    start: int
+    """Start of the actor to which the chunk was sent; see `ActorInfo`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -228,6 +243,8 @@ class Router:
         self._actors: dict[str, ActorState] = {}
         self._batches: list[Batch] = []
         self._queue: deque[Chunk] = deque()
+        self._deaths: dict[Chunk, tuple[int, int]] = {}
+        """By chunk: deaths in a row since the last scores, and the newest start before the last one."""
         self.resent = 0
         """Chunks sent again so far."""
         self.membership_stale = False
@@ -242,6 +259,11 @@ class Router:
     def waiting(self) -> int:
         """Texts that no actor had room for."""
         return sum(chunk.texts for chunk in self._queue if not chunk.done)
+
+    @property
+    def deaths(self) -> int:
+        """Most deaths in a row that one chunk has met without scores for any other in between."""
+        return max((n for chunk, (n, _) in self._deaths.items() if not chunk.done), default=0)
 
     # ---- events --------------------------------------------------------------------------------
 
@@ -273,6 +295,7 @@ class Router:
                 self._actors[info.name] = known
             # A restarted actor may be on another node; its name and its handle stay.
             known.node, known.handle, known.down_reason = info.node, info.handle, info.down_reason
+            known.start = info.start
             if info.down_reason is not None and known.calls:
                 # Its calls may still fail only much later: a node that crashed closes no
                 # connection.
@@ -288,6 +311,7 @@ class Router:
             held: texts that the actor still holds, for all workers.
         """
         self._close(call)
+        self._deaths.clear()
         call.actor.load_of_others = max(0, held - call.actor.texts)
         self._mark_alive(call.actor, "returned scores")
         # A chunk may be at two actors. The first scores count, so that each text has one score.
@@ -304,6 +328,11 @@ class Router:
         actor.no_dispatch_until_s = self._now() + COOL_DOWN_S
         actor.record_event(f"failed: {cause}", self._now())
         self.membership_stale = True
+        deaths, newest = self._deaths.get(call.chunk, (0, -1))
+        # Calls to an actor that is out of reach are lost as well, again and again.
+        if call.start > newest:
+            newest = max(actor.start for actor in self._actors.values())
+            self._deaths[call.chunk] = (deaths + 1, newest)
         self._redispatch(call.chunk)
         self._dispatch()
 
@@ -378,7 +407,7 @@ class Router:
                 kept.append(chunk)
                 continue
             actor = min(others, key=lambda a: (a.texts + a.load_of_others, a.last_dispatch_s))
-            call = Call(chunk, actor)
+            call = Call(chunk, actor, actor.start)
             if not actor.calls:
                 actor.last_heartbeat_s = now  # an idle actor owes no sign of life
             actor.last_dispatch_s = now
@@ -455,9 +484,14 @@ class Router:
         if len(to_name) > len(causes):
             causes.append(f"{len(to_name) - len(causes)} more")
         texts = sum(chunk.texts for chunk in batch.chunks)
+        deaths = max(self._deaths.get(chunk, (0, 0))[0] for chunk in open_chunks)
         return (
             f"No scores for {sum(chunk.texts for chunk in open_chunks)} of {texts} texts within "
             f"{self._serving.timeout_s:g} s (serving.timeout_s): "
             f"{'; '.join(causes) or 'the worker could not read the list of reward actors'}. "
-            "Add actors (reward.actors) or raise serving.timeout_s."
+            + (
+                f"Actors died {deaths} times in a row while they scored the same texts. {CRASHES}"
+                if deaths > 1
+                else "Add actors (reward.actors) or raise serving.timeout_s."
+            )
         )

@@ -21,6 +21,13 @@ from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import adapter_files, write_files
+from ray_detox.runs.damage import (
+    DamagedError,
+    numbered_lines,
+    parse,
+    parse_object,
+    read_file,
+)
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
@@ -82,23 +89,21 @@ class RunFolder:
             ConfigError: there is no such run, or its settings cannot be read.
         """
         file = self.path / "config.json"
-        if not file.is_file():
+        if not file.exists():
             runs = sorted(p.parent.name for p in self.output.glob("*/config.json"))
             known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
             raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError(f"it holds a {type(settings).__name__}")
-            return config_from_dict(settings)
-        except (OSError, ValueError) as error:  # ConfigError is a ValueError
-            raise ConfigError(
-                f"{file} does not have the settings of a run of this version ({error}). Use the "
-                "version of ray-detox that started the run, or start a new run."
-            ) from None
+            return settings_from_json(read_file(file), file)
+        except DamagedError as error:
+            raise damaged_settings(file, error) from None
 
     def read_history(self) -> list[dict[str, Any]]:
-        """The metrics of every training step so far."""
+        """The metrics of every training step so far.
+
+        Raises:
+            ConfigError: a line is damaged.
+        """
         return read_metrics(self.path / "metrics.jsonl")
 
     def write_result(self, report: Mapping[str, Any], examples: Sequence[PairedExample]) -> None:
@@ -119,21 +124,63 @@ class RunFolder:
         """
         self.read_config()
         file = self.path / "report.json"
-        if not file.is_file():
+        if not file.exists():
             raise ConfigError(
                 f"Run {self.run_id!r} has no result yet. Finish it first: "
                 f"ray-detox run --resume {self.run_id}."
             )
         try:
-            report = json.loads(file.read_text(encoding="utf-8"))
+            report = parse_object(read_file(file))
             file = self.path / "samples.jsonl"
-            with file.open(encoding="utf-8") as lines:
-                return report, [PairedExample.from_json(json.loads(line)) for line in lines]
-        except (OSError, ValueError) as error:
+            examples = [_example(*line) for line in numbered_lines(read_file(file))]
+            if report.get("n") != len(examples):
+                raise DamagedError(
+                    f"it has {len(examples)} lines, and the report is of {report.get('n')} prompts"
+                )
+        except DamagedError as error:
             raise ConfigError(
-                f"{file} cannot be read ({error}). Measure the run again: "
+                f"{file} is damaged: {error}. Move it away and measure the run again: "
                 f"ray-detox run --resume {self.run_id}."
             ) from None
+        return report, examples
+
+
+def settings_from_json(content: bytes, where: object) -> "RunConfig":
+    """Read the settings of a run from the content of a config.json.
+
+    Args:
+        content: of the file.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: it is damaged, or has settings that this version does not know.
+    """
+    try:
+        return config_from_dict(parse_object(content))
+    except DamagedError as error:
+        raise damaged_settings(where, error) from None
+    except ConfigError as error:
+        raise ConfigError(
+            f"{where} does not have the settings of a run of this version ({error}). Use the "
+            "version of ray-detox that started the run, or start a new run."
+        ) from None
+
+
+def damaged_settings(where: object, error: DamagedError) -> ConfigError:
+    """Return the error for a config.json that cannot be read."""
+    return ConfigError(
+        f"{where} is damaged: {error}. Restore it from a copy (train.storage has one, and the "
+        'report.json of a finished run under "config"), or start a new run.'
+    )
+
+
+def _example(number: int, line: bytes) -> PairedExample:
+    try:
+        return PairedExample.from_json(parse(line, number))
+    except DamagedError:
+        raise
+    except ValueError as error:
+        raise DamagedError(f"line {number}: {error}") from None
 
 
 def run_exists(folder: RunFolder) -> str:

@@ -15,10 +15,9 @@ from typing import Any
 
 from ray_detox.config import RunConfig
 from ray_detox.errors import ConfigError
-from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.conditional import NAME, Conflict
-from ray_detox.runs.folder import RunFolder, run_exists
+from ray_detox.runs.folder import RunFolder, run_exists, settings_from_json
 from ray_detox.runs.lease import Guard, GuardedStorage, Lease, create, read_record, take
 from ray_detox.runs.record import Change, RunRecord, Taking
 from ray_detox.runs.resume import changed_settings, require_same_run, run_storage
@@ -287,7 +286,7 @@ def _stored_settings(config: RunConfig, folder: RunFolder, storage: Storage) -> 
     stored = storage.read(SETTINGS)
     if stored is None:  # a process ended between the two files of a new run
         return None if storage.names("checkpoints") else config
-    found = config_from_dict(json.loads(stored))
+    found = settings_from_json(stored, f"{storage.address}/{SETTINGS}")
     require_same_run(config, found, folder.run_id)
     return found
 

@@ -11,6 +11,7 @@
 
 from typing import TYPE_CHECKING
 
+from ray_detox.errors import ConfigError
 from ray_detox.runs.folder import RunFolder
 from ray_detox.store.errors import StoreError
 from ray_detox.store.opening import open_store
@@ -51,12 +52,19 @@ def publish(
         True, or False if the same run was stored already.
 
     Raises:
-        ConfigError: the run has no result.
+        ConfigError: the run has no result, or a file of it is damaged.
         StoreError: the store rejected the run; its earlier content is unchanged.
     """
     report, examples = folder.read_result()
     samples = [example.to_json() for example in examples]
     history = folder.read_history()
+    steps = report.get("steps")
+    if isinstance(steps, int) and len(history) < steps:
+        raise ConfigError(
+            f"{folder.path}/metrics.jsonl has {len(history)} of the {steps} steps of the report. The run "
+            "takes the others from its newest checkpoint when it is resumed: ray-detox run --resume "
+            f"{folder.run_id}."
+        )
     if _is_notebook_table(results):
         from ray_detox.store import notebook
 

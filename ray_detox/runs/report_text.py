@@ -12,9 +12,13 @@ from typing import Any
 
 from ray_detox.evaluation.metrics import METRICS, Kind
 from ray_detox.runs.printable import printable as printable  # also imported from here
+from ray_detox.store.pages import is_from_future
 
 WIDTH = 100
 """Columns of a report in a file, and most columns on a terminal: longer lines are hard to read."""
+
+CLOCK_AHEAD = "clock was ahead"
+"""In a list, in place of a time that lies in the future."""
 
 _NARROWEST = 46
 _MOST_COLUMNS_OF_TEXT = 600
@@ -82,7 +86,8 @@ def list_table(summaries: Sequence[Mapping[str, Any]], width: int) -> str:
             del columns[name]
     if excess() > 0:
         date = columns["created (UTC)"]
-        columns["created (UTC)"] = ["created", *(text[:10] for text in date[1:])]
+        short = ("ahead" if text == CLOCK_AHEAD else text[:10] for text in date[1:])
+        columns["created (UTC)"] = ["created", *short]
     for name in ("created (UTC)", "toxicity"):
         if excess(longest_id=12) > 0:
             del columns[name]
@@ -114,8 +119,9 @@ def _cells(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """When, run, recipe, prompts, toxicity and verdict of a run, for a list."""
     toxicity = _mapping(summary.get("toxicity"))
     before, after = _mean(toxicity.get("before")), _mean(toxicity.get("after"))
+    created = summary.get("created")
     return (
-        _moment(summary.get("created")),
+        CLOCK_AHEAD if is_from_future(created) else _moment(created),
         printable(summary.get("run_id", "?")),
         printable(summary.get("recipe", "?")),
         printable("" if summary.get("n") is None else summary["n"]),
@@ -140,7 +146,7 @@ def _verdict(verdict: Any, width: int) -> str:
     name = printable(verdict.get("name", "?"))
     lines = [_paragraph(f"Verdict: {name}. {sentence}".rstrip(), width)]
     # A sentence usually has them already.
-    reasons = [printable(reason) for reason in verdict.get("reasons") or ()]
+    reasons = _texts(verdict.get("reasons"))
     lines += [_bullet(reason, width) for reason in reasons if reason not in sentence]
     return "\n".join(lines)
 
@@ -151,7 +157,8 @@ def _table(report: Mapping[str, Any], width: int) -> str:
     for name in ("toxicity", "judge"):
         scores = _mapping(report.get(name))
         before, after = _mapping(scores.get("before")), _mapping(scores.get("after"))
-        above = scores.get("toxic_above", 0.5)
+        above = scores.get("toxic_above")
+        above = above if _is_number(above) else 0.5
         for label, part in (("mean", "mean"), ("std", "std"), (f"above {above:g}", "share")):
             rows.append((f"{name}, {label}", before.get(part), after.get(part), kinds[part]))
     for metric in METRICS:
@@ -241,10 +248,8 @@ def _seconds(seconds: Any, width: int) -> str:
 
 
 def _notes(notes: Any, width: int) -> str:
-    if not notes:
-        return ""
-    sentences = [notes] if isinstance(notes, str) else notes
-    return "\n".join(["notes:", *(_bullet(printable(note), width) for note in sentences)])
+    sentences = _texts(notes)
+    return "\n".join(["notes:", *(_bullet(note, width) for note in sentences)] if sentences else [])
 
 
 def _examples(samples: Iterable[Mapping[str, Any]], width: int) -> str:
@@ -357,6 +362,12 @@ def _moment(created: Any, zone: str = "") -> str:
     """Shorten `2026-01-31T12:00:59+00:00` to `2026-01-31 12:00`."""
     text = printable(created or "")
     return f"{text[:10]} {text[11:16]}{zone}" if len(text) >= 16 else text
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a text, or the texts of a list, made harmless; none for other values."""
+    texts = [value] if isinstance(value, str) else value
+    return [printable(text) for text in texts if text] if isinstance(texts, list) else []
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
-from ray_detox.recipes.loading import config_from_dict, override_settings
+from ray_detox.recipes.loading import override_settings
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.conditional import Conflict, versioned_file
-from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.folder import RunFolder, settings_from_json
 from ray_detox.runs.lease import read_record
 from ray_detox.runs.storage import (
     Storage,
@@ -104,7 +104,8 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
         storage: the `train.storage` that the run started with.
 
     Raises:
-        ConfigError: the storage has no such run, or cannot be read.
+        ConfigError: the storage has no such run, or cannot be read, or the run's settings there are
+            damaged.
     """
     check_run_id(folder.run_id)
     check_storage(storage)
@@ -120,14 +121,15 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
             f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
         )
     # Settings of another version may not be valid here: find out before the folder exists.
-    config_from_dict(json.loads(settings))
+    settings_from_json(settings, f"{kept.address}/config.json")
     folder.path.mkdir(parents=True, exist_ok=True)
     # Nobody has the folder yet; who resumes the run takes it in the storage first.
     with suppress(Conflict):
         content = replace(record, writer=None).to_json()
         versioned_file(Storage(str(folder.path.resolve()))).replace(content, None)
     if newest is not None:
-        write_atomic(folder.path / "metrics.jsonl", newest.files["metrics.jsonl"].decode())
+        metrics = newest.files.get("metrics.jsonl", b"")
+        write_atomic(folder.path / "metrics.jsonl", metrics.decode(errors="replace"))
     # Last: a folder with config.json counts as a run that can be resumed.
     write_atomic(folder.path / "config.json", settings.decode())
 

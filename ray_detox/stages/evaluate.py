@@ -13,26 +13,33 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
+from ray import ObjectRef
 
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.records import PreparedRow
-from ray_detox.resources import Needs
+from ray_detox.resources import Needs, workers_that_fit
 from ray_detox.rewards.messages import ActorHandle
 from ray_detox.runs.checkpoint_store import unpack_folder
+from ray_detox.runs.damage import DamagedError, parse_list
 from ray_detox.runs.storage import Storage, StorageError
-from ray_detox.stages.cluster.admission import CapacityWatchdog
+from ray_detox.stages.cluster.admission import CapacityWatchdog, has_autoscaler
+from ray_detox.stages.cluster.nodes import free_nodes
 from ray_detox.stages.events import PromptsMeasured
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
+from ray_detox.stages.rewards.pool import RewardPool
 
 AdapterFiles = Mapping[str, bytes]
 """The files of an adapter's folder, by name."""
 Examples = list[PairedExample]
+
+_log = logging.getLogger(__name__)
 
 
 @ray.remote(max_retries=5)
@@ -83,7 +90,7 @@ def run_evaluation(
     config: RunConfig,
     adapter: AdapterFiles,
     rows: Sequence[PreparedRow],
-    directory: ActorHandle,
+    pool: RewardPool,
     need: Needs,
     on_event: Callable[[PromptsMeasured], None],
     storage: Storage | None = None,
@@ -95,7 +102,7 @@ def run_evaluation(
         config: of the run.
         adapter: the trained adapter.
         rows: held-out rows from `ingest`.
-        directory: of the reward pool.
+        pool: of the reward actors, loaded.
         need: resolved for this cluster.
         on_event: called after some prompts were measured.
         storage: of the run, for measured shards; None stores none.
@@ -104,6 +111,7 @@ def run_evaluation(
 
     Raises:
         ConfigError: the cluster had no resources for a task for `cluster.capacity_timeout_s`.
+        RewardError: see `RewardPool.check_scoring`.
     """
     count = min(config.evaluate.shards, len(rows))
     # Every count-th row, so that all shards have prompts of similar lengths.
@@ -111,7 +119,7 @@ def run_evaluation(
     kept = _KeptShards(storage, config, adapter, rows, identity or {})
     found: dict[int, Examples] = {}
     for number in range(count):
-        if (earlier := kept.read(number)) is not None:
+        if (earlier := kept.read(number, [rows[i] for i in shards[number]])) is not None:
             found[number] = earlier
             on_event(PromptsMeasured(len(earlier)))
 
@@ -120,14 +128,19 @@ def run_evaluation(
     )
     progress = start_progress()
     adapter_ref = ray.put(adapter)
-    waiting = {
-        task.remote(config, adapter_ref, [rows[i] for i in shard], directory, progress): number
-        for number, shard in enumerate(shards)
-        if number not in found
-    }
+    missing = [number for number in range(count) if number not in found]
+    waiting: dict[ObjectRef[Examples], int] = {}
+    done: list[ObjectRef[Examples]] = []
     watchdog = CapacityWatchdog(config, need.evaluation)
     try:
-        while waiting:
+        while missing or waiting:
+            if missing and (done or not waiting):
+                room = max(0, _most_at_once(config, need, pool) - len(waiting))
+                for number in missing[:room]:
+                    of_shard = [rows[i] for i in shards[number]]
+                    ref = task.remote(config, adapter_ref, of_shard, pool.directory, progress)
+                    waiting[ref] = number
+                del missing[:room]
             done, _ = ray.wait(list(waiting), timeout=EVENT_POLL_S)
             for ref in done:
                 number = waiting.pop(ref)
@@ -136,17 +149,32 @@ def run_evaluation(
             events = ray.get(progress.take.remote(), timeout=ACTOR_TIMEOUT_S)
             for event in events:
                 on_event(event)
+            pool.check_scoring()
             watchdog.check(something_happened=bool(done or events))
     finally:
-        # After an error the other tasks would go on for nobody, if the caller keeps its connection.
+        # After an error the other tasks would go on for nobody, if the caller keeps its connection. By
+        # force, because one that waits for scores would notice nothing else.
         for ref in waiting:
-            ray.cancel(ref)
+            ray.cancel(ref, force=True)
         ray.kill(progress)
     examples: dict[int, PairedExample] = {}
     for number, shard in enumerate(shards):
         for i, example in zip(shard, found[number], strict=True):
             examples[i] = replace(example, index=i)
     return [examples[i] for i in range(len(rows))]
+
+
+def _most_at_once(config: RunConfig, need: Needs, pool: RewardPool) -> int:
+    """Return how many tasks may be submitted at once: those that fit beside the reward actors.
+
+    A task that waits for resources would take those of a reward actor at the moment at which it dies.
+    The actor could then not restart, and all tasks would wait for its scores.
+    """
+    if has_autoscaler():  # it adds nodes for tasks that wait
+        return need.evaluation.main.max_count
+    idle = [node.when_idle() for node in free_nodes()]
+    actors = max(config.reward.min_actors, pool.metrics().actors)
+    return max(1, workers_that_fit(need.evaluation, idle, actors))
 
 
 class _KeptShards:
@@ -176,15 +204,26 @@ class _KeptShards:
             f"evaluation/{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}"
         )
 
-    def read(self, number: int) -> Examples | None:
-        """Return the examples of a stored shard; None if it is missing or damaged."""
+    def read(self, number: int, rows: Sequence[PreparedRow]) -> Examples | None:
+        """Return the examples of a stored shard; None if it is missing or damaged.
+
+        Args:
+            number: of the shard.
+            rows: its held-out rows.
+        """
         if self._storage is None:
             return None
         try:
-            stored = json.loads(self._storage.read(self._name(number)) or b"")
-            return [PairedExample.from_json(example) for example in stored]
-        except (StorageError, ValueError):
+            content = self._storage.read(self._name(number))
+            if content is None:
+                return None
+            examples = [PairedExample.from_json(example) for example in parse_list(content)]
+            if [example.prompt_id for example in examples] != [row.prompt_id for row in rows]:
+                raise DamagedError("it does not have the prompts of this shard")
+        except (StorageError, ValueError) as error:
+            _log.warning("%s is damaged and will be measured again: %s", self._name(number), error)
             return None
+        return examples
 
     def write(self, number: int, examples: Examples) -> None:
         """Store a shard; if that fails, a resumed run measures it again."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from ray_detox.config import RunConfig
+from ray_detox.config import ConfigError, RunConfig
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.runs.folder import RunFolder
@@ -53,7 +53,7 @@ def store_result(
         folder.write_result(report, rated)
     try:
         publish(config.results, folder, attempt=attempt, overwrite=overwrite)
-    except StoreError as error:
+    except (ConfigError, StoreError) as error:
         return report, rated, str(error)
     return report, rated, None
 

@@ -110,7 +110,7 @@ class Session:
 
         Raises:
             Stopped: the user stopped the run; the newest checkpoint is kept.
-            TrainingError: training failed; the newest checkpoint is kept.
+            TrainingError, RewardError: training failed; the newest checkpoint is kept.
             LeaseLost: another process has taken the run.
             StorageError: newer checkpoints could not be kept, see `train.max_unsaved_s`.
         """
@@ -120,7 +120,8 @@ class Session:
         held.begin(done)
         store = held.checkpoints(config.train.checkpoints_kept)
         writer = CheckpointWriter(store, newest, on_event=self._say, on_saved=held.note_step)
-        metrics = MetricsLog(folder.path, held.guard.hold)
+        kept = newest.files.get("metrics.jsonl", b"") if newest else b""
+        metrics = MetricsLog(folder.path, kept, self._say, held.guard.hold)
         with (
             self.console.stage("train", self._describe_training()) as lines,
             self.console.bar(config.train.steps, "steps", done=done, lines=False) as bar,
@@ -148,7 +149,7 @@ class Session:
                 raise Stopped(0, stop.signal_number)
             assert writer.newest is not None, "training ended without a checkpoint"
             # The driver may have been killed between a checkpoint and its metrics.
-            metrics.complete(writer.newest.files["metrics.jsonl"].decode())
+            metrics.complete(writer.newest.files.get("metrics.jsonl", b""))
             if outcome.stopped:
                 raise Stopped(outcome.step, stop.signal_number)
             with held.guard.hold():
@@ -178,7 +179,7 @@ class Session:
                 self.config,
                 adapter,
                 rows,
-                self.pool.directory,
+                self.pool,
                 self.need,
                 on_event=lambda event: bar.add(event.prompts),
                 storage=None if held is None else held.storage,

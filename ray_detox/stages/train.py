@@ -22,11 +22,12 @@ A step's result does not depend on the number of workers, so a group may resume 
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -43,8 +44,11 @@ from ray.util.placement_group import (
 )
 
 from ray_detox.config import RunConfig
+from ray_detox.records import RewardError
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import CheckpointWriter
+from ray_detox.runs.storage import StorageError
+from ray_detox.stages.cluster.admission import THREAD_END_TIMEOUT_S
 from ray_detox.stages.cluster.elastic import UpscaleTrigger, wait_for_workers
 from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
 from ray_detox.stages.errors import TrainingDiverged, TrainingError, describe
@@ -112,6 +116,8 @@ def run_training(
     Raises:
         TrainingError: training failed; the newest checkpoint is kept.
         TrainingDiverged: the policy has diverged; earlier checkpoints are kept.
+        RewardError: the reward actors die again and again on the same texts; the newest checkpoint
+            is kept.
         ConfigError: fewer than the smallest number of `train.workers` fit, for longer than
             `cluster.capacity_timeout_s`.
         StorageError: the last checkpoint could not be stored, or `on_event` raised it.
@@ -130,7 +136,7 @@ def run_training(
                 return replace(outcome, step=step, stopped=True)
             on_event(GroupStarted(number=outcome.groups, workers=workers, step=step))
             start = ray.put(dict(writer.newest.files)) if writer.newest else None
-            name = f"group-{time.time_ns()}"
+            name = f"group-{outcome.groups}-{secrets.token_hex(8)}"
             job = TrainJob(config, name, progress, pool.directory, list(shards), start)
             group = WorkerGroup(job, need, pool, workers, writer, scratch, on_event)
             result = group.run(stop_requested)
@@ -155,6 +161,11 @@ def run_training(
                     loop_seconds=result.loop_seconds,
                     peak_mb=result.peak_mb,
                 )
+    except (TrainingError, RewardError):
+        # The storage may be slower than the steps, and the user is told to go on from here.
+        with suppress(StorageError):
+            writer.flush(ACTOR_TIMEOUT_S)
+        raise
     finally:
         ray.kill(progress)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -211,6 +222,7 @@ class WorkerGroup:
         self.error: BaseException | None = None
         self.stop_reason: StopReason | None = None
         self._workers = workers
+        self._pool = pool
         self._writer = writer
         self._on_event = on_event
         self._nodes: dict[int, str] = {}
@@ -223,7 +235,11 @@ class WorkerGroup:
         self._trainer = self._make_trainer(need, scratch)
 
     def run(self, stop_requested: threading.Event) -> WorkerResult:
-        """Train, and return the result of rank 0; if the group failed, `error` is set."""
+        """Train, and return the result of rank 0; if the group failed, `error` is set.
+
+        Raises:
+            RewardError: see `RewardPool.check_scoring`.
+        """
         # fit() blocks, so it gets a thread of its own: this thread prints and handles Ctrl-C.
         fit = threading.Thread(target=self._fit, daemon=True)
         fit.start()
@@ -232,12 +248,18 @@ class WorkerGroup:
             if self.stop_reason is None:
                 self.stop_reason = self._find_stop_reason(stop_requested)
             self._take_events()
+            try:
+                self._pool.check_scoring()
+            except RewardError:
+                # Else the workers would wait for their scores until serving.timeout_s. A thread that
+                # calls Ray after the end of the connection would end this process.
+                self._remove_placement_groups()
+                fit.join(THREAD_END_TIMEOUT_S)
+                raise
         self._take_events()
-        for left_behind in _placement_groups() - self._placement_groups_before:
-            # A Train controller that was killed leaves its placement group, and with it the
-            # resources that the next group needs.
-            group_id = ray.PlacementGroupID(bytes.fromhex(left_behind))
-            remove_placement_group(PlacementGroup(group_id))
+        # A Train controller that was killed leaves its placement group, and with it the resources
+        # that the next group needs.
+        self._remove_placement_groups()
         return self._result
 
     def expected_workers(self) -> int:
@@ -254,6 +276,12 @@ class WorkerGroup:
         if draining_nodes() & set(self._nodes.values()):
             return "moved"
         return "resized" if self._upscale and self._upscale.is_due() else None
+
+    def _remove_placement_groups(self) -> None:
+        """Release the resources of the group, which ends workers that still run."""
+        for name in _placement_groups() - self._placement_groups_before:
+            group_id = ray.PlacementGroupID(bytes.fromhex(name))
+            remove_placement_group(PlacementGroup(group_id))
 
     def _take_events(self) -> None:
         stop = self.stop_reason is not None

@@ -15,6 +15,7 @@ incomplete run.
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -41,15 +42,18 @@ from ray_detox.store.dynamodb_items import (
 )
 from ray_detox.store.errors import BadCursor, StoreError
 from ray_detox.store.pages import (
+    BAD_CURSOR,
     Page,
     SampleQuery,
     as_row,
     decode_cursor,
+    decode_place,
     encode_cursor,
+    future_from,
     limits_of,
     matches,
 )
-from ray_detox.store.prepare import prepare
+from ray_detox.store.prepare import PreparedRun, prepare
 from ray_detox.store.protocol import SCHEMA, check_run_id
 
 _BATCH = 25  # DynamoDB's limit for one request
@@ -62,8 +66,6 @@ PATIENT = Config(
 _HURRIED = Config(
     connect_timeout=0.5, read_timeout=1.4, retries={"mode": "standard", "total_max_attempts": 1}
 )
-
-_BAD_CURSOR = "The cursor does not belong to this list; start again from its first page."
 
 
 class _ConditionFailed(Exception):
@@ -143,65 +145,73 @@ class DynamoDBStore:
             and not (overwrite and self._is_damaged(stored))
         ):
             return False
-        self._claim(run.run_id, writing, overwrite)
+        self._claim(run, writing, overwrite)
         for batch in _batches(items):
             # Before each batch: another writer may have claimed the run since the last one, and a
             # batch write cannot have a condition.
-            self._check_writer(run.run_id, writer)
+            self._check_writer(run, writer)
             self._write_batch([{"PutRequest": {"Item": item}} for item in batch])
-        self._delete_others_items(run.run_id, writer, len(items))
-        self._complete(run.run_id, complete, writer)
+        self._delete_others_items(run, writer, len(items))
+        self._complete(run, complete, writer)
         return True
 
-    def _claim(self, run_id: str, writing: Item, overwrite: bool) -> None:
+    def _claim(self, run: PreparedRun, writing: Item, overwrite: bool) -> None:
         """Put META in the state WRITING, which makes us the run's writer."""
-        condition: dict[str, Any] = {}
+        conditions, values = list[str](), Item()
         if not overwrite:
             # The same attempt may replace its own COMPLETE run: its task is running again because
             # the answer to the first one was lost.
-            condition = {
-                "ConditionExpression": "attribute_not_exists(#pk) OR #state = :writing "
-                "OR #attempt = :attempt",
-                "ExpressionAttributeNames": {
-                    "#pk": "pk",
-                    "#state": "state",
-                    "#attempt": "attempt",
-                },
-                "ExpressionAttributeValues": {
-                    ":writing": {"S": "WRITING"},
-                    ":attempt": writing["attempt"],
-                },
-            }
+            conditions.append(
+                "(attribute_not_exists(#pk) OR #state = :writing OR #attempt = :attempt)"
+            )
+            values |= {":writing": {"S": "WRITING"}, ":attempt": writing["attempt"]}
+        if run.writer is not None:
+            # WRITING as well: a later process that has not finished has taken the run all the same.
+            conditions.append(
+                "(attribute_not_exists(#writer_token) OR #writer_run <> :run "
+                "OR #writer_token <= :token)"
+            )
+            values |= {":run": writing["writer_run"], ":token": writing["writer_token"]}
         try:
-            self._call("put_item", TableName=self.table, Item=writing, **condition)
+            self._call("put_item", TableName=self.table, Item=writing, **_if(conditions, values))
         except _ConditionFailed:
+            self._refuse_if_lost(run)
             raise StoreError(
-                f"Another run {run_id!r} is already in table {self.table!r}. "
+                f"Another run {run.run_id!r} is already in table {self.table!r}. "
                 "Choose another id, or pass --overwrite."
             ) from None
 
-    def _check_writer(self, run_id: str, writer: str) -> None:
+    def _check_writer(self, run: PreparedRun, writer: str) -> None:
         """Check that no other writer has claimed the run; raises `StoreError` if one has."""
+        if self._refuse_if_lost(run).get("writer") != {"S": writer}:
+            raise _overtaken(run.run_id)
+
+    def _refuse_if_lost(self, run: PreparedRun) -> Item:
+        """Return the writer in META; raises `StoreError` if it is a later process of the run."""
+        names = ("writer", "writer_run", "writer_token")
         answer = self._call(
             "get_item",
             TableName=self.table,
-            Key=key(run_id, "META"),
+            Key=key(run.run_id, "META"),
             ConsistentRead=True,
-            ProjectionExpression="#writer",
-            ExpressionAttributeNames={"#writer": "writer"},
+            ProjectionExpression=", ".join(f"#{name}" for name in names),
+            ExpressionAttributeNames={f"#{name}": name for name in names},
         )
-        if answer.get("Item", {}).get("writer") != {"S": writer}:
-            raise _overtaken(run_id)
+        item: Item = answer.get("Item", {})
+        if "writer_token" in item:
+            token = int(item["writer_token"]["N"])
+            run.refuse_if_lost({"run": item["writer_run"]["S"], "token": token})
+        return item
 
-    def _delete_others_items(self, run_id: str, writer: str, expected: int) -> None:
+    def _delete_others_items(self, run: PreparedRun, writer: str, expected: int) -> None:
         """Delete items of other writers, and check that all `expected` items of ours are there."""
-        ours, others = self._by_writer(run_id, writer)
-        self._check_writer(run_id, writer)
+        ours, others = self._by_writer(run.run_id, writer)
+        self._check_writer(run, writer)
         for keys in _batches(others):
             self._write_batch([{"DeleteRequest": {"Key": key}} for key in keys])
         if ours != expected:
             raise StoreError(
-                f"Of {expected} items of run {run_id!r}, {ours} are in table {self.table!r}: "
+                f"Of {expected} items of run {run.run_id!r}, {ours} are in table {self.table!r}: "
                 "another process is writing this run. Publish it again."
             )
 
@@ -228,20 +238,16 @@ class DynamoDBStore:
                 others.append({"pk": item["pk"], "sk": item["sk"]})
         return ours, others
 
-    def _complete(self, run_id: str, complete: Item, writer: str) -> None:
+    def _complete(self, run: PreparedRun, complete: Item, writer: str) -> None:
+        # The condition is on the writer and not on the state: if the answer is lost, boto3 sends the
+        # request again, which then finds our own COMPLETE. A later process of the run that has claimed
+        # it since our claim is another writer, too.
+        ours = _if(["#writer = :writer"], {":writer": {"S": writer}})
         try:
-            # The condition is on the writer and not on the state: if the answer is lost, boto3
-            # sends the request again, which then finds our own COMPLETE.
-            self._call(
-                "put_item",
-                TableName=self.table,
-                Item=complete,
-                ConditionExpression="#writer = :writer",
-                ExpressionAttributeNames={"#writer": "writer"},
-                ExpressionAttributeValues={":writer": {"S": writer}},
-            )
+            self._call("put_item", TableName=self.table, Item=complete, **ours)
         except _ConditionFailed:
-            raise _overtaken(run_id) from None
+            self._refuse_if_lost(run)
+            raise _overtaken(run.run_id) from None
 
     def _write_batch(self, requests: list[dict[str, Any]]) -> None:
         """Write up to 25 items; sends items again that a busy table did not take."""
@@ -261,27 +267,35 @@ class DynamoDBStore:
         return None if meta is None else dict(json.loads(meta["report"]["S"]))
 
     def list_runs(self) -> list[dict[str, Any]]:
-        """Return summaries of all complete runs, newest first.
+        """Return summaries of all complete runs, newest first; those from the future are last.
 
         A new run may take a second to appear, because DynamoDB updates indexes asynchronously.
         """
-        return [json.loads(item["summary"]["S"]) for item in self._query(**_by_time())]
+        future = future_from()
+        parts = [self._query(**_by_time(part, future)) for part in ("<", ">=")]
+        return [json.loads(item["summary"]["S"]) for part in parts for item in part]
 
     def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
-        """Return one page of summaries of complete runs, newest first."""
-        start: dict[str, Any] = {}
+        """Return one page of summaries of complete runs, newest first; those from the future are last."""
+        future, start, parts = future_from(), dict[str, Any](), ["<", ">="]
         if cursor is not None:
-            (created_at,) = decode_cursor(cursor, [str], "runs")
-            run_id = created_at.partition("#")[2]
-            if not run_id:
-                raise BadCursor(_BAD_CURSOR)
-            place = {"list_pk": {"S": LIST_PK}, "created_at": {"S": created_at}}
+            future, created, run_id = decode_place(cursor)
+            place = {"list_pk": {"S": LIST_PK}, "created_at": {"S": f"{created}#{run_id}"}}
             start = {"ExclusiveStartKey": key(run_id, "META") | place}
-        answer = self._call("query", TableName=self.table, Limit=limit, **_by_time(), **start)
-        items = answer["Items"]
+            parts = parts if created < future else [">="]
+        items: list[Item] = []
+        for part in parts:
+            arguments = _by_time(part, future) | start | {"Limit": limit - len(items)}
+            answer = self._call("query", TableName=self.table, **arguments)
+            items += answer["Items"]
+            has_more = "LastEvaluatedKey" in answer or part != parts[-1]
+            if "LastEvaluatedKey" in answer or len(items) == limit:
+                break
+            start = {}
         more = None
-        if "LastEvaluatedKey" in answer and items:
-            more = encode_cursor([items[-1]["created_at"]["S"]], "runs")
+        if has_more and items:
+            last = items[-1]["created_at"]["S"].partition("#")
+            more = encode_cursor([future, last[0], last[2]], "runs")
         return Page([json.loads(item["summary"]["S"]) for item in items], more)
 
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
@@ -496,18 +510,31 @@ class DynamoDBStore:
         return to_store_error(error, operation, self.table, region, self._endpoint_url)
 
 
-def _by_time() -> dict[str, Any]:
+def _by_time(part: str, future: str) -> dict[str, Any]:
+    """Arguments of a query for the runs before (part `<`) or from the moment `future` on (`>=`)."""
     return {
         "IndexName": BY_TIME,
-        "KeyConditionExpression": "#list_pk = :runs",
+        "KeyConditionExpression": f"#list_pk = :runs AND #created_at {part} :future",
         "ProjectionExpression": "#summary, #created_at",
         "ExpressionAttributeNames": {
             "#list_pk": "list_pk",
             "#summary": "summary",
             "#created_at": "created_at",
         },
-        "ExpressionAttributeValues": {":runs": {"S": LIST_PK}},
+        "ExpressionAttributeValues": {":runs": {"S": LIST_PK}, ":future": {"S": future}},
         "ScanIndexForward": False,
+    }
+
+
+def _if(conditions: Sequence[str], values: Item) -> dict[str, Any]:
+    """Arguments of a write that all conditions must allow; names in them have the form `#name`."""
+    if not conditions:
+        return {}
+    expression = " AND ".join(conditions)
+    return {
+        "ConditionExpression": expression,
+        "ExpressionAttributeNames": {name: name[1:] for name in re.findall(r"#\w+", expression)},
+        "ExpressionAttributeValues": values,
     }
 
 
@@ -544,7 +571,7 @@ def _place(run_id: str, query: SampleQuery, value: float, index: int) -> Item:
     """
     as_number = number(value)
     if not 0 <= index < 10**8 or as_number is None:
-        raise BadCursor(_BAD_CURSOR)
+        raise BadCursor(BAD_CURSOR)
     place = key(run_id, sample_sk(index))
     if query.key != "index":
         place |= {"run_id": {"S": run_id}, query.key: as_number}

@@ -40,7 +40,8 @@ LIST_PK = "RUNS"
 # Names of our own attributes, which no value of a run may replace.
 _OWN = frozenset(
     "pk sk list_pk created_at run_id toxicity_diff reward_diff "
-    "state writer attempt schema digest samples items parts expires_at sample report summary".split()
+    "state writer writer_run writer_token attempt schema digest samples items parts expires_at "
+    "sample report summary".split()
 )
 
 
@@ -136,6 +137,9 @@ def meta_of(run: PreparedRun, writer: str, attempt: str | None, items: int) -> t
         "attempt": {"S": attempt or writer},
         "schema": {"N": str(SCHEMA)},
     }
+    if run.writer is not None:
+        writing["writer_run"] = {"S": run.writer.run}
+        writing["writer_token"] = {"N": str(run.writer.token)}
     complete = {
         **_numbers(run.report),
         **writing,

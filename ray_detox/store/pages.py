@@ -10,17 +10,25 @@ import hashlib
 import json
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeGuard
 
 from ray_detox.store.errors import BadCursor, StoreError
+
+CLOCK_TOLERANCE = timedelta(days=1)
+"""A run whose `created` is further in the future than this was made with a clock that was ahead."""
 
 MAX_CURSOR_CHARACTERS = 1_000
 MAX_ROWS_SEARCHED = 20_000
 """Maximum number of samples searched for one page. A page that hits it may be short or empty, and
 still have a `next`."""
 
+BAD_CURSOR = "The cursor does not belong to this list; start again from its first page."
+
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00", re.ASCII)
 _MAX_CURSOR_INTEGER = 2**53  # larger integers are not exact in every store
 
 _SEARCHED_FIELDS = ("query", "reference", "response_before", "response_after")
@@ -175,6 +183,35 @@ def contains(row: Mapping[str, Any], search: str) -> bool:
     )
 
 
+def future_from() -> str:
+    """Return the first moment that is in the future for a list, as `PreparedRun.created` is written.
+
+    Lists show runs from that moment on last: a clock that was ahead once would otherwise keep its run
+    at the top for ever. A cursor carries the moment, so that it is the same for all pages of a list.
+    """
+    return (datetime.now(UTC) + CLOCK_TOLERANCE).isoformat(timespec="microseconds")
+
+
+def is_from_future(created: Any) -> bool:
+    """Return whether a list counts a run as one from the future, by `created` of its report."""
+    try:
+        return datetime.fromisoformat(created) >= datetime.now(UTC) + CLOCK_TOLERANCE
+    except (TypeError, ValueError):  # no time, or one without its zone
+        return False
+
+
+def decode_place(cursor: str) -> tuple[str, str, str]:
+    """Read a cursor of a list of runs: the list's `future_from`, then `created` and id of a run.
+
+    Raises:
+        BadCursor: the cursor is malformed or belongs to another list.
+    """
+    future, created, run_id = decode_cursor(cursor, [str, str, str], "runs")
+    if not (_MOMENT.fullmatch(future) and _MOMENT.fullmatch(created) and run_id):
+        raise BadCursor(BAD_CURSOR)
+    return future, created, run_id
+
+
 def encode_cursor(position: Sequence[Any], *list_id: object) -> str:
     """Make a cursor that continues after `position` in the list that `list_id` identifies.
 
@@ -218,7 +255,7 @@ def decode_cursor(
             for part, kind in zip(parts[1:], kinds, strict=True)
         )
     ):
-        raise BadCursor("The cursor does not belong to this list; start again from its first page.")
+        raise BadCursor(BAD_CURSOR)
     return parts[1:]
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,16 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
+class RunWriter:
+    """The process that wrote a run, as `writer` of its report says."""
+
+    run: str
+    """Random id of the run, which another run of the same name does not have."""
+    token: int
+    """How often the run had been taken by a process; a later process has a larger one."""
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedRun:
     """A run in plain JSON values, checked."""
 
@@ -33,6 +44,27 @@ class PreparedRun:
     samples: dict[int, dict[str, Any]]
     """By index, ascending."""
     curves: list[dict[str, Any]]
+    writer: RunWriter | None
+    """None if the report does not say, as those of earlier versions."""
+
+    def refuse_if_lost(self, stored: Any) -> None:
+        """Refuse to replace what a later process of the same run has stored.
+
+        Args:
+            stored: `writer` of the stored report; None if it has none.
+
+        Raises:
+            StoreError: a process that took the run after this one has stored it.
+        """
+        other = _as_writer(stored)
+        if self.writer is None or other is None or other.run != self.writer.run:
+            return
+        if other.token > self.writer.token:
+            raise StoreError(
+                f"Run {self.run_id!r} was stored by a later process of this run (taking "
+                f"{other.token}); this one (taking {self.writer.token}) has lost the run and writes "
+                "nothing."
+            )
 
     @property
     def digest(self) -> str:
@@ -70,6 +102,20 @@ def prepare(
     Raises:
         StoreError: names the first value that cannot be stored.
     """
+    try:
+        return _prepare(report, samples, curves)
+    except RecursionError:
+        raise StoreError(
+            "The report, a sample or a training curve is nested too deeply; expected at most a few "
+            "levels of lists and names with values."
+        ) from None
+
+
+def _prepare(
+    report: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]],
+) -> PreparedRun:
     not_finite: list[str] = []
     plain = _plain(report, "", not_finite)
     if not isinstance(plain, dict):
@@ -95,6 +141,7 @@ def prepare(
         report=plain,
         samples=dict(sorted(rows.items())),
         curves=[_plain(dict(row), "a training curve", []) for row in curves],
+        writer=_writer_of(plain),
     )
 
 
@@ -157,14 +204,40 @@ def _plain(value: Any, name: str, not_finite: list[str]) -> Any:
     )
 
 
+def _writer_of(report: Mapping[str, Any]) -> RunWriter | None:
+    """Return the writer of a report; None if it has none.
+
+    Raises:
+        StoreError: it does not have the form that a run writes.
+    """
+    stored = report.get("writer")
+    found = _as_writer(stored)
+    if stored is not None and found is None:
+        raise StoreError(
+            f"The report's writer is {reprlib.repr(stored)}; expected the id of the run and a "
+            'number, such as {"run": "5f2c", "token": 1}.'
+        )
+    return found
+
+
+def _as_writer(stored: Any) -> RunWriter | None:
+    """Return the writer that `writer` of a report names; None if it names none."""
+    if not isinstance(stored, Mapping):
+        return None
+    run, token = stored.get("run"), stored.get("token")
+    if not isinstance(run, str) or not run or type(token) is not int or not 0 <= token < 2**53:
+        return None
+    return RunWriter(run, token)
+
+
 def _sortable_time(created: Any) -> str:
     try:
         moment = datetime.fromisoformat(created)
-    except (TypeError, ValueError):
-        moment = None
-    if moment is None or moment.tzinfo is None:
+        if moment.tzinfo is None:
+            raise ValueError("a time without its zone")
+        return moment.astimezone(UTC).isoformat(timespec="microseconds")
+    except (TypeError, ValueError, OverflowError):  # beyond the years 1 to 9999 in UTC
         raise StoreError(
-            f"The report's created is {created!r}; expected a time with its zone, "
+            f"The report's created is {reprlib.repr(created)}; expected a time with its zone, "
             "such as 2026-01-31T12:00:00+00:00."
-        )
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+        ) from None

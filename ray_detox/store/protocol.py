@@ -53,7 +53,9 @@ class ResultStore(Protocol):
             True; False if the same run was stored already, in which case nothing is written.
 
         Raises:
-            StoreError: a value cannot be stored, another run has this id, or the store failed.
+            StoreError: a value cannot be stored, another run has this id, a later process of the same
+                run has stored it (`writer` of its report has a larger token, also with `overwrite`),
+                or the store failed.
         """
         ...
 
@@ -64,7 +66,7 @@ class ResultStore(Protocol):
     def list_runs(self) -> list[dict[str, Any]]:
         """Return `SUMMARY_KEYS` of the report of each complete run, newest first.
 
-        The toxicity lacks its histogram.
+        Runs from the future, as the reader's clock says, come last. The toxicity lacks its histogram.
         """
         ...
 

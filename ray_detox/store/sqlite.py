@@ -23,7 +23,9 @@ from ray_detox.store.pages import (
     as_row,
     contains,
     decode_cursor,
+    decode_place,
     encode_cursor,
+    future_from,
     limits_of,
 )
 from ray_detox.store.prepare import prepare, to_text
@@ -31,6 +33,8 @@ from ray_detox.store.protocol import SCHEMA, check_run_id
 
 # How long SQLite waits for a lock that another connection holds.
 _BUSY_TIMEOUT_S = 30.0
+
+_NEWEST_FIRST = "created < :future DESC, created DESC, run_id DESC"
 
 _SCHEMA_1 = (
     "CREATE TABLE runs ("
@@ -103,10 +107,12 @@ class SQLiteStore:
         rows = [(run.run_id, index, to_text(sample)) for index, sample in run.samples.items()]
         with self._writing() as db:
             found = db.execute(
-                "SELECT digest, attempt FROM runs WHERE run_id = :run_id", texts
+                "SELECT digest, attempt, report FROM runs WHERE run_id = :run_id", texts
             ).fetchone()
             if found and found[0] == run.digest:
                 return False
+            if found:
+                run.refuse_if_lost(json.loads(found[2]).get("writer"))
             if found and not overwrite and (attempt is None or found[1] != attempt):
                 raise StoreError(
                     f"Another run {run.run_id!r} is already in {self.path}. "
@@ -127,19 +133,25 @@ class SQLiteStore:
         return dict(json.loads(rows[0][0])) if rows else None
 
     def list_runs(self) -> list[dict[str, Any]]:
-        """Summaries of all runs, newest first."""
-        query = "SELECT summary FROM runs ORDER BY created DESC, run_id DESC"
-        return [json.loads(text) for (text,) in self._select(query)]
+        """Summaries of all runs, newest first; those from the future are last."""
+        query = f"SELECT summary FROM runs ORDER BY {_NEWEST_FIRST}"
+        return [json.loads(text) for (text,) in self._select(query, future=future_from())]
 
     def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
-        """Summaries of some runs, newest first."""
-        after = ["~", ""] if cursor is None else decode_cursor(cursor, [str, str], "runs")
-        query = (
-            "SELECT summary, created, run_id FROM runs WHERE (created, run_id) < (:created, :run_id) "
-            "ORDER BY created DESC, run_id DESC LIMIT :limit"
+        """Summaries of some runs, newest first; those from the future are last."""
+        future, created, run_id = (
+            (future_from(), "~", "") if cursor is None else decode_place(cursor)
         )
-        rows = list(self._select(query, created=after[0], run_id=after[1], limit=limit + 1))
-        more = encode_cursor(rows[limit - 1][1:], "runs") if len(rows) > limit else None
+        query = (
+            "SELECT summary, created, run_id FROM runs "
+            "WHERE (created < :future, created, run_id) < (:is_past, :created, :run_id) "
+            f"ORDER BY {_NEWEST_FIRST} LIMIT :limit"
+        )
+        # "~" comes after every moment, so the place before the first page is among those of the past.
+        is_past = cursor is None or created < future
+        values = {"future": future, "created": created, "run_id": run_id, "is_past": is_past}
+        rows = list(self._select(query, limit=limit + 1, **values))
+        more = encode_cursor([future, *rows[limit - 1][1:]], "runs") if len(rows) > limit else None
         return Page([json.loads(row[0]) for row in rows[:limit]], more)
 
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:

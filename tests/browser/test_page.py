@@ -48,6 +48,20 @@ def test_the_list_names_every_run_newest_first(open_page, address):
     expect(page.locator("h1")).to_have_text("first")
 
 
+def test_a_run_whose_clock_was_ahead_is_marked(open_page, serve, tmp_path):
+    store = SQLiteStore(tmp_path / "results.sqlite")
+    store.put_run(make_report("ahead", [], created="2999-01-31T12:00:00+00:00"), [])
+    store.put_run(make_report("first", []), [])
+    page = open_page(serve(store))
+
+    expect(page.locator(".run-name")).to_have_text(["first", "ahead"])
+    abouts = page.locator(".run-about")
+    expect(abouts.nth(0)).not_to_contain_text("clock")
+    expect(abouts.nth(1)).to_contain_text("31 Jan 2999, 12:00 UTC, clock was ahead")
+    page.get_by_role("link", name=re.compile("ahead")).click()
+    expect(page.locator(".heading")).to_contain_text("clock was ahead")
+
+
 def test_the_overview_has_the_metrics_of_the_report(open_page, address, store):
     report = store.get_run("first")
     page = open_page(f"{address}#/run/first")

@@ -241,6 +241,41 @@ def test_a_run_that_diverges_stops_and_its_best_checkpoint_can_be_measured(outpu
     assert not (folder.path / "evaluation").exists()
 
 
+def mortal(file, calls):
+    """Settings of a reward that kills its actor from a call on."""
+    term = f"{{function: on_ray.reward_terms.Mortal, arguments: {{file: {file}, calls: {calls}}}}}"
+    return [f"reward.terms=[{term}]", "reward.check_sentences=false", "serving.max_actor_deaths=2"]
+
+
+def test_a_reward_that_kills_its_actors_ends_training_and_keeps_its_checkpoints(
+    output, tmp_path, capsys
+):
+    one_chunk = [f"reward.batch_size={PROMPTS}", f"sampling.batch_size={PROMPTS}"]
+    words = [*SHORT, *one_chunk, "train.workers=1", "train.checkpoint_every=1"]
+    words += ["train.probe_prompts=0", *mortal(tmp_path / "calls", 2)]
+
+    code = cli.main(["run", "lab", *words, "--run-id", "deadly", "--output", str(output)])
+
+    printed = capsys.readouterr()
+    folder = RunFolder(output, "deadly")
+    assert code == cli.FAILED
+    assert "Reward actors died 2 times in a row while they scored the same texts" in printed.err
+    assert "go on from the last checkpoint with: ray-detox run --resume deadly" in printed.err
+    assert [row["step"] for row in read_metrics(folder.path / "metrics.jsonl")] == [1, 2]
+    assert CheckpointStore(Storage(str(folder.path))).newest().step == 2
+
+
+def test_a_reward_that_kills_its_actors_ends_an_evaluation(finished, output, tmp_path, capsys):
+    words = mortal(tmp_path / "calls", 0)
+
+    code = cli.main(["evaluate", "whole", *words, "--output", str(output)])
+
+    printed = capsys.readouterr()
+    assert code == cli.FAILED
+    assert printed.err.startswith("ray-detox: Reward actors died 2 times in a row")
+    assert printed.err.count("\n") == 1
+
+
 def test_an_interrupted_evaluation_measures_only_the_missing_shards(finished, output):
     shutil.copytree(finished[0].path, output / "cut")
     cut = RunFolder(output, "cut")
@@ -250,11 +285,16 @@ def test_an_interrupted_evaluation_measures_only_the_missing_shards(finished, ou
     assert len(kept) == SHARDS
     kept[1].unlink()
     kept[2].write_text(kept[2].read_text()[:-20])
+    lines = (cut.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1][:40] + b"\n"
+    (cut.path / "metrics.jsonl").write_bytes(b"".join(lines))
 
     assert cli.main(["run", "--resume", "cut", "--output", str(output)]) == 0
 
     report, samples = cut.read_result()
     assert samples == finished[0].read_result()[1]
+    assert metrics_without_times(cut) == metrics_without_times(finished[0])
+    assert (cut.path / "metrics.jsonl.damaged").read_bytes() == b"".join(lines)
     assert (
         sum(actor["texts"] for actor in report["training"]["actors"]) == 2 * 2 * MEASURED // SHARDS
     )

@@ -217,6 +217,33 @@ def test_actors_that_die_after_some_chunks_lose_no_scores(config, pool, expected
     assert_equal(found, expected)
     wait_until(lambda: all_up(pool))
     assert pool.metrics().restarts > before.restarts
+    pool.check_scoring()  # the actors died with scores in between
+
+
+def test_texts_that_kill_each_actor_end_scoring_with_a_one_line_error(config, tmp_path):
+    arguments = {"file": str(tmp_path / "calls"), "calls": 2}
+    deadly = RewardTerm(function="on_ray.reward_terms.Mortal", arguments=arguments)
+    fragile = changed(config, actors=1, terms=(deadly,), max_actor_deaths=2)
+    with (
+        contextlib.closing(RewardPool(fragile, 0.0)) as pool,
+        contextlib.closing(RewardClient(pool.directory, fragile)) as client,
+    ):
+        pool.wait(timeout_s=240)
+        client.submit(batch().select(range(CHUNK))).result()
+        pool.check_scoring()
+        client.submit(batch().select(range(CHUNK, 3 * CHUNK)))
+        wait_until(lambda: pool._failure is not None)
+        with pytest.raises(RewardError) as caught:
+            pool.check_scoring()
+        deaths = pool.metrics().restarts
+
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(
+        "Reward actors died 2 times in a row while they scored the same texts"
+    )
+    assert "ray-detox check" in message
+    assert deaths == 2
 
 
 def test_an_actor_that_is_dead_for_good_is_replaced_and_no_scores_are_lost(config, pool, expected):
@@ -231,6 +258,7 @@ def test_an_actor_that_is_dead_for_good_is_replaced_and_no_scores_are_lost(confi
     np.testing.assert_array_equal(found.logits, expected.logits)
     wait_until(lambda: pool.metrics().lost == lost + 1 and all_up(pool))
     assert len(pool.describe()) == 3
+    pool.check_scoring()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -302,7 +330,7 @@ def test_actors_that_the_cluster_has_no_resources_for_are_a_one_line_error(tiny_
     with contextlib.closing(RewardPool(config, 0.0)) as pool:
         with pytest.raises(RewardError) as caught:
             pool.wait(timeout_s=0.5)
-        wait_until(lambda: ray.get(pool.directory.sync.remote("", -1, 0, 0)).actors)
+        wait_until(lambda: ray.get(pool.directory.sync.remote("", -1, 0, 0, 0)).actors)
         with pytest.raises(RewardError) as waited:
             score(pool.directory, config, batch())
         metrics = pool.metrics()

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 FACTS = RunFacts(
     run_id="first",
-    steps=3,
+    steps=1,
     rows={"read": 4, "left_out": {}, "examples": {}, "train": 2, "held_out": 2},
     seconds={"train": 2.0, "evaluate": 1.0},
     training={"workers": 2},
@@ -121,7 +121,7 @@ def test_a_task_that_is_run_again_stores_the_run_once(folder):
 
 def test_a_run_of_the_same_id_is_replaced_only_with_overwrite(folder):
     first, _, _ = finish(load_config("lab"), folder)
-    facts = replace(FACTS, steps=4)
+    facts = replace(FACTS, steps=0)
 
     _, _, refused = finish(load_config("lab"), folder, facts, attempt="two")
     assert "already" in refused

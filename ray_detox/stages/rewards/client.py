@@ -112,7 +112,7 @@ class RewardClient:
         resent = self._router.resent - self._reported_resent
         self._reported_resent = self._router.resent
         ref: ObjectRef[ActorList] = self._directory.sync.remote(
-            self._name, self._version, self._router.waiting, resent
+            self._name, self._version, self._router.waiting, resent, self._router.deaths
         )
         self._when_done(ref, self._on_synced)
 

@@ -29,23 +29,27 @@ class RewardDirectory:
     def __init__(self) -> None:
         self._version = 0
         self._actors: list[ActorInfo] = []
-        self._waiting: dict[str, tuple[float, int]] = {}
-        """By worker: when it reported, and how many texts wait there."""
+        self._reports: dict[str, tuple[float, int, int]] = {}
+        """By worker: when it reported, how many texts wait there, and how many deaths they met."""
         self._resent = 0
 
     def publish(self, version: int, actors: list[ActorInfo]) -> WorkerLoad:
         """Take the pool's list of actors, and return what the workers have reported."""
         self._version, self._actors = version, actors
         now = time.monotonic()
-        self._waiting = {
-            client: (at, waiting)
-            for client, (at, waiting) in self._waiting.items()
-            if now - at < REPORT_LIFETIME_S
+        self._reports = {
+            client: report
+            for client, report in self._reports.items()
+            if now - report[0] < REPORT_LIFETIME_S
         }
         resent, self._resent = self._resent, 0
-        return WorkerLoad(sum(waiting for _, waiting in self._waiting.values()), resent)
+        return WorkerLoad(
+            waiting=sum(waiting for _, waiting, _ in self._reports.values()),
+            resent=resent,
+            deaths=max((deaths for _, _, deaths in self._reports.values()), default=0),
+        )
 
-    def sync(self, client: str, version: int, waiting: int, resent: int) -> ActorList:
+    def sync(self, client: str, version: int, waiting: int, resent: int, deaths: int) -> ActorList:
         """Take a worker's report, and return the list of actors if it has changed.
 
         Args:
@@ -53,7 +57,8 @@ class RewardDirectory:
             version: of the list that the worker has; -1 without one.
             waiting: texts that no actor has room for.
             resent: chunks sent again since its last report.
+            deaths: most deaths of actors in a row that texts of the worker have met.
         """
-        self._waiting[client] = (time.monotonic(), waiting)
+        self._reports[client] = (time.monotonic(), waiting, deaths)
         self._resent += resent
         return ActorList(self._version, self._actors if version != self._version else None)

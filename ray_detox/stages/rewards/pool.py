@@ -57,6 +57,7 @@ from ray_detox.rewards.messages import (
     PoolMetrics,
     WorkerLoad,
 )
+from ray_detox.rewards.router import CRASHES
 from ray_detox.stages.cluster.nodes import on_this_node
 from ray_detox.stages.errors import last_line
 from ray_detox.stages.rewards.actor import RewardActor
@@ -106,6 +107,8 @@ class _PooledActor:
     """Its last answer; None until it has started for the first time."""
     down_reason: str | None = NOT_STARTED
     """Why it takes no chunks; None while it is up."""
+    start: int | None = None
+    """See `ActorInfo`; None until its process is up."""
     draining_since_s: float | None = None
     """When it stopped to be wanted; None while it is wanted."""
 
@@ -121,7 +124,9 @@ class _PooledActor:
     def info(self) -> ActorInfo:
         """Return the entry in the workers' list."""
         node = f"node {self.report.node}" if self.report else "no node yet"
-        return ActorInfo(f"reward actor {self.number}", node, self.handle, self.down_reason)
+        name = f"reward actor {self.number}"
+        start = -1 if self.start is None else self.start
+        return ActorInfo(name, node, self.handle, start, self.down_reason)
 
 
 @dataclass(slots=True)
@@ -164,10 +169,15 @@ class RewardPool:
         """Held for each look of the thread and each question of the driver."""
         self._actors: list[_PooledActor] = []
         self._next_number = 0
+        self._next_start = 0
         self._wanted = config.reward.min_actors
         self._start_error: str | None = None
         """Why an actor could not load its model."""
         self._no_start_before_s = 0.0
+        self._last_death = ""
+        """Why an actor died last."""
+        self._failure: str | None = None
+        """Why scoring cannot go on."""
         self._listed: tuple[ActorInfo, ...] = ()
         self._version = 0
         self._published: Future[WorkerLoad] | None = None
@@ -204,7 +214,8 @@ class RewardPool:
                     f"{least - len(up)} of {least} reward actors did not start within "
                     f"{timeout_s:g} s. The cluster may lack the CPUs or GPUs that they need "
                     "(serving.cpus_per_actor, serving.gpus_per_actor); free now: "
-                    f"{ray.available_resources()}."
+                    f"{ray.available_resources()}. Or their processes die while they load the reward; "
+                    "the Ray logs of their nodes then say so."
                 )
             time.sleep(0.05)
 
@@ -221,12 +232,28 @@ class RewardPool:
         try:
             reason = ray.get(up[0].handle.check.remote(row), timeout=timeout_s) if up else None
         except (RayError, TimeoutError) as error:
+            if is_lost(error) and not isinstance(error, TimeoutError):
+                raise RewardError(
+                    "A reward actor died while it tried the reward on sentences: "
+                    f"{last_line(error)} {CRASHES}"
+                ) from error
             raise RewardError(
                 f"A reward actor could not try the reward on sentences within {timeout_s:g} s "
                 f"(serving.timeout_s): {last_line(error)}"
             ) from error
         if reason is not None:
             raise ConfigError(reason)
+
+    def check_scoring(self) -> None:
+        """Check that the actors do not die again and again on the same texts.
+
+        Raises:
+            RewardError: they have, `serving.max_actor_deaths` times in a row.
+        """
+        with self._lock:
+            failure = self._failure
+        if failure is not None:
+            raise RewardError(failure)
 
     def shrink(self) -> None:
         """Return to the least number of actors at once, to free resources for training workers.
@@ -310,6 +337,9 @@ class RewardPool:
         if reply.exception() is not None:
             return  # if the process died, `life` fails; otherwise the next ping follows
         actor.report, actor.down_reason = reply.result(), None
+        if actor.start is None:
+            actor.start = self._next_start
+            self._next_start += 1
         stalled_s = actor.report.state.stalled_s
         if stalled_s > STALL_FACTOR * self._config.serving.heartbeat_timeout_s:
             self._restart(actor, f"made no progress for {stalled_s:.0f} s")
@@ -320,11 +350,14 @@ class RewardPool:
         assert error is not None, "RewardActor.live returned"
         # ActorDiedError is for good: killed without a restart, or its __init__ raised. Any other
         # loss of the process is one that max_restarts covers.
+        cause = last_line(error)
+        if actor.up:  # else `_restart` has killed it, or it had not started
+            self._last_death, actor.start = cause, None
         if isinstance(error, ActorDiedError) or not is_lost(error):
-            self._forget(actor, last_line(error), now)
+            self._forget(actor, cause, now)
             return
         if actor.up:  # else `_restart` has counted it
-            self._mark_down(actor, f"died and is being restarted: {last_line(error)}")
+            self._mark_down(actor, f"died and is being restarted: {cause}")
         actor.life = actor.handle.live.remote().future()
         actor.ping(now)  # a new one: an answer from before the death would mark the actor as up
 
@@ -421,6 +454,12 @@ class RewardPool:
             if self._published.exception() is None:
                 self._load = self._published.result()
                 self._totals.resent += self._load.resent
+                if self._load.deaths >= self._config.serving.max_actor_deaths:
+                    self._failure = (
+                        f"Reward actors died {self._load.deaths} times in a row while they scored the "
+                        f"same texts (serving.max_actor_deaths); the last time: {self._last_death} "
+                        f"{CRASHES}"
+                    )
         listed = tuple(a.info() for a in self._actors if a.draining_since_s is None)
         if listed != self._listed:
             self._listed, self._version = listed, self._version + 1

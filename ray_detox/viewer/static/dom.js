@@ -96,6 +96,12 @@ export function moment(text) {
   return `${time.toLocaleString("en-GB", { ...format, timeZone: "UTC" })} UTC`;
 }
 
+/** The moment for a list, which says so if a clock was ahead. `store/pages.py` has the same limit. */
+export function listedMoment(text) {
+  const isAhead = new Date(text).getTime() - Date.now() >= 24 * 60 * 60 * 1000;
+  return isAhead ? `${moment(text)}, clock was ahead` : moment(text);
+}
+
 /** The mean of a metric that is either a number or an object with a `mean`. */
 export function mean(metric) {
   return metric !== null && typeof metric === "object" ? metric.mean : metric;

@@ -1,6 +1,6 @@
 // One run: overview, training history, then samples.
 
-import { count, h, isNumber, mean, moment, number, percent, show, signed, visible } from "./dom.js";
+import { count, h, isNumber, listedMoment, mean, number, percent, show, signed, visible } from "./dom.js";
 import { historyPanel, histogramPanel } from "./charts.js";
 import { showComparison } from "./compare.js";
 import { verdictClass } from "./runs.js";
@@ -43,7 +43,7 @@ async function loadSamples(view, report, comparison, samples) {
 }
 
 function heading(report) {
-  const about = [report.recipe, moment(report.created), `${count(report.n)} prompts`, isNumber(report.steps) ? `${count(report.steps)} steps` : null];
+  const about = [report.recipe, listedMoment(report.created), `${count(report.n)} prompts`, isNumber(report.steps) ? `${count(report.steps)} steps` : null];
   return h("div", { class: "heading" }, h("h1", {}, report.run_id), h("p", {}, about.filter(Boolean).join(" · ")));
 }
 

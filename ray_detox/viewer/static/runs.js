@@ -1,6 +1,6 @@
-// The list of runs, newest first.
+// The list of runs, newest first; those whose clock was ahead are last.
 
-import { announce, count, h, mean, moment, number, percent, show } from "./dom.js";
+import { announce, count, h, listedMoment, mean, number, percent, show } from "./dom.js";
 
 export async function showRuns({ main, source, signal, errorBox }) {
   document.title = "Runs · ray-detox";
@@ -41,7 +41,7 @@ function row(run) {
       "a",
       { class: "run", href: `#/run/${encodeURIComponent(run.run_id)}` },
       h("span", { class: "run-name" }, run.run_id),
-      h("span", { class: "run-about" }, `${run.recipe} · ${moment(run.created)} · ${count(run.n)} prompts`),
+      h("span", { class: "run-about" }, `${run.recipe} · ${listedMoment(run.created)} · ${count(run.n)} prompts`),
       h("span", { class: "run-metric" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
       h("span", { class: "run-metric" }, percent(toxicity.improvement), h("small", {}, "reduction")),
       h("span", { class: `badge ${verdictClass(verdict)}` }, verdict),
