@@ -152,8 +152,8 @@ def test_shards_that_were_measured_with_other_content_are_not_reused(tmp_path):
     one, other = (_KeptShards(storage, config, {}, [], {"reward": key}) for key in ("a", "b"))
     one.write(0, [])
 
-    assert one.read(0) == []
-    assert other.read(0) is None
+    assert one.read(0, []) == []
+    assert other.read(0, []) is None
 
 
 # ---- the settings ----------------------------------------------------------------------------------
