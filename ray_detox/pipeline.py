@@ -26,7 +26,6 @@ from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.publish import check_store
 from ray_detox.runs.resume import kept_checkpoint, require_same_run, run_storage
 from ray_detox.runs.storage import StorageError, write_atomic
-from ray_detox.signals import end_on_sigterm
 from ray_detox.stages import preflight
 from ray_detox.stages.cluster.connect import cluster, count_gpus, is_local
 from ray_detox.stages.errors import (
@@ -178,7 +177,7 @@ def _claim_storage(config: RunConfig, folder: RunFolder, settings: str) -> None:
 @contextmanager
 def _session(config: RunConfig, console: Console) -> Iterator["Session"]:
     """Connect to the cluster and open a session on it."""
-    with cluster(config, console) as need, end_on_sigterm():
+    with cluster(config, console) as need:
         # Ray reads its environment, which `cluster` sets, when it is imported.
         from ray_detox.stages.session import open_session
 

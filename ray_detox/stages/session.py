@@ -135,6 +135,7 @@ class Session:
                         self.pool,
                         self.need,
                         writer,
+                        folder.path / "ray-train",
                         on_event=lambda event: self._show(event, metrics, bar),
                         stop_requested=stop.event,
                     )

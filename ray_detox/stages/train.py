@@ -23,11 +23,11 @@ A step's result does not depend on the number of workers, so a group may resume 
 
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -95,6 +95,7 @@ def run_training(
     pool: RewardPool,
     need: Needs,
     writer: CheckpointWriter,
+    scratch: Path,
     on_event: Callable[[TrainingEvent], None],
     stop_requested: threading.Event,
 ) -> TrainingOutcome:
@@ -106,6 +107,7 @@ def run_training(
         pool: the `RewardPool`, loaded.
         need: resolved for this cluster.
         writer: stores checkpoints; training resumes from its `newest`.
+        scratch: folder for files of Ray Train on the driver's node; removed at the end.
         on_event: called in this thread for each step, worker, loss and change of workers.
         stop_requested: once set, the workers save a checkpoint and end after the current step.
 
@@ -117,7 +119,6 @@ def run_training(
         StorageError: the last checkpoint could not be stored.
     """
     progress = start_progress()
-    scratch = tempfile.mkdtemp(prefix="ray-detox-train-")
     outcome = TrainingOutcome(step=0)
     failures = FailureCounter(config.cluster.max_failures)
     expected = config.train.min_workers
@@ -204,7 +205,7 @@ class WorkerGroup:
         pool: RewardPool,
         workers: int,
         writer: CheckpointWriter,
-        scratch: str,
+        scratch: Path,
         on_event: Callable[[TrainingEvent], None],
     ) -> None:
         self.job = job
@@ -281,7 +282,7 @@ class WorkerGroup:
         except BaseException as error:  # the waiting thread decides what to do about it
             self.error = error
 
-    def _make_trainer(self, need: Needs, scratch: str) -> TorchTrainer:
+    def _make_trainer(self, need: Needs, scratch: Path) -> TorchTrainer:
         gpus = need.gpus_per_worker
         cpus = self.job.config.cluster.cpus_per_worker
         return TorchTrainer(
@@ -296,7 +297,7 @@ class WorkerGroup:
             ),
             run_config=ray.train.RunConfig(
                 name=self.job.group,
-                storage_path=scratch,
+                storage_path=str(scratch.resolve()),
                 # Ray would wait for as many workers as before. `run_training` counts how many
                 # fit now, and starts a group of that size.
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
