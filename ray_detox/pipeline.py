@@ -28,7 +28,6 @@ from ray_detox.runs.metrics_log import read_if_there
 from ray_detox.runs.publish import check_store
 from ray_detox.runs.resume import kept_checkpoint
 from ray_detox.runs.storage import StorageError
-from ray_detox.signals import end_on_sigterm
 from ray_detox.stages import preflight
 from ray_detox.stages.cluster.connect import cluster, count_gpus, is_local
 from ray_detox.stages.errors import (
@@ -224,7 +223,7 @@ def prepare_run(
 @contextmanager
 def _session(config: RunConfig, console: Console) -> Iterator["Session"]:
     """Connect to the cluster and open a session on it."""
-    with cluster(config, console) as need, end_on_sigterm():
+    with cluster(config, console) as need:
         # Ray reads its environment, which `cluster` sets, when it is imported.
         from ray_detox.stages.session import open_session
 

@@ -21,12 +21,8 @@ class StopRequest:
 
 @contextmanager
 def end_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, with the signal's number.
-
-    Enter it after Ray has connected, because `ray.init` installs its own handler.
-    """
-    # Python allows only the main thread to install handlers.
-    if threading.current_thread() is not threading.main_thread():
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, with the signal's number."""
+    if not _can_install_handlers():
         yield
         return
 
@@ -34,6 +30,8 @@ def end_on_sigterm() -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         received.append(number)
+        # `timeout` sends it twice, and the second one must not interrupt the regular end.
+        signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
@@ -47,18 +45,42 @@ def end_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
+def defer_sigterm() -> Iterator[None]:
+    """Around `ray.init`: SIGTERM waits for the end, and the processes that start inside ignore it.
+
+    `ray.init` replaces the handler of SIGTERM. At the end, the one from before is in place again.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    # A process inherits the signals that the thread which starts it has blocked.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    except SystemExit as error:
+        # From Ray's handler: another thread, which has not blocked the signal, received it.
+        if error.code != signal.SIGTERM:
+            raise
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        if _can_install_handlers():
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextmanager
 def stop_on_signal(console: Console) -> Iterator[StopRequest]:
     """Make Ctrl-C and SIGTERM stop after the current step, and a second Ctrl-C at once."""
     stop = StopRequest(threading.Event())
-    if threading.current_thread() is not threading.main_thread():
+    if not _can_install_handlers():
         yield stop
         return
 
     def request_stop(number: int, frame: Any) -> None:
         # A user repeats Ctrl-C because the step takes too long; a second SIGTERM may come
         # from a supervisor that waits for the checkpoint as well.
-        if stop.event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if stop.event.is_set():
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         stop.signal_number = number
         stop.event.set()
         console.line(f"{'':<9} stopping after this step, with a checkpoint (again to stop at once)")
@@ -71,3 +93,8 @@ def stop_on_signal(console: Console) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _can_install_handlers() -> bool:
+    """Return whether this is the main thread: Python allows only that one to install handlers."""
+    return threading.current_thread() is threading.main_thread()

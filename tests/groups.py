@@ -21,6 +21,7 @@ GROUPS = {
     # They have tests that start Ray. More than two clusters at once would need too much memory.
     "tests/test_cli_jobs.py": RAY,
     "tests/test_kuberay.py": RAY,
+    "tests/test_stopping.py": RAY,
     # They start Ray as well, in processes of their own, and wait more than they compute.
     "tests/many_nodes/test_many_nodes.py": NODES,
     "tests/on_ray/test_autoscaler.py": NODES,

@@ -163,7 +163,11 @@ def test_train_works_in_a_thread_that_gets_no_signals(begun, monkeypatch):
     from ray_detox import signals
 
     def run(config, folder, console, *, resume, accept_changes):
-        with signals.end_on_sigterm(), signals.stop_on_signal(console):
+        with (
+            signals.end_on_sigterm(),
+            signals.defer_sigterm(),
+            signals.stop_on_signal(console),
+        ):
             return {"run_id": folder.run_id}
 
     monkeypatch.setattr(pipeline, "run", run)

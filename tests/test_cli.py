@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from pyarrow import parquet
 from transformers import AutoModelForSeq2SeqLM
 
-from ray_detox import pipeline, signals
+from ray_detox import pipeline
 from ray_detox.cli import main as cli
 from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
 from ray_detox.records import Objective
@@ -668,6 +668,7 @@ def test_export_does_not_overwrite_a_folder(mistake, stored_run, tmp_path):
     [
         (pipeline.Stopped(7, signal.SIGINT), 130, "Stopped after step 7, with a checkpoint."),
         (pipeline.Stopped(7, signal.SIGTERM), 143, "Stopped after step 7, with a checkpoint."),
+        (pipeline.Stopped(0, signal.SIGTERM), 143, "Stopped before step 1."),
         (RuntimeError("Training failed: no."), cli.FAILED, "ray-detox: Training failed: no.\n"),
         (pipeline.NotStored("Kept here alone."), cli.FAILED, "ray-detox: Kept here alone.\n"),
         (KeyboardInterrupt(), 130, "ray-detox: stopped."),
@@ -729,25 +730,6 @@ def test_an_unsupported_python_and_a_missing_package_are_reported(monkeypatch, c
     assert f"ray-detox: peft is missing in {sys.executable}." in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError):  # a fault of our own is shown in full
         cli.main(["run", "lab", "--output", str(output)])
-
-
-def test_sigterm_ends_a_run_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
-
-    def wait_as_ray_does():
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None
-
-    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_sigterm():
-        wait_as_ray_does()
-
-    assert ended.value.args == (signal.SIGTERM,)
-    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_sigterm():
-        raise KeyboardInterrupt
-    assert ended.value.args == ()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- check -----------------------------------------------------------------------------------

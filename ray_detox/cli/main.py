@@ -273,11 +273,12 @@ def _run(args: argparse.Namespace) -> int:
             accept_changes=args.accept_changes,
         )
     except pipeline.Stopped as stopped:
-        console.line(f"Stopped after step {stopped.step}, with a checkpoint. Go on with: {go_on}")
+        after = f"after step {stopped.step}, with a checkpoint" if stopped.step else "before step 1"
+        console.line(f"Stopped {after}. Go on with: {go_on}")
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         if folder.path.is_dir():
-            console.line(f"Stopped. Go on from the last checkpoint with: {go_on}")
+            console.line(f"Stopped. Go on with: {go_on}")
         raise
     except pipeline.TrainingDiverged as error:
         print_error(error)

@@ -3,6 +3,7 @@
     OUTPUT/results.sqlite        the embedded store, shared by all runs
     OUTPUT/RUN_ID/config.json    metrics.jsonl  tensorboard/  checkpoints/  evaluation/  adapter/
                   report.json    report.txt     samples.jsonl
+                  ray-train/     during training: files of Ray Train
 
 The result is written here before it goes to a store, so a store that fails loses no run.
 """

@@ -142,6 +142,7 @@ class Session:
                         self.pool,
                         self.need,
                         writer,
+                        folder.path / "ray-train",
                         on_event=lambda event: self._show(event, held, metrics, bar, writer),
                         stop_requested=stop.event,
                     )

@@ -24,11 +24,11 @@ A step's result does not depend on the number of workers, so a group may resume 
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -99,6 +99,7 @@ def run_training(
     pool: RewardPool,
     need: Needs,
     writer: CheckpointWriter,
+    scratch: Path,
     on_event: Callable[[TrainingEvent], None],
     stop_requested: threading.Event,
 ) -> TrainingOutcome:
@@ -110,6 +111,7 @@ def run_training(
         pool: the `RewardPool`, loaded.
         need: resolved for this cluster.
         writer: stores checkpoints; training resumes from its `newest`.
+        scratch: folder for files of Ray Train on the driver's node; removed at the end.
         on_event: called in this thread for each step, worker, loss and change of workers.
         stop_requested: once set, the workers save a checkpoint and end after the current step.
 
@@ -123,7 +125,6 @@ def run_training(
         StorageError: the last checkpoint could not be stored, or `on_event` raised it.
     """
     progress = start_progress()
-    scratch = tempfile.mkdtemp(prefix="ray-detox-train-")
     outcome = TrainingOutcome(step=0)
     failures = FailureCounter(config.cluster.max_failures)
     expected = config.train.min_workers
@@ -215,7 +216,7 @@ class WorkerGroup:
         pool: RewardPool,
         workers: int,
         writer: CheckpointWriter,
-        scratch: str,
+        scratch: Path,
         on_event: Callable[[TrainingEvent], None],
     ) -> None:
         self.job = job
@@ -310,7 +311,7 @@ class WorkerGroup:
         except BaseException as error:  # the waiting thread decides what to do about it
             self.error = error
 
-    def _make_trainer(self, need: Needs, scratch: str) -> TorchTrainer:
+    def _make_trainer(self, need: Needs, scratch: Path) -> TorchTrainer:
         gpus = need.gpus_per_worker
         cpus = self.job.config.cluster.cpus_per_worker
         return _Trainer(
@@ -325,7 +326,7 @@ class WorkerGroup:
             ),
             run_config=ray.train.RunConfig(
                 name=self.job.group,
-                storage_path=scratch,
+                storage_path=str(scratch.resolve()),
                 # Ray would wait for as many workers as before. `run_training` counts how many
                 # fit now, and starts a group of that size.
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),

@@ -80,7 +80,7 @@ def _stats(step: int) -> UpdateStats:
     return UpdateStats(**values | {"terms": {}, "step": step, "score": float(step)})
 
 
-def _train(config, shards, pool, need, writer, on_event, stop_requested):
+def _train(config, shards, pool, need, writer, scratch, on_event, stop_requested):
     """Stand in for `run_training`: short steps, each with a checkpoint."""
     state = writer.newest.files["adapter/adapter_model.safetensors"] if writer.newest else b"start"
     step = writer.newest.step if writer.newest else 0

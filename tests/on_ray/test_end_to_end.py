@@ -392,7 +392,7 @@ def test_late_events_of_an_earlier_group_are_ignored(tmp_path):
     progress_actor = start_progress()
     job = TrainJob(config, "group-2", progress_actor, directory=None, shards=[], start=None)
     need = needs(config, 0)
-    group = train.WorkerGroup(job, need, None, 1, writer, str(tmp_path), received.append)
+    group = train.WorkerGroup(job, need, None, 1, writer, tmp_path, received.append)
     step = StepDone("group-2", SimpleNamespace(step=9, seconds=1.0))
     late = StepDone("group-1", SimpleNamespace(step=3, seconds=1.0))
     checkpoint = CheckpointTaken("group-1", "of step 3")

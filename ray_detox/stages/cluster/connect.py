@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.runs.console import Console
+from ray_detox.signals import defer_sigterm, end_on_sigterm
 
 GCS_PROBE_TIMEOUT_S = 5.0
 """Longest wait for the head's GCS (global control service) to answer."""
@@ -43,6 +44,8 @@ def cluster(config: RunConfig, console: Console) -> Iterator[resources.Needs]:
 @contextmanager
 def connected(config: RunConfig, console: Console) -> Iterator[None]:
     """Inside, Ray is connected; keeps a connection that existed before.
+
+    SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
 
     Raises:
         ConfigError: the cluster cannot be reached.
@@ -68,21 +71,26 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     # The run itself reports a dead process in one line. Ray would print a page for each, past our
     # console and into the JSON of `--json`, and replacing this function is the only way to stop it.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    if ray.is_initialized():
-        yield
-        return
-    with console.stage(
-        "cluster", "this machine" if is_local(config) else config.cluster.address
-    ) as made:
-        _connect(config)
-        total = ray.cluster_resources()
-        made.append(
-            f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with end_on_sigterm():
+        if ray.is_initialized():
+            yield
+            return
+        address = "this machine" if is_local(config) else config.cluster.address
+        try:
+            with console.stage("cluster", address) as made:
+                # Ray's own processes ignore SIGTERM then, as they ignore SIGINT. A shell, `timeout`,
+                # Slurm and systemd send it to all processes of a job, and Ray must not end before
+                # the driver has a checkpoint.
+                with defer_sigterm():
+                    _connect(config)
+                total = ray.cluster_resources()
+                made.append(
+                    f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, "
+                    f"{total.get('GPU', 0):g} GPUs"
+                )
+            yield
+        finally:
+            _disconnect()
 
 
 def is_local(config: RunConfig) -> bool:
@@ -130,6 +138,19 @@ def _connect(config: RunConfig) -> None:
         # message says which, but on several lines.
         reason = " ".join(str(error).split())
         raise ConfigError(f"The Ray cluster at {address} refused this process: {reason}") from error
+
+
+def _disconnect() -> None:
+    """End the connection, and Ray's processes if `_connect` has started them."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is not None:
+        # They do without a regular end. `ray.shutdown` would send them SIGTERM, which is blocked,
+        # and wait for a second each.
+        for end in (node.kill_dashboard, node.kill_log_monitor, node.kill_monitor):
+            end(check_alive=False)
+    ray.shutdown()
 
 
 def _probe_gcs(address: str) -> None:

@@ -1,0 +1,72 @@
+"""SIGTERM to all processes of a local run, as Slurm and systemd send it, stops it with a checkpoint."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_detox.runs.checkpoint_store import CheckpointStore
+from ray_detox.runs.storage import Storage
+
+SHORT = [
+    "train.steps=500",  # more than there is time for
+    "train.checkpoint_every=500",
+    "train.workers=1",
+    "train.probe_prompts=0",
+    "ppo.prompts_per_step=16",
+    "sampling.max_new_tokens=8",
+    "data.limit=200",
+    "evaluate.prompts=8",
+]
+ENVIRONMENT = {
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@pytest.mark.ray
+def test_sigterm_to_all_processes_of_a_run_stops_it_with_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "ray_detox", "run", "lab", *SHORT, "--run-id", "first"]
+    run = subprocess.Popen(
+        [*command, "--output", str(tmp_path)],
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Without a session of its own, a mistake of this test could end the tests.
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    printed = ""
+    while not re.search("^step +1/500 ", printed, re.MULTILINE):
+        line = run.stdout.readline()
+        assert line, printed
+        printed += line
+
+    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    printed += run.communicate(timeout=200)[0]
+
+    assert run.returncode == 128 + signal.SIGTERM, printed
+    assert "Traceback" not in printed
+    stopped = re.search(
+        r"^Stopped after step (\d+), with a checkpoint\. "
+        f"Go on with: ray-detox run --resume first --output {tmp_path}$",
+        printed,
+        re.MULTILINE,
+    )
+    assert stopped, printed
+    kept = CheckpointStore(Storage(str(tmp_path / "first"))).newest()
+    assert kept is not None
+    assert kept.step == int(stopped[1])
+    assert not (tmp_path / "first" / "ray-train").exists()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
