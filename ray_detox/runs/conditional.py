@@ -10,7 +10,6 @@
 Every failure of the storage itself is a `StorageError`.
 """
 
-import fcntl
 import hashlib
 import os
 import time
@@ -22,6 +21,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_TIMEOUT_S = 30.0
 """Longest wait for another process that has the lock of a file."""
@@ -124,6 +128,8 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _lock(opened: int, lock: Path) -> None:
+    if fcntl is None:
+        return
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:

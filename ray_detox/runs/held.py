@@ -10,6 +10,7 @@ Without `train.storage` the two are one.
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,8 +113,9 @@ class HeldRun:
         self.release()
         if token == 1 and len(self.leases) > 1:
             storage = Storage(self.leases[0].guard.address)
-            for name in (SETTINGS, NAME):
-                storage.delete(name)
+            with suppress(StorageError):
+                for name in (SETTINGS, NAME):
+                    storage.delete(name)
         shutil.rmtree(self.folder.path, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 Plain data and its JSON form; `lease.py` reads and writes it.
 """
 
+import functools
 import json
 import os
 import platform
@@ -97,7 +98,8 @@ def record_from_json(content: bytes, where: str) -> RunRecord:
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(RunRecord).validate_json(content, strict=True)
+        record: RunRecord = _reader().validate_json(content, strict=True)
+        return record
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
@@ -106,6 +108,13 @@ def record_from_json(content: bytes, where: str) -> RunRecord:
             "nothing else says who may write the run. Restore it from a backup, use the version that "
             "started the run, or start a new run."
         ) from error
+
+
+@functools.cache
+def _reader() -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(RunRecord)
 
 
 # ---- processes of this machine -------------------------------------------------------------------
