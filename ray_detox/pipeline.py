@@ -209,14 +209,9 @@ def prepare_run(
     check_store(config.results, folder, new_run=not resume)
     found = fingerprints(config)
     try:
-        held = open_run(config, folder, say, resume=resume)
+        held = open_run(config, folder, say, resume=resume, found=found, accept=accept_changes)
     except StorageError as error:
         raise ConfigError(f"train.storage: {error}") from error
-    try:
-        held.identify(found, accept=accept_changes)
-    except BaseException:
-        held.release()
-        raise
     return source, held
 
 

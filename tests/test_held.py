@@ -66,8 +66,9 @@ def test_a_run_with_other_weights_goes_on_only_if_told_and_the_report_says_so(tm
     change_weights(model)
 
     with pytest.raises(OtherIdentity) as refused:
-        prepare(tmp_path, *words, resume=True)
+        prepare(tmp_path, *words, "train.steps=60", resume=True)
 
+    assert RunFolder(tmp_path / "runs", "first").read_config().train.steps == 40
     assert re.fullmatch(
         r"Run 'first' was started with other content of policy \(sha256:\w+ then, sha256:\w+ now\)\. "
         r"Put back what it was started with, start a new run, or go on with --accept-changes, which "
@@ -283,7 +284,7 @@ def test_a_new_run_does_not_take_the_folder_of_one_that_begins_at_the_same_time(
     config, folder = load_config("lab", QUICK), RunFolder(tmp_path / "runs", "first")
 
     with pytest.raises(ConfigError, match=r"^Run 'first' exists in .*--resume first\.$"):
-        held_module.open_run(config, folder, print, resume=False)
+        held_module.open_run(config, folder, print, resume=False, found={}, accept=False)
 
     found.release()
     names = {file.name for file in before} - {"run.json"}

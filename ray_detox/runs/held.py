@@ -212,69 +212,73 @@ def describe_differences(run_id: str, changes: list[Change]) -> str:
 
 
 def open_run(
-    config: RunConfig, folder: RunFolder, say: Callable[[str], None], *, resume: bool
+    config: RunConfig,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    *,
+    resume: bool,
+    found: Mapping[str, str],
+    accept: bool,
 ) -> HeldRun:
-    """Create a run, or take one that exists, and write its settings.
+    """Create a run, or take one that exists, compare its identity, and write its settings.
 
     Args:
         config: settings of the run.
         folder: of the run.
         say: shows a line.
         resume: the run exists.
+        found: see `HeldRun.identify`.
+        accept: see `HeldRun.identify`.
 
     Raises:
+        OtherIdentity: something is not what the run was started with, and `accept` is False.
         ConfigError: the run exists, or does not, or is another one, or its checkpoints are away, or
             another process writes it.
         StorageError: `train.storage` cannot be read or written.
     """
     leases: list[Lease] = []
+    if not resume:
+        try:
+            folder.path.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(run_exists(folder)) from None
     try:
-        return (
-            _resume(config, folder, say, leases) if resume else _start(config, folder, say, leases)
-        )
+        take_or_create = _resume if resume else _start
+        before = take_or_create(config, folder, say, leases)
+        held = HeldRun(folder, tuple(leases))
+        held.identify(found, accept=accept)
+        _write_settings(held, config, before)
     except BaseException:
         for lease in leases:
             lease.release()
+        if not resume:
+            shutil.rmtree(folder.path, ignore_errors=True)
         raise
+    return held
 
 
 def _start(
     config: RunConfig, folder: RunFolder, say: Callable[[str], None], leases: list[Lease]
-) -> HeldRun:
+) -> RunConfig | None:
+    """Create a run; return the settings that `train.storage` keeps of an earlier attempt, or None."""
     storage = run_storage(config, folder)
+    if config.train.storage is None:
+        leases.append(create(storage, folder.run_id))
+        return None
+    # A job that is retried on another machine goes on with what an earlier attempt stored.
+    before = _stored_settings(config, folder, storage)
     try:
-        folder.path.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(run_exists(folder)) from None
-    try:
-        if config.train.storage is None:
-            leases.append(create(storage, folder.run_id))
-        else:
-            # A job that is retried on another machine goes on with what an earlier attempt stored.
-            found = _stored_settings(config, folder, storage)
-            leases.append(
-                create(storage, folder.run_id)
-                if found is None
-                else take(storage, folder.run_id, say)
-            )
-            run = leases[0].record.run
-            leases.append(create(_local(folder), folder.run_id, run))
-            if found is not None:
-                _require_checkpoint(config, leases[0].record, storage, folder)
-    except BaseException as error:
-        for lease in leases:
-            lease.release()
-        leases.clear()
-        shutil.rmtree(folder.path, ignore_errors=True)
-        if isinstance(error, Conflict):
-            raise ConfigError(
-                f"Another process has just started a run {folder.run_id!r} in "
-                f"train.storage={config.train.storage}. Choose another --run-id."
-            ) from None
-        raise
-    held = HeldRun(folder, tuple(leases))
-    _write_settings(held, config, before=None if len(leases) == 1 else found)
-    return held
+        leases.append(
+            create(storage, folder.run_id) if before is None else take(storage, folder.run_id, say)
+        )
+    except Conflict:
+        raise ConfigError(
+            f"Another process has just started a run {folder.run_id!r} in "
+            f"train.storage={config.train.storage}. Choose another --run-id."
+        ) from None
+    leases.append(create(_local(folder), folder.run_id, leases[0].record.run))
+    _require_checkpoint(leases[0].record, storage, folder)
+    return before
 
 
 def _stored_settings(config: RunConfig, folder: RunFolder, storage: Storage) -> RunConfig | None:
@@ -286,8 +290,13 @@ def _stored_settings(config: RunConfig, folder: RunFolder, storage: Storage) -> 
     if read_record(storage) is None:
         return None
     stored = storage.read(SETTINGS)
-    if stored is None:  # a process ended between the two files of a new run
-        return None if storage.names("checkpoints") else config
+    if stored is None and not storage.names("checkpoints"):
+        return config  # a process ended between the two files of a new run
+    if stored is None:
+        raise ConfigError(
+            f"{storage.address} has checkpoints of run {folder.run_id!r} and no {SETTINGS}, so its "
+            "settings are not known. Restore the file, or choose another --run-id."
+        )
     found = settings_from_json(stored, f"{storage.address}/{SETTINGS}")
     require_same_run(config, found, folder.run_id)
     return found
@@ -295,7 +304,8 @@ def _stored_settings(config: RunConfig, folder: RunFolder, storage: Storage) -> 
 
 def _resume(
     config: RunConfig, folder: RunFolder, say: Callable[[str], None], leases: list[Lease]
-) -> HeldRun:
+) -> RunConfig:
+    """Take a run; return its settings so far."""
     storage = run_storage(config, folder)
     before = folder.read_config()
     require_same_run(config, before, folder.run_id)
@@ -317,15 +327,11 @@ def _resume(
             f"{storage.address} keeps another run of the id {folder.run_id!r} than {folder.path}. Give "
             "the train.storage that the run was started with, or another --output."
         )
-    _require_checkpoint(config, leases[0].record, storage, folder)
-    held = HeldRun(folder, tuple(leases))
-    _write_settings(held, config, before)
-    return held
+    _require_checkpoint(leases[0].record, storage, folder)
+    return before
 
 
-def _require_checkpoint(
-    config: RunConfig, record: RunRecord, storage: Storage, folder: RunFolder
-) -> None:
+def _require_checkpoint(record: RunRecord, storage: Storage, folder: RunFolder) -> None:
     """Check that checkpoints are where some should be.
 
     Raises:
