@@ -141,6 +141,20 @@ def test_publish_names_a_damaged_file_and_says_how_to_go_on(folder, refused, nam
     assert not folder.store_path.exists()
 
 
+def test_a_result_without_its_samples_is_refused(folder, refused):
+    (folder.path / "samples.jsonl").unlink()
+
+    sentence = refused("publish", "first", "--output", folder.output)
+
+    assert "samples.jsonl is damaged: it is missing. Move it away and measure" in sentence
+
+
+def test_a_file_in_place_of_the_runs_folder_is_no_run(tmp_path, refused):
+    (tmp_path / "first").write_text("")
+
+    assert "No run 'first' in " in refused("publish", "first", "--output", tmp_path)
+
+
 def test_a_list_of_samples_that_lacks_some_is_refused(folder, refused):
     file = folder.path / "samples.jsonl"
     file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
@@ -205,7 +219,10 @@ def test_a_folder_in_place_of_the_metrics_refuses_a_resume_before_anything_start
 
     sentence = refused("run", "--resume", "first", "--output", folder.output)
 
-    assert "metrics.jsonl cannot be read: Is a directory. Move it away: the run takes" in sentence
+    assert (
+        "metrics.jsonl is damaged: it cannot be read: Is a directory. Move it away: the run"
+        in sentence
+    )
 
 
 # ---- repair --------------------------------------------------------------------------------------
@@ -242,7 +259,7 @@ def test_a_step_that_nothing_else_has_is_named(folder):
     rows, said = rows_after(folder, broken, lines[3])
 
     assert [row["step"] for row in rows] == [1, 3, 4]
-    assert said[1] == "metrics.jsonl: step 2 lost, because the checkpoint lacks it as well"
+    assert said[1] == "metrics.jsonl: step 2 lost, which the checkpoint lacks as well"
 
 
 def test_rows_that_nothing_has_damaged_stay_as_they_are(folder):

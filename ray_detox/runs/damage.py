@@ -24,14 +24,16 @@ class DamagedError(ValueError):
     """Some bytes are not the JSON that was expected; the message says why, without a full stop."""
 
 
-def read_file(file: Path) -> bytes:
-    """Return the content of a file.
+def read_file(file: Path) -> bytes | None:
+    """Return the content of a file; None if there is none.
 
     Raises:
         DamagedError: it cannot be read, such as a folder of this name.
     """
     try:
         return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise DamagedError(f"it cannot be read: {error.strerror}") from None
 

@@ -22,13 +22,7 @@ from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import adapter_files, write_files
-from ray_detox.runs.damage import (
-    DamagedError,
-    numbered_lines,
-    parse,
-    parse_object,
-    read_file,
-)
+from ray_detox.runs.damage import DamagedError, numbered_lines, parse, parse_object, read_file
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
@@ -90,14 +84,15 @@ class RunFolder:
             ConfigError: there is no such run, or its settings cannot be read.
         """
         file = self.path / "config.json"
-        if not file.exists():
+        try:
+            content = read_file(file)
+        except DamagedError as error:
+            raise _damaged_settings(file, error) from None
+        if content is None:
             runs = sorted(p.parent.name for p in self.output.glob("*/config.json"))
             known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
             raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
-        try:
-            return settings_from_json(read_file(file), file)
-        except DamagedError as error:
-            raise damaged_settings(file, error) from None
+        return settings_from_json(content, file)
 
     def read_history(self) -> list[dict[str, Any]]:
         """The metrics of every training step so far.
@@ -125,15 +120,19 @@ class RunFolder:
         """
         self.read_config()
         file = self.path / "report.json"
-        if not file.exists():
-            raise ConfigError(
-                f"Run {self.run_id!r} has no result yet. Finish it first: "
-                f"ray-detox run --resume {self.run_id}."
-            )
         try:
-            report = parse_object(read_file(file))
+            content = read_file(file)
+            if content is None:
+                raise ConfigError(
+                    f"Run {self.run_id!r} has no result yet. Finish it first: "
+                    f"ray-detox run --resume {self.run_id}."
+                )
+            report = parse_object(content)
             file = self.path / "samples.jsonl"
-            examples = [_example(*line) for line in numbered_lines(read_file(file))]
+            content = read_file(file)
+            if content is None:
+                raise DamagedError("it is missing")
+            examples = [_example(*line) for line in numbered_lines(content)]
             if report.get("n") != len(examples):
                 raise DamagedError(
                     f"it has {len(examples)} lines, and the report is of {report.get('n')} prompts"
@@ -159,7 +158,7 @@ def settings_from_json(content: bytes, where: object) -> "RunConfig":
     try:
         return config_from_dict(parse_object(content))
     except DamagedError as error:
-        raise damaged_settings(where, error) from None
+        raise _damaged_settings(where, error) from None
     except ConfigError as error:
         raise ConfigError(
             f"{where} does not have the settings of a run of this version ({error}). Use the "
@@ -167,8 +166,7 @@ def settings_from_json(content: bytes, where: object) -> "RunConfig":
         ) from None
 
 
-def damaged_settings(where: object, error: DamagedError) -> ConfigError:
-    """Return the error for a config.json that cannot be read."""
+def _damaged_settings(where: object, error: DamagedError) -> ConfigError:
     return ConfigError(
         f"{where} is damaged: {error}. Restore it from a copy (train.storage has one, and the "
         'report.json of a finished run under "config"), or start a new run.'

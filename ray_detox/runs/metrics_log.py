@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox.errors import ConfigError
-from ray_detox.runs.damage import DamagedError, numbered_lines, parse_object
+from ray_detox.runs.damage import DamagedError, numbered_lines, parse_object, read_file
 from ray_detox.runs.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -142,13 +142,11 @@ def read_if_there(file: Path) -> bytes:
         ConfigError: it cannot be read, such as a folder of this name.
     """
     try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
+        return read_file(file) or b""
+    except DamagedError as error:
         raise ConfigError(
-            f"{file} cannot be read: {error.strerror}. Move it away: the run takes its metrics from the "
-            f"newest checkpoint when it is resumed (ray-detox run --resume {file.parent.name})."
+            f"{file} is damaged: {error}. Move it away: the run takes its metrics from the newest "
+            f"checkpoint when it is resumed (ray-detox run --resume {file.parent.name})."
         ) from None
 
 
@@ -200,7 +198,7 @@ def _describe_repair(here: Set[int], there: Set[int], damaged: int) -> str:
     if restored:
         parts.append(f"{_join('step', restored)} taken from the checkpoint of step {last}")
     if lost:
-        parts.append(f"{_join('step', lost)} lost, because the checkpoint lacks it as well")
+        parts.append(f"{_join('step', lost)} lost, which the checkpoint lacks as well")
     if damaged > len(restored) + len(lost):
         parts.append(f"steps after {last} are trained again")
     return f"metrics.jsonl: {'; '.join(parts)}"
