@@ -2,13 +2,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_detox import pipeline
 from ray_detox.cli import main as cli
 from ray_detox.config import ConfigError
 from ray_detox.evaluation.examples import PairedExample
@@ -16,6 +16,8 @@ from ray_detox.recipes.loading import load_config
 from ray_detox.records import PreparedRow
 from ray_detox.runs import resume
 from ray_detox.runs.folder import RunFolder
+from ray_detox.runs.held import open_run
+from ray_detox.runs.lease import create
 from ray_detox.runs.metrics_log import MetricsLog, read_metrics
 from ray_detox.runs.publish import publish
 from ray_detox.runs.report_text import describe_run, list_line, list_table
@@ -344,22 +346,23 @@ def test_any_settings_are_read_or_refused_in_a_sentence(folder, content):
 @given(mutated(CONFIG_BYTES))
 def test_a_run_is_taken_from_any_storage_or_refused_in_a_sentence(tmp_path, content):
     kept = tmp_path / "kept/first"
-    kept.mkdir(parents=True, exist_ok=True)
-    (kept / "config.json").write_bytes(content)
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    create(Storage(str(kept)), "first").release()
     folder = RunFolder(tmp_path / "runs", "first")
+    config = load_config("lab", [f"train.storage={tmp_path / 'kept'}"])
+    elsewhere = RunFolder(tmp_path / "more", "first")
     before = set(folder.output.glob("*/*"))
 
     for act in (
         lambda: resume.resume_from_storage(folder, str(tmp_path / "kept")),
-        lambda: pipeline._claim_storage(
-            load_config("lab", [f"train.storage={tmp_path / 'kept'}"]), folder, "{}"
-        ),
+        lambda: open_run(config, elsewhere, print, resume=False, found={}, accept=False).release(),
     ):
         (kept / "config.json").write_bytes(content)
         sentence = refusal(act)
         if sentence is not None:
             assert "first" in sentence
             assert (kept / "config.json").read_bytes() == content
+            assert not elsewhere.path.exists()
     assert before <= set(folder.output.glob("*/*"))
 
 
@@ -405,7 +408,7 @@ def test_any_result_is_published_or_refused_in_a_sentence(tmp_path_factory, name
 @given(mutated(SHARD))
 def test_any_kept_shard_is_whole_or_measured_again(tmp_path, content):
     rows = [PreparedRow(one.prompt_id, one.query, [1], {}, 0) for one in EXAMPLES]
-    kept = _KeptShards(Storage(str(tmp_path)), CONFIG, {}, rows)
+    kept = _KeptShards(Storage(str(tmp_path)), CONFIG, {}, rows, {})
     kept.write(0, EXAMPLES)
     assert kept.read(0, rows) == EXAMPLES
     (file,) = tmp_path.glob("evaluation/*/shard-00000.json")
@@ -418,7 +421,7 @@ def test_any_kept_shard_is_whole_or_measured_again(tmp_path, content):
 
 def test_a_kept_shard_with_other_prompts_or_a_folder_in_its_place_is_measured_again(tmp_path):
     rows = [PreparedRow(one.prompt_id, one.query, [1], {}, 0) for one in EXAMPLES]
-    kept = _KeptShards(Storage(str(tmp_path)), CONFIG, {}, rows)
+    kept = _KeptShards(Storage(str(tmp_path)), CONFIG, {}, rows, {})
 
     kept.write(0, EXAMPLES[:1])
     too_few = kept.read(0, rows)

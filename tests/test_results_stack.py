@@ -258,7 +258,7 @@ def test_the_whole_stack_answers_on_an_emulator():
         [sys.executable, str(ROOT / "scripts/smoke_results.py"), os.environ["RAY_DETOX_MINISTACK"]],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
 
     assert done.returncode == 0, done.stdout + done.stderr

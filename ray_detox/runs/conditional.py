@@ -22,11 +22,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 LOCK_TIMEOUT_S = 30.0
 """Longest wait for another process that has the lock of a file."""
 LOCK_POLL_S = 0.01
@@ -128,7 +123,9 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _lock(opened: int, lock: Path) -> None:
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: as on a file system without locks
         return
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:

@@ -55,7 +55,7 @@ def config(tiny_roberta):
 def pool(config):
     """Three actors; tests may kill some and wait until they are back."""
     with contextlib.closing(RewardPool(config, 0.0)) as started:
-        started.wait(timeout_s=240)
+        started.wait(timeout_s=600)
         yield started
 
 
