@@ -270,7 +270,7 @@ def _resumed(config: "RunConfig | None", folder: RunFolder) -> "RunConfig":
     Raises:
         ConfigError: there is no such run, or the settings are those of another one.
     """
-    if config is not None and config.train.storage is not None and not folder.path.exists():
+    if config is not None and config.train.storage is not None and not folder.has_settings():
         from ray_detox.runs.resume import resume_from_storage
 
         resume_from_storage(folder, config.train.storage)

@@ -201,7 +201,7 @@ def prepare_run(
     preflight.check_output(folder.output)
     if resume:
         read_if_there(folder.path / "metrics.jsonl")
-    elif folder.path.exists():
+    elif folder.has_settings():
         raise ConfigError(run_exists(folder))
     if is_local(config):
         preflight.check_local_gpus(config, count_gpus)

@@ -769,3 +769,23 @@ def test_a_file_in_place_of_the_folder_becomes_one_sentence(tmp_path):
 
     with pytest.raises(StorageError, match=r"run cannot be written to: "):
         Storage(str(tmp_path / "run")).write("a/b", json.dumps({}).encode())
+
+
+def test_checkpoints_that_cannot_be_read_for_a_moment_are_not_passed_over(
+    store, folder, monkeypatch
+):
+    for step in (1, 2):
+        store.save(made(step))
+    later, read = CheckpointStore(Storage(str(folder))), Storage.read
+
+    def fails(storage, name):
+        if name.startswith("checkpoints/step-00000002"):
+            raise StorageError("The service is busy.")
+        return read(storage, name)
+
+    monkeypatch.setattr(Storage, "read", fails)
+    with pytest.raises(StorageError, match="busy"):
+        later.newest(on_damage=lambda text: pytest.fail(text))
+
+    monkeypatch.undo()
+    assert later.newest() == made(2)

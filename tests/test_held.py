@@ -1,5 +1,6 @@
 """What a run may go on with: its storage, its settings, and the content it was started with."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,10 +15,11 @@ from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs import held as held_module
 from ray_detox.runs.checkpoint_store import Checkpoint
+from ray_detox.runs.conditional import versioned_file
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.held import Origin, OtherIdentity
 from ray_detox.runs.identity import fingerprints
-from ray_detox.runs.lease import read_record
+from ray_detox.runs.lease import create, read_record
 from ray_detox.runs.resume import resume_from_storage
 from ray_detox.runs.storage import Storage
 from ray_detox.stages.evaluate import _KeptShards
@@ -310,6 +312,65 @@ def test_the_files_of_a_new_run_are_those_that_count_as_nothing(tmp_path):
     assert {file.name for file in (tmp_path / "runs/first").iterdir()} == held_module.CREATED_FILES
     settings = json.loads((tmp_path / "runs/first/config.json").read_text())
     assert settings == load_config("lab", QUICK).to_dict()
+
+
+def test_a_run_that_another_process_has_taken_is_not_discarded(tmp_path):
+    found = prepare(tmp_path, f"train.storage={tmp_path / 'kept'}")
+    for one in found.leases:
+        one._released.set()
+        one._thread.join()
+        place = Storage(one.guard.address)
+        file = versioned_file(place)
+        version, _ = file.read()
+        file.replace(dataclasses.replace(read_record(place), token=2).to_json(), version)
+    before = sorted((tmp_path / "kept/first").iterdir())
+
+    found.discard()
+
+    assert sorted((tmp_path / "kept/first").iterdir()) == before
+    assert (tmp_path / "runs/first/config.json").exists()
+
+
+@pytest.mark.parametrize("left", ["config.json", "checkpoints/step-00000003/manifest.json"])
+def test_a_storage_with_files_of_a_run_and_no_record_is_not_taken(tmp_path, left):
+    file = tmp_path / "kept/first" / left
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(load_config("lab", QUICK).to_dict()))
+
+    with pytest.raises(ConfigError, match=r"has files of a run 'first' and no run\.json"):
+        prepare(tmp_path, f"train.storage={tmp_path / 'kept'}")
+
+    assert [path for path in (tmp_path / "kept/first").rglob("*") if path.is_file()] == [file]
+
+
+def test_the_output_folder_may_be_the_storage(tmp_path):
+    words = [f"train.storage={tmp_path / 'runs'}"]
+    run_to_step(3, tmp_path, *words)
+
+    found = prepare(tmp_path, *words, resume=True)
+
+    assert len(found.leases) == 1
+    assert found.checkpoints(2).newest().step == 3
+    found.release()
+
+
+def test_a_start_that_was_cut_off_does_not_block_the_run_id(tmp_path):
+    folder = tmp_path / "runs/first"
+    create(Storage(str(folder)), "first").release()
+
+    found = prepare(tmp_path)
+
+    assert found.record.token == 1
+    found.release()
+
+
+def test_a_commit_may_be_pinned_on_resume(tmp_path):
+    run_to_step(3, tmp_path)
+
+    found = prepare(tmp_path, "policy.revision=abc", resume=True)
+
+    assert [change.name for change in found.record.settings] == ["policy.revision"]
+    found.release()
 
 
 # ---- several drivers -------------------------------------------------------------------------------

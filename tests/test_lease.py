@@ -12,6 +12,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 
 from ray_detox.errors import ConfigError
 from ray_detox.runs import conditional, lease
@@ -318,6 +319,45 @@ def test_a_killed_process_loses_the_run_at_once(writer):
     assert len(said) == 1
     assert said[0].endswith("has ended")
     second.release()
+
+
+def test_a_service_without_conditional_writes_is_compared_here():
+    with bucket("moto") as form:
+        storage = Storage(form.format("plain"))
+        file = versioned_file(storage)
+        client = file._opened()
+        put = client.put_object
+
+        def refuse_conditions(**arguments):
+            if {"IfMatch", "IfNoneMatch"} & arguments.keys():
+                raise ClientError({"Error": {"Code": "NotImplemented"}}, "PutObject")
+            return put(**arguments)
+
+        client.put_object = refuse_conditions
+        first = file.replace(b"1", None)
+        second = file.replace(b"2", first)
+
+        assert file.read() == (second, b"2")
+        for stale in (None, first):
+            with pytest.raises(Conflict):
+                file.replace(b"3", stale)
+
+
+def test_the_threads_of_a_process_do_not_wait_for_each_other(tmp_path):
+    file = tmp_path / "run.json"
+    entered = []
+
+    def enter():
+        with conditional.locked(file):
+            entered.append(True)
+
+    with conditional.locked(file):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join(30)
+
+    assert entered == [True]
+    assert conditional._locks[str(tmp_path / "run.lock")].threads == 0
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_of_two_starts_with_the_same_id_one_is_refused_and_changes_nothing(tmp_p
     held[0].release()
     ((loser, sentence),) = refused
     assert sentence.startswith(
-        f"Run 'first' exists in {folder.output}. Choose another --run-id, or"
+        (f"Run 'first' exists in {folder.output}. Choose", "Another process has just started a run")
     )
     assert folder.read_config().train.steps == 11 - loser
     kept = json.loads((tmp_path / "kept/first/config.json").read_text())

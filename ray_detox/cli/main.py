@@ -254,7 +254,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = RunFolder(args.output, args.resume)
         storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
-        if storage and not folder.path.exists():
+        if storage and not folder.has_settings():
             resume_from_storage(folder, storage[-1])
         config = resumed_settings(folder.read_config(), args.words, folder.run_id)
     else:
@@ -287,7 +287,10 @@ def _run(args: argparse.Namespace) -> int:
             f"its {which} checkpoint before that can be measured with: "
             f"ray-detox evaluate {folder.run_id} --checkpoint {which}{output}"
         )
-        print_error(f"after a change of settings, go on from an earlier step with: {go_on}")
+        print_error(
+            "another learning rate or KL coefficient needs a new run; with another ppo.max_kl, or "
+            f"ppo.stop_on_collapse=false, go on from an earlier step with: {go_on}"
+        )
         return FAILED
     except pipeline.LeaseLost as error:
         print_error(error)  # without a command to go on: another process does

@@ -58,7 +58,8 @@ def fingerprint(name: str, revision: str | None, setting: str) -> str:
     It is the commit of a hub model, else `folder_fingerprint`. Arguments as for `local_folder`.
     """
     folder = local_folder(name, revision, setting, weights=False)
-    if folder.parent.name == "snapshots":  # the hub's cache: .../snapshots/COMMIT
+    # The hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         return f"commit:{folder.name}"
     return folder_fingerprint(folder)
 

@@ -39,7 +39,7 @@ from ray_detox.errors import first_line
 from ray_detox.records import Objective
 from ray_detox.runs.lease import LeaseLost
 from ray_detox.runs.record import Taking
-from ray_detox.runs.storage import Storage, StorageError
+from ray_detox.runs.storage import DamagedError, Storage, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -133,22 +133,23 @@ class CheckpointStore:
         """Read the checkpoint of a step, and compare its files with the manifest.
 
         Raises:
-            StorageError: it is incomplete or damaged, or cannot be read.
+            DamagedError: it is incomplete or damaged.
+            StorageError: it cannot be read.
         """
         found = [name for name in self._names() if name.step == step]
         problem = f"The checkpoint of step {step} is incomplete: it has no valid manifest."
         for name in reversed(found):  # the latest taking first
             try:
                 return self._load(name)
-            except StorageError as error:
+            except DamagedError as error:
                 problem = str(error)
-        raise StorageError(problem)
+        raise DamagedError(problem)
 
     def _load(self, name: _Name) -> Checkpoint:
         step, folder = name.step, f"{FOLDER}/{name}"
         about = self._read_manifest(name)
         if about is None:
-            raise StorageError(
+            raise DamagedError(
                 f"The checkpoint of step {step} is incomplete: it has no valid manifest."
             )
         files = {}
@@ -156,7 +157,7 @@ class CheckpointStore:
             content = self.storage.read(f"{folder}/{file}")
             if content is None or _digest(content) != expected:
                 size = "missing" if content is None else f"{len(content):,} bytes"
-                raise StorageError(
+                raise DamagedError(
                     f"The checkpoint of step {step} is damaged: {file} is {size}, not the "
                     f"{expected['bytes']:,} bytes that were written."
                 )
@@ -168,11 +169,14 @@ class CheckpointStore:
 
         Args:
             on_damage: called with a message for each checkpoint that is ignored.
+
+        Raises:
+            StorageError: the storage cannot be read: which checkpoint is the newest is not known.
         """
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
-            except StorageError as error:
+            except DamagedError as error:
                 on_damage(f"{error} The run ignores it.")
         return None
 

@@ -12,9 +12,11 @@ Every failure of the storage itself is a `StorageError`.
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -63,6 +65,10 @@ def versioned_file(storage: Storage) -> VersionedFile:
     return S3File(storage) if storage.address.startswith("s3://") else PlainFile(storage)
 
 
+_replacing = threading.Lock()
+"""Held while a thread of this process compares and replaces a local file."""
+
+
 class LocalFile:
     """A file on this machine or on a mounted file system."""
 
@@ -83,11 +89,11 @@ class LocalFile:
         """See `VersionedFile.replace`."""
         if version is None:
             self._make_folder()
-        with locked(self.file):
+        with locked(self.file), _replacing:
             if self.read()[0] != version:
                 raise Conflict
             try:
-                write_atomic(self.file, content.decode())
+                write_atomic(self.file, content, durable=True)
             except OSError as error:
                 raise StorageError(
                     f"{self.file} cannot be written to: {first_line(error)}."
@@ -103,23 +109,57 @@ class LocalFile:
             ) from error
 
 
+@dataclass(slots=True)
+class _Lock:
+    """A lock file of this process, which all of its threads share."""
+
+    mutex: threading.Lock
+    threads: int = 0
+    """Threads that hold it."""
+    opened: int = -1
+    """File descriptor, while a thread holds it."""
+
+
+_locks: dict[str, _Lock] = {}
+_locks_mutex = threading.Lock()
+
+
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold the lock beside a file; other threads and processes of any machine wait.
+    """Keep other processes from locking the same file; the threads of this one do not wait for each other.
+
+    Otherwise a slow checkpoint would delay metrics and signs of life.
 
     Raises:
         StorageError: the folder cannot be written to, or another process keeps the lock.
     """
-    lock = file.with_name(file.stem + ".lock")
+    path = file.with_name(file.stem + ".lock")
+    with _locks_mutex:
+        lock = _locks.setdefault(str(path), _Lock(threading.Lock()))
+    with lock.mutex:
+        if lock.threads == 0:
+            lock.opened = _open_locked(path)
+        lock.threads += 1
     try:
-        opened = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise StorageError(f"{lock} cannot be written to: {first_line(error)}.") from error
-    try:
-        _lock(opened, lock)
         yield
     finally:
-        os.close(opened)  # ends the lock
+        with lock.mutex:
+            lock.threads -= 1
+            if lock.threads == 0:
+                os.close(lock.opened)  # ends the lock
+
+
+def _open_locked(path: Path) -> int:
+    try:
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written to: {first_line(error)}.") from error
+    try:
+        _lock(opened, path)
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
 
 
 def _lock(opened: int, lock: Path) -> None:
@@ -194,7 +234,7 @@ class S3File:
             return str(answer["ETag"])
         except botocore.exceptions.ClientError as error:
             if _code(error) == "NotImplemented":
-                return PlainFile(self.storage).replace(content, version)
+                return self._replace_plainly(content, version)
             if _code(error) not in _CONFLICTS:
                 raise self._failed("written to", error) from error
         except (botocore.exceptions.BotoCoreError, OSError) as error:
@@ -204,6 +244,12 @@ class S3File:
         if there != content or found is None:
             raise Conflict
         return found
+
+    def _replace_plainly(self, content: bytes, version: str | None) -> str:
+        """Replace the object in a service without conditional writes, as `PlainFile` does."""
+        if self.read()[0] != version:
+            raise Conflict
+        return str(self._opened().put_object(**self._place, Body=content)["ETag"])
 
     def _opened(self) -> Any:
         if self._client is None:
@@ -245,6 +291,9 @@ def _open_s3(address: str) -> tuple[Any, dict[str, str]]:
             connect_timeout=5,
             read_timeout=20,
             retries={"total_max_attempts": 3, "mode": "standard"},
+            # Some services refuse the checksums that botocore adds by default.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
             # As pyarrow does with another service than AWS.
             s3={"addressing_style": "path"} if endpoint else {},
         ),

@@ -53,6 +53,10 @@ class RunFolder:
         """The trained adapter, as plain peft loads it."""
         return self.path / "adapter"
 
+    def has_settings(self) -> bool:
+        """Return whether the run was started here; a start that was cut off leaves a folder without them."""
+        return (self.path / "config.json").exists()
+
     def write_adapter(self, checkpoint: Mapping[str, bytes]) -> None:
         """Write the adapter of a checkpoint atomically.
 

@@ -19,8 +19,16 @@ from ray_detox.errors import ConfigError
 from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.conditional import NAME, Conflict
 from ray_detox.runs.folder import RunFolder, run_exists, settings_from_json
-from ray_detox.runs.lease import Guard, GuardedStorage, Lease, create, read_record, take
-from ray_detox.runs.record import Change, RunRecord, Taking
+from ray_detox.runs.lease import (
+    Guard,
+    GuardedStorage,
+    Lease,
+    LeaseLost,
+    create,
+    read_record,
+    take,
+)
+from ray_detox.runs.record import Change, RunRecord, Taking, is_gone
 from ray_detox.runs.resume import changed_settings, require_same_run, run_storage
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
 
@@ -50,6 +58,11 @@ class HeldRun:
     def storage(self) -> GuardedStorage:
         """The run's storage, for writing."""
         return GuardedStorage(self.leases[0].guard)
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        """The rights to write in the storage and in the folder."""
+        return tuple(lease.guard for lease in self.leases)
 
     @property
     def guard(self) -> Guard:
@@ -108,15 +121,19 @@ class HeldRun:
             lease.release()
 
     def discard(self) -> None:
-        """Remove a run that has done nothing, so that its id is free again."""
-        token = self.record.token
+        """Remove a run that has done nothing, so that its id is free again.
+
+        Nothing is removed if another process has taken the run meanwhile.
+        """
+        with suppress(LeaseLost, StorageError):
+            if len(self.leases) > 1 and self.record.token == 1:
+                with self.leases[0].guard.hold():
+                    storage = Storage(self.leases[0].guard.address)
+                    for name in (SETTINGS, NAME):
+                        storage.delete(name)
+            with self.guard.hold():
+                shutil.rmtree(self.folder.path, ignore_errors=True)
         self.release()
-        if token == 1 and len(self.leases) > 1:
-            storage = Storage(self.leases[0].guard.address)
-            with suppress(StorageError):
-                for name in (SETTINGS, NAME):
-                    storage.delete(name)
-        shutil.rmtree(self.folder.path, ignore_errors=True)
 
 
 class Origin:
@@ -238,10 +255,9 @@ def open_run(
     """
     leases: list[Lease] = []
     if not resume:
-        try:
-            folder.path.mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError(run_exists(folder)) from None
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if folder.has_settings():
+            raise ConfigError(run_exists(folder))
     try:
         take_or_create = _resume if resume else _start
         before = take_or_create(config, folder, say, leases)
@@ -251,8 +267,11 @@ def open_run(
     except BaseException:
         for lease in leases:
             lease.release()
-        if not resume:
+        if not resume and _local(folder).address in (lease.guard.address for lease in leases):
             shutil.rmtree(folder.path, ignore_errors=True)
+        elif not resume:
+            with suppress(OSError):  # files of another process are in it
+                folder.path.rmdir()
         raise
     return held
 
@@ -262,8 +281,8 @@ def _start(
 ) -> RunConfig | None:
     """Create a run; return the settings that `train.storage` keeps of an earlier attempt, or None."""
     storage = run_storage(config, folder)
-    if config.train.storage is None:
-        leases.append(create(storage, folder.run_id))
+    if not _is_apart(storage, folder):
+        leases.append(_create_here(folder))
         return None
     # A job that is retried on another machine goes on with what an earlier attempt stored.
     before = _stored_settings(config, folder, storage)
@@ -276,9 +295,28 @@ def _start(
             f"Another process has just started a run {folder.run_id!r} in "
             f"train.storage={config.train.storage}. Choose another --run-id."
         ) from None
-    leases.append(create(_local(folder), folder.run_id, leases[0].record.run))
+    leases.append(_create_here(folder, leases[0].record.run))
     _require_checkpoint(leases[0].record, storage, folder)
     return before
+
+
+def _create_here(folder: RunFolder, run: str | None = None) -> Lease:
+    """Create the record in the run's folder, also if a start that was cut off has left one."""
+    try:
+        return create(_local(folder), folder.run_id, run)
+    except Conflict:
+        record = read_record(_local(folder))
+        gone = record is not None and (record.writer is None or is_gone(record.writer))
+        if not gone or folder.has_settings():
+            raise ConfigError(run_exists(folder)) from None
+    (folder.path / NAME).unlink(missing_ok=True)
+    return create(_local(folder), folder.run_id, run)
+
+
+def _is_apart(storage: Storage, folder: RunFolder) -> bool:
+    """Return False if the storage is the run's folder itself."""
+    place = storage.local_folder
+    return place is None or place.resolve() != folder.path.resolve()
 
 
 def _stored_settings(config: RunConfig, folder: RunFolder, storage: Storage) -> RunConfig | None:
@@ -287,9 +325,14 @@ def _stored_settings(config: RunConfig, folder: RunFolder, storage: Storage) -> 
     Raises:
         ConfigError: it keeps another run of the same id.
     """
-    if read_record(storage) is None:
-        return None
     stored = storage.read(SETTINGS)
+    if read_record(storage) is None:
+        if stored is None and not storage.names("checkpoints"):
+            return None
+        raise ConfigError(
+            f"{storage.address} has files of a run {folder.run_id!r} and no {NAME}, so nothing says what "
+            "they belong to. Choose another --run-id, or empty that folder."
+        )
     if stored is None and not storage.names("checkpoints"):
         return config  # a process ended between the two files of a new run
     if stored is None:
@@ -314,7 +357,7 @@ def _resume(
             f"Run {folder.run_id!r} is kept in train.storage={before.train.storage}; expected that "
             "address, or one that keeps the same run. Leave train.storage out to use it."
         )
-    if config.train.storage is not None:
+    if _is_apart(storage, folder):
         if read_record(storage) is None:
             raise ConfigError(
                 f"train.storage={config.train.storage} holds nothing of run {folder.run_id!r}, which is "

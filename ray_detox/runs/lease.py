@@ -180,6 +180,8 @@ class Lease:
             return
         self._released.set()
         self._thread.join(BEAT_S)
+        if self._thread.is_alive():  # in a write that does not return; the lease becomes stale
+            return
         try:
             self.update(writer=None)
         except (LeaseLost, StorageError, ConfigError) as error:
@@ -295,6 +297,7 @@ def take(
         try:
             version = file.replace(taken.to_json(), version)
         except Conflict:
+            time.sleep(WATCH_S)
             continue
         if last is not None:
             reason = "has ended" if is_gone(last) else f"gave no sign of life for {stale_s:g} s"

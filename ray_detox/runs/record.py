@@ -134,7 +134,16 @@ def is_gone(writer: Writer) -> bool:
     here = _machine()
     if here is None or not writer.born.startswith(f"{here} "):
         return False
-    return _born(writer.pid) != writer.born
+    found = _born(writer.pid)
+    if found is not None:
+        return found != writer.born
+    try:
+        os.kill(writer.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False  # another user's process, which /proc may hide
+    return _has_ended(writer.pid)
 
 
 def _machine() -> str | None:
@@ -155,6 +164,17 @@ def _born(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    if machine is None or fields[0] in ("Z", "X"):  # ended, though its parent has not noticed
+    if machine is None or fields[0] in ENDED:
         return None
     return f"{machine} {fields[19]}"
+
+
+ENDED = ("Z", "X")
+"""States of a process that has ended, though its parent has not noticed."""
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ENDED
+    except OSError:
+        return False

@@ -23,6 +23,8 @@ from ray_detox.store.protocol import check_run_id
 
 MAY_CHANGE = (
     "description",
+    "policy.revision",
+    "reward.revision",
     "sampling.batch_size",
     "reward.actors",
     "reward.batch_size",
@@ -36,7 +38,9 @@ MAY_CHANGE = (
     "cluster",
     "results",
 )
-"""Settings, and sections of them, that may change when a run is resumed. All others define it."""
+"""Settings, and sections of them, that may change when a run is resumed. All others define it.
+
+A revision may pin the commit that the run was started with: its content is compared."""
 
 
 def changed_settings(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -30,6 +30,10 @@ class StorageError(RuntimeError):
     """The storage cannot be read or written; the message is one line for the user."""
 
 
+class DamagedError(StorageError):
+    """What was read is not what was written; reading again would not help."""
+
+
 class Storage:
     """Reads and writes files by name under `address`; opens the file system on first use.
 
@@ -172,12 +176,22 @@ def open_address(address: str) -> tuple[Any, str]:
     return system, path
 
 
-def write_atomic(file: Path, content: str | bytes) -> None:
-    """Write a local file so that readers see either the old content or the complete new content."""
+def write_atomic(file: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a local file so that readers see either the old content or the complete new content.
+
+    Args:
+        file: to write.
+        content: text in UTF-8, or bytes.
+        durable: return only once the content is on the disk, so that it survives a power loss.
+    """
     # A name of its own: another process may be writing the same file.
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("wb") as opened:
+            opened.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                opened.flush()
+                os.fsync(opened.fileno())
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)  # on a full disk, half a file would take the last of its room

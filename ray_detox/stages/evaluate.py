@@ -197,7 +197,7 @@ class _KeptShards:
         decisive += [tree["evaluate"][name] for name in ("shards", "batch_size")]
         decisive += [config.reward.scoring_settings()]
         decisive += [hashlib.sha256(content).hexdigest() for _, content in sorted(adapter.items())]
-        decisive += [row.prompt_id for row in rows]
+        decisive += [[row.prompt_id, json.dumps(row.columns, default=str)] for row in rows]
         decisive += sorted(identity.items())
         self._storage = storage
         self._folder = (

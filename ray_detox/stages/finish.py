@@ -1,6 +1,7 @@
 """The final Ray task: summarise the run, write its files and store its result."""
 
 import secrets
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,7 +28,7 @@ def store_result(
     *,
     attempt: str,
     overwrite: bool,
-    guard: Guard | None = None,
+    guards: Sequence[Guard] = (),
 ) -> tuple[dict[str, Any], list[PairedExample], str | None]:
     """Summarise the run, write the report to its folder and store the result.
 
@@ -42,15 +43,19 @@ def store_result(
         attempt: an id that stays the same when Ray runs this task again after a crash; the store
             lets only the same attempt overwrite a result that was partly written.
         overwrite: replace a stored run of the same id; for runs that were resumed.
-        guard: of the folder; None if nobody else can write it.
+        guards: of the run's storage and, last, of its folder; none if nobody else can write it.
 
     Raises:
         LeaseLost: another process has taken the run; nothing was written.
     """
     rated = rate(examples, config)
     report = summarise(rated, config, facts)
-    with nullcontext() if guard is None else guard.hold():
+    for guard in guards:
+        guard.check()
+    with guards[-1].hold() if guards else nullcontext():
         folder.write_result(report, rated)
+    for guard in guards:
+        guard.check()
     try:
         publish(config.results, folder, attempt=attempt, overwrite=overwrite)
     except (ConfigError, StoreError) as error:
@@ -90,7 +95,7 @@ def finish(
             facts,
             attempt=secrets.token_hex(8),
             overwrite=overwrite,
-            guard=held.guard,
+            guards=held.guards,
         )
     )
     if problem:

@@ -120,7 +120,7 @@ def drive(words, output, log, resume):
 def _drive(words, output, resume, console):
     folder = RunFolder(output, RUN)
     config = load_config("lab", words)
-    if resume and config.train.storage and not folder.path.exists():
+    if resume and config.train.storage and not folder.has_settings():
         resume_from_storage(folder, config.train.storage)
     _, held = pipeline.prepare_run(config, folder, resume=resume, say=console.line)
     try:
@@ -149,7 +149,7 @@ def _drive(words, output, resume, console):
             facts,
             attempt=str(os.getpid()),
             overwrite=resume,
-            guard=held.guard,
+            guards=held.guards,
         )
         return problem or f"finished as taking {held.record.token}"
     finally:
