@@ -119,7 +119,7 @@ def _run_stages(
 ) -> dict[str, Any]:
     with _session(config, console) as session:
         data = session.ingest(source)
-        held.identify({"prompts": data.fingerprint}, accept=accept_changes)
+        held.identify(data.identity, accept=accept_changes)
         training = session.train(held, data.shards)
         # Again: training may have taken days.
         held.identify(fingerprints(config), accept=accept_changes)
@@ -171,7 +171,7 @@ def evaluate_run(
     origin.compare(fingerprints(config), accept=accept_changes)
     with flatten_ray_errors(), _session(config, console) as session:
         data = session.ingest(source)
-        origin.compare({"prompts": data.fingerprint}, accept=accept_changes)
+        origin.compare(data.identity, accept=accept_changes)
         examples = session.measure(adapter, data.held_out)
     facts = _facts(config, folder, console, data, adapter, steps, training, origin.facts())
     return summarise(rate(examples, config), config, facts)

@@ -9,6 +9,7 @@ training starts, because a lazy dataset would wait for ever for CPUs that the wo
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -72,6 +73,23 @@ class Ingested:
     counts: RowCounts
     fingerprint: str
     """Content hash of all prompts, trained on and held out."""
+    trained_on: str
+    """Content hash of the rows to train on, with all their columns."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints by name, for the record of the run.
+
+        The number of held-out rows is in the name: with another `evaluate.prompts` they are others.
+        """
+        held_out = hashlib.sha256()
+        for row in self.held_out:
+            held_out.update(json.dumps([row.prompt_id, row.columns], default=str).encode())
+        return {
+            "prompts": self.fingerprint,
+            "prompts to train on": self.trained_on,
+            f"{len(self.held_out)} held-out prompts": f"sha256:{held_out.hexdigest()}",
+        }
 
 
 def ingest(config: RunConfig, source: Source) -> Ingested:
@@ -136,17 +154,20 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
         )
     bounds = [round((count - held) * shard / data.shards) for shard in range(1, data.shards)]
     seen: Counter[str] = Counter()
+    content = hashlib.sha256()
     measured = held_out.take(config.evaluate.prompts)
     copies = number_copies([row["prompt_id"] for row in measured], Counter())
     return Ingested(
         shards=[
-            _hold(shard, seen) for shard in (train.split_at_indices(bounds) if bounds else [train])
+            _hold(shard, seen, content)
+            for shard in (train.split_at_indices(bounds) if bounds else [train])
         ],
         held_out=unpack_rows(
             row | {"copy": copy} for row, copy in zip(measured, copies, strict=True)
         ),
         counts=RowCounts(read_count, left_out, summary.examples, count - held, held),
         fingerprint=summary.fingerprint,
+        trained_on=f"sha256:{content.hexdigest()}",
     )
 
 
@@ -158,15 +179,19 @@ def _sorted(rows: ray.data.Dataset, order: Sequence[str], blocks: int) -> ray.da
     return rows.map_batches(sort, batch_size=None, batch_format="pyarrow")
 
 
-def _hold(shard: ray.data.Dataset, seen: Counter[str]) -> Any:
+def _hold(shard: ray.data.Dataset, seen: Counter[str], content: "hashlib._Hash") -> Any:
     """Copy a shard to the driver's node as one table, so that losing another node cannot lose it.
 
     Args:
         shard: prepared rows.
         seen: rows of earlier shards by prompt; the table's column `copy` continues their count.
+        content: hash of the rows of earlier shards, which continues with these.
     """
     table = pa.concat_tables(ray.get(shard.to_arrow_refs()))
-    copies = number_copies(table["prompt_id"].to_pylist(), seen)
+    prompt_ids = table["prompt_id"].to_pylist()
+    copies = number_copies(prompt_ids, seen)
+    for row in zip(prompt_ids, table["columns"].to_pylist(), strict=True):
+        content.update(json.dumps(row).encode())
     return ray.put(table.append_column("copy", pa.array(copies, pa.int32())))
 
 

@@ -61,6 +61,7 @@ class Prepared:
         data = ingest(self.config, locate(self.config.data))
         self.counts = data.counts
         self.fingerprint = data.fingerprint
+        self.identity = data.identity
         self.held_out = data.held_out
         self.shards = [unpack_rows(table.to_pylist()) for table in ray.get(data.shards)]
 
@@ -245,7 +246,25 @@ def test_order_and_number_of_files_do_not_change_the_hashed_split(tmp_path, rows
     assert counted(found) == counted(hashed)
     assert found.shards == hashed.shards
     assert found.held_out == hashed.held_out
-    assert found.fingerprint == hashed.fingerprint
+    assert found.identity == hashed.identity
+
+
+def test_the_identity_of_the_data_has_the_split_and_the_other_columns(tmp_path, rows, tiny_t5):
+    words = [f"policy.model={tiny_t5}", "data.held_out_rows=last"]
+    other = [
+        row | {"summary": "Something else."} if i == len(rows) - 1 else row
+        for i, row in enumerate(rows)
+    ]
+    found = []
+    for name, content in (("a", rows), ("b", rows[::-1]), ("c", other)):
+        write_jsonl(tmp_path / f"{name}.jsonl", content)
+        found.append(Prepared(f"data.path={tmp_path}/{name}.jsonl", *words).identity)
+
+    first, reversed_rows, other_summary = found
+    differs = lambda identity: {name for name in first if identity[name] != first[name]}
+    (held_out,) = (name for name in first if name.endswith("held-out prompts"))
+    assert differs(reversed_rows) == {"prompts to train on", held_out}
+    assert differs(other_summary) == {held_out}
 
 
 def test_shards_are_disjoint_of_equal_length_and_hold_every_row(hashed, rows):
