@@ -1,7 +1,6 @@
 """The final Ray task: summarise the run, write its files and store its result."""
 
 import secrets
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,7 +27,7 @@ def store_result(
     *,
     attempt: str,
     overwrite: bool,
-    guards: Sequence[Guard] = (),
+    guard: Guard | None = None,
 ) -> tuple[dict[str, Any], list[PairedExample], str | None]:
     """Summarise the run, write the report to its folder and store the result.
 
@@ -43,18 +42,16 @@ def store_result(
         attempt: an id that stays the same when Ray runs this task again after a crash; the store
             lets only the same attempt overwrite a result that was partly written.
         overwrite: replace a stored run of the same id; for runs that were resumed.
-        guards: of the run's storage and, last, of its folder; none if nobody else can write it.
+        guard: of the folder; None if nobody else can write it.
 
     Raises:
         LeaseLost: another process has taken the run; nothing was written.
     """
     rated = rate(examples, config)
     report = summarise(rated, config, facts)
-    for guard in guards:
-        guard.check()
-    with guards[-1].hold() if guards else nullcontext():
+    with nullcontext() if guard is None else guard.hold():
         folder.write_result(report, rated)
-    for guard in guards:
+    if guard is not None:
         guard.check()
     try:
         publish(config.results, folder, attempt=attempt, overwrite=overwrite)
@@ -85,6 +82,9 @@ def finish(
         NotStored: the report is in the run's folder, but could not be stored.
     """
     folder = held.folder
+    # Here and not in the task: only the driver needs to reach the storage.
+    for guard in held.guards:
+        guard.check()
     # The run's folder and the SQLite store are on this machine.
     task = store_result.options(scheduling_strategy=on_this_node())
     report, _, problem = ray.get(
@@ -95,7 +95,7 @@ def finish(
             facts,
             attempt=secrets.token_hex(8),
             overwrite=overwrite,
-            guards=held.guards,
+            guard=held.guard,
         )
     )
     if problem:

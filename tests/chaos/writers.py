@@ -149,7 +149,7 @@ def _drive(words, output, resume, console):
             facts,
             attempt=str(os.getpid()),
             overwrite=resume,
-            guards=held.guards,
+            guard=held.guard,
         )
         return problem or f"finished as taking {held.record.token}"
     finally:
