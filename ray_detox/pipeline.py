@@ -98,7 +98,7 @@ def run(
     except OtherIdentity:
         raise
     except ConfigError as error:
-        if {file.name for file in folder.path.iterdir()} - CREATED_FILES:
+        if resume or {file.name for file in folder.path.iterdir()} - CREATED_FILES:
             # The cluster lost nodes after the start: the run can be resumed, and its settings
             # are valid.
             raise StageError(str(error)) from error

@@ -48,6 +48,20 @@ def test_a_run_that_did_not_start_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_resumed_run_that_did_not_start_keeps_its_folder(tmp_path, monkeypatch):
+    def too_small(*_, **__):
+        raise ConfigError("The run needs 8 GPUs, and the cluster has 0.")
+
+    config, folder = load_config("lab"), RunFolder(tmp_path, "first")
+    pipeline.prepare_run(config, folder, resume=False)[1].release()
+    monkeypatch.setattr(pipeline, "_run_stages", too_small)
+
+    with pytest.raises(errors.StageError, match="8 GPUs"):
+        pipeline.run(config, folder, Console(io.StringIO()), resume=True)
+
+    assert folder.has_settings()
+
+
 def test_a_failure_after_training_keeps_the_adapter(tmp_path, monkeypatch):
     def trained_and_then_no_model(folder):
         folder.adapter.mkdir()
