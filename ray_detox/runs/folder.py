@@ -22,7 +22,7 @@ from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import adapter_files, write_files
-from ray_detox.runs.damage import (
+from ray_detox.bounded import (
     DamagedError,
     numbered_lines,
     parse,
@@ -66,9 +66,9 @@ class RunFolder:
             checkpoint: contents of a checkpoint's files by name; those under `adapter/` count.
         """
         part = self.adapter.with_name(self.adapter.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         write_files(adapter_files(checkpoint), part)
-        shutil.rmtree(self.adapter, ignore_errors=True)
+        _remove(self.adapter)
         part.rename(self.adapter)
 
     def require_adapter(self) -> None:
@@ -144,6 +144,15 @@ class RunFolder:
                 f"ray-detox run --resume {self.run_id}."
             ) from None
         return report, examples
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link or a file of its name, if it exists."""
+    # Not through a link, which may lead out of the run's folder.
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def settings_from_json(content: bytes, where: object) -> "RunConfig":

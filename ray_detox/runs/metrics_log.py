@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox.errors import ConfigError
-from ray_detox.runs.damage import DamagedError, numbered_lines, parse_object
+from ray_detox.bounded import DamagedError, numbered_lines, parse_object, read_file
 from ray_detox.runs.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ class MetricsLog:
             rows = [row for _, row in sorted((there | here).items())]
             say(_describe_repair(here.keys(), there.keys(), len(damaged)))
         self.last_step = max((row["step"] for row in rows), default=0)
-        if content:
-            self._rewrite(rows)  # drops the partial line that a killed process left
+        # Drops the partial line that a killed process left, and replaces a link, through which rows
+        # would be written elsewhere.
+        if content or self.file.is_symlink():
+            self._rewrite(rows)
         self.board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
     def add(self, stats: "UpdateStats", pool: "PoolMetrics | None" = None) -> None:
@@ -103,7 +106,7 @@ class MetricsLog:
         if damaged:
             copy = self.file.with_name(f"{self.file.name}.damaged")
             with self._hold():
-                copy.write_bytes(content)
+                write_atomic(copy, content)
             self._say(
                 f"{self.file.name}: {_join('line', damaged)} cannot be read; {copy.name} keeps the "
                 "file as it was"
@@ -141,13 +144,14 @@ def read_if_there(file: Path) -> bytes:
     Raises:
         ConfigError: it cannot be read, such as a folder of this name.
     """
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return b""
-    except OSError as error:
+    try:
+        return read_file(file)
+    except DamagedError as error:
+        reason = str(error).removeprefix("it cannot be read: ")
         raise ConfigError(
-            f"{file} cannot be read: {error.strerror}. Move it away: the run takes its metrics from the "
+            f"{file} cannot be read: {reason}. Move it away: the run takes its metrics from the "
             f"newest checkpoint when it is resumed (ray-detox run --resume {file.parent.name})."
         ) from None
 
