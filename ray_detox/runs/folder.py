@@ -18,10 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_detox.errors import ConfigError
-from ray_detox.evaluation.examples import PairedExample
-from ray_detox.recipes.loading import config_from_dict
-from ray_detox.runs.checkpoint_store import adapter_files, write_files
 from ray_detox.bounded import (
     DamagedError,
     numbered_lines,
@@ -29,6 +25,10 @@ from ray_detox.bounded import (
     parse_object,
     read_file,
 )
+from ray_detox.errors import ConfigError
+from ray_detox.evaluation.examples import PairedExample
+from ray_detox.recipes.loading import config_from_dict
+from ray_detox.runs.checkpoint_store import adapter_files, write_files
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_detox.errors import ConfigError
 from ray_detox.bounded import DamagedError, numbered_lines, parse_object, read_file
+from ray_detox.errors import ConfigError
 from ray_detox.runs.storage import write_atomic
 
 if TYPE_CHECKING:
