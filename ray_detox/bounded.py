@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,15 +128,28 @@ def parse_list(content: bytes) -> list[Any]:
     return found
 
 
-def parse(content: bytes, line: int | None = None) -> Any:
-    """Parse JSON; see `parse_object`."""
+def parse(
+    content: bytes,
+    line: int | None = None,
+    parse_constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """Parse JSON; see `parse_object`.
+
+    Args:
+        content: UTF-8.
+        line: as there.
+        parse_constant: called for NaN, Infinity and -Infinity instead of `float`.
+
+    Raises:
+        DamagedError: it is not JSON.
+    """
     if len(content) > MAX_JSON_BYTES:
         raise DamagedError(f"{_name(line)} has more than {MAX_JSON_BYTES:,} bytes")
     if not content.strip(b"\0 \t\r\n"):
         nothing_but = " but for NUL bytes" if b"\0" in content else ""
         raise DamagedError(f"{_name(line)} is empty{nothing_but}")
     try:
-        found = json.loads(content.decode())
+        found = json.loads(content.decode(), parse_constant=parse_constant)
     except UnicodeDecodeError as error:
         where = line or 1 + content.count(b"\n", 0, error.start)
         raise DamagedError(f"line {where} is not UTF-8 text") from None
@@ -149,6 +162,17 @@ def parse(content: bytes, line: int | None = None) -> Any:
     if content.count(b"[") + content.count(b"{") > MAX_DEPTH and _depth_exceeds(found, MAX_DEPTH):
         raise DamagedError(f"{_name(line)} is JSON that is nested too deeply")
     return found
+
+
+def parse_stored(text: Any) -> Any:
+    """Parse JSON as a store keeps it: numbers that are not finite become None.
+
+    Raises:
+        DamagedError: it is not a text with JSON.
+    """
+    if not isinstance(text, str):
+        raise DamagedError("it is not a text")
+    return parse(text.encode(errors="surrogatepass"), parse_constant=lambda name: None)
 
 
 def numbered_lines(content: bytes) -> Iterator[tuple[int, bytes]]:

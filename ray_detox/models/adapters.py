@@ -10,6 +10,7 @@ import re
 import reprlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def read_adapter(folder: Path, name: str) -> None:
     ranks, alphas = settings.get("rank_pattern"), settings.get("alpha_pattern")
     checks = [
         ("r", _is_rank(settings.get("r", 1)), f"a whole number from 1 to {MAX_RANK}"),
+        (
+            "base_model_name_or_path",
+            isinstance(settings.get("base_model_name_or_path"), str | None),
+            "a name",
+        ),
         ("lora_alpha", _is_number(settings.get("lora_alpha", 1)), "a number"),
         ("lora_dropout", _is_number(settings.get("lora_dropout", 0)), "a number"),
         (
@@ -192,7 +198,12 @@ def check_adapter_settings(settings: LoraConfig, name: str) -> None:
 
 def is_shared(model: nn.Module, weight: Any) -> bool:
     """Return whether more than one layer of a model uses a weight."""
-    return sum(p is weight for m in model.modules() for p in m.parameters(recurse=False)) > 1
+    return _uses(model)[id(weight)] > 1
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """Return the number of layers that use each weight, by its `id`."""
+    return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
 
 
 def shared_layers(model: nn.Module) -> list[str]:
@@ -200,14 +211,14 @@ def shared_layers(model: nn.Module) -> list[str]:
 
     A head tied to the embedding is one: merging its adapter would change the embedding too.
     """
-    found = []
+    found, uses = [], _uses(model)
     for name, module in model.named_modules():
         layer: Any = None
         if isinstance(module, BaseTunerLayer):
             layer = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             layer = module.original_module
-        if layer is not None and is_shared(model, getattr(layer, "weight", None)):
+        if layer is not None and uses[id(getattr(layer, "weight", None))] > 1:
             found.append(name.removeprefix("base_model.model."))
     return found
 

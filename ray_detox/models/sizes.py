@@ -32,11 +32,12 @@ def check_size(model: Any, folder: Path, name: str, setting: str) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return
-    there = 0
+    there, tensors = 0, 0
     for file in files:
         try:
             with safe_open(str(file), "np") as weights:
                 for key in list(weights.keys()):
+                    tensors += 1
                     there += torch.Size(weights.get_slice(key).get_shape()).numel()
         except (OSError, SafetensorError) as error:
             raise ConfigError(
@@ -44,11 +45,13 @@ def check_size(model: Any, folder: Path, name: str, setting: str) -> None:
                 "Copy the model again."
             ) from None
     described = sum(one.numel() for one in [*model.parameters(), *model.buffers()])
+    deep = len([*model.parameters()])
     # Twice: a weight that two layers share is once in a file, and may be counted for both.
-    if described > 2 * there + SPARE:
+    if described > 2 * there + SPARE or deep > 2 * tensors:
         raise ConfigError(
-            f"{setting} is {name!r}, whose config.json describes a model of {described:,} numbers, and "
-            f"its files have {there:,}. Correct the sizes in config.json, or copy the model again."
+            f"{setting} is {name!r}, whose config.json describes a model of {described:,} numbers in "
+            f"{deep:,} weights, and its files have {there:,} in {tensors:,}. Correct the sizes in "
+            "config.json, or copy the model again."
         )
 
 

@@ -22,10 +22,10 @@ from ray_detox.errors import ConfigError, first_line
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-MAX_LAYERS = 1_000
-"""Maximum of a number with "layer" in its name in a config.json."""
-MAX_SIZE = 1 << 31
-"""Maximum of the other whole numbers in a config.json."""
+MAX_NUMBERS = {"layer": 1_000, "label": 100_000, "": 1 << 26}
+"""Maximum of the whole numbers in a config.json, by a part of their name, the first that fits.
+
+transformers builds an object for each layer and label before it reads any weight."""
 LAB_MODELS = {"policy": lab.T5, "reward": lab.ROBERTA}
 """Embedded models by section of the settings."""
 
@@ -92,7 +92,7 @@ def _check_numbers(settings: Any) -> None:
         if isinstance(value, dict | list):
             _check_numbers(value)
         elif isinstance(value, int) and "max_length" not in str(name):
-            most = MAX_LAYERS if "layer" in str(name) else MAX_SIZE
+            most = next(most for part, most in MAX_NUMBERS.items() if part in str(name))
             if value > most:
                 raise DamagedError(f"it has {name}={value:.4g}, expected at most {most:,}")
 
