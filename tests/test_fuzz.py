@@ -18,7 +18,7 @@ from ray_detox.runs.metrics_log import parse_rows
 from ray_detox.runs.publish import publish
 from ray_detox.runs.record import record_from_json
 from ray_detox.runs.report_text import describe_run, list_line, list_table
-from ray_detox.runs.storage import Storage, StorageError
+from ray_detox.runs.storage import Storage
 from ray_detox.store.errors import BadCursor, StoreError
 from ray_detox.store.pages import SHOWS, SORTS, SampleQuery, encode_cursor
 from ray_detox.store.sqlite import SQLiteStore
@@ -229,7 +229,7 @@ def test_a_recipe_of_any_values(tree, override):
         try:
             load_config(file, [])
         except ConfigError as error:
-            assert str(error)
+            one_sentence(error)
     with suppress(ConfigError):
         apply_override({}, override)
 
