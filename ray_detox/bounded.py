@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from ray_detox.errors import first_line
 
-MAX_FILE_BYTES = 4 << 30
-"""Maximum size of a file that is read whole, such as the optimiser's state of a checkpoint."""
+MAX_FILE_BYTES = 1 << 30
+"""Maximum size of a file of lines, such as the samples of a run."""
 MAX_JSON_BYTES = 64 << 20
 """Maximum size of a JSON text: a tokenizer of 250,000 words has 35 MB."""
 MAX_YAML_BYTES = 1 << 20

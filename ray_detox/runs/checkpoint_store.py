@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ray_detox.bounded import MAX_FILE_BYTES, DamagedError, parse
+from ray_detox.bounded import DamagedError, parse
 from ray_detox.errors import first_line
 from ray_detox.records import Objective
 from ray_detox.runs.lease import LeaseLost
@@ -49,6 +49,8 @@ T = TypeVar("T")
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 16 << 30
+"""Maximum size of a checkpoint's file; a LoRA's optimiser has a thousandth of it."""
 FILE_NAMES = frozenset(
     {
         "adapter/README.md",
@@ -498,8 +500,12 @@ def pack_folder(write: Callable[[Path], None]) -> dict[str, bytes]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Read the files of a flat folder, by name."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    """Read the files of an adapter's folder, by name."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(folder.iterdir())
+        if file.is_file() and f"adapter/{file.name}" in FILE_NAMES
+    }
 
 
 def unpack_folder(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:

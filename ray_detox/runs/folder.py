@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox.bounded import (
+    MAX_JSON_BYTES,
     DamagedError,
     numbered_lines,
     parse,
@@ -95,7 +96,7 @@ class RunFolder:
             known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
             raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
         try:
-            return settings_from_json(read_file(file), file)
+            return settings_from_json(read_file(file, MAX_JSON_BYTES), file)
         except DamagedError as error:
             raise damaged_settings(file, error) from None
 
@@ -131,7 +132,7 @@ class RunFolder:
                 f"ray-detox run --resume {self.run_id}."
             )
         try:
-            report = parse_object(read_file(file))
+            report = parse_object(read_file(file, MAX_JSON_BYTES))
             file = self.path / "samples.jsonl"
             examples = [_example(*line) for line in numbered_lines(read_file(file))]
             if report.get("n") != len(examples):

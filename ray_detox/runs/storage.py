@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ray_detox.bounded import MAX_FILE_BYTES, open_regular, read_start
+from ray_detox.bounded import MAX_JSON_BYTES, open_regular, read_start
 from ray_detox.errors import ConfigError, first_line
 
 MIN_FREE_MB = 200
@@ -69,7 +69,7 @@ class Storage:
                 _write_through(system, part, content)
                 system.move(part, path)
 
-    def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes | None:
+    def read(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
         """Return a file's content, or None if there is no such file.
 
         Raises:
