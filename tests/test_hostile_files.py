@@ -524,23 +524,15 @@ def test_statistics_of_sqlite_are_no_foreign_schema(results):
 def test_a_query_ends_after_a_number_of_instructions(results, monkeypatch):
     store = results()
     assert len(list(store.get_samples("first"))) == 2
-    monkeypatch.setattr(sqlite_module, "_MAX_STEPS", 20)
-    monkeypatch.setattr(sqlite_module, "_STEPS_PER_CALL", 10)
+    monkeypatch.setattr(sqlite_module, "_MAX_STEPS", 3)
+    monkeypatch.setattr(sqlite_module, "_STEPS_PER_CALL", 1)
 
     with pytest.raises(StoreError, match="interrupted"):
         list(store.get_samples("first"))
 
 
-ODD = [
-    "'[1'",
-    "'[1]'",
-    "'3'",
-    "5",
-    "NULL",
-    "x'ff00'",
-    "'\"\\ud800\"'",
-    "'[' || hex(zeroblob(9999))",
-]
+ODD_JSON = ["'[1]'", "'3'", "5", "'\"\\ud800\"'"]
+ODD = [*ODD_JSON, "'[1'", "x'ff00'", "'[' || hex(zeroblob(9999))"]
 ODD_SUMMARIES = [
     *ODD,
     """'{"run_id": [1], "toxicity": 3, "verdict": 5, "created": {}, "n": "x", "status": [[]]}'""",
@@ -548,7 +540,7 @@ ODD_SUMMARIES = [
 ]
 
 
-@pytest.mark.parametrize("summary", [one for one in ODD_SUMMARIES if one != "NULL"])
+@pytest.mark.parametrize("summary", ODD_SUMMARIES)
 def test_a_damaged_summary_hides_no_other_run(results, tmp_path, capsys, summary):
     store = results(f"UPDATE runs SET summary = {summary}")
     store.put_run({**REPORT, "run_id": "second"}, [])
@@ -561,11 +553,16 @@ def test_a_damaged_summary_hides_no_other_run(results, tmp_path, capsys, summary
     assert "second" in [run["run_id"] for run in json.loads(response["body"])["runs"]]
 
 
-@pytest.mark.parametrize("value", [one for one in ODD if one != "NULL"])
-@pytest.mark.parametrize("what", ["runs SET report", "samples SET sample", "runs SET curves"])
+DAMAGE = [
+    *(("runs SET report", value) for value in ODD),
+    *(("runs SET curves", value) for value in ODD if value != "'[1]'"),
+    # SQLite itself refuses a sample that is not JSON, because its numbers are columns.
+    *(("samples SET sample", value) for value in ODD_JSON),
+]
+
+
+@pytest.mark.parametrize(("what", "value"), DAMAGE)
 def test_a_damaged_value_is_named_in_one_sentence(results, tmp_path, capsys, what, value):
-    if (what, value) == ("runs SET curves", "'[1]'"):
-        pytest.skip("a list, whose entries without metrics are left out")
     store = results(f"UPDATE {what} = {value}")
 
     code = cli.main(["report", "first", "--output", str(tmp_path), "--html", os.devnull])
@@ -580,14 +577,14 @@ def test_a_damaged_value_is_named_in_one_sentence(results, tmp_path, capsys, wha
 
 def test_numbers_and_texts_that_json_lacks_are_missing_on_the_page(results):
     store = results(
-        """UPDATE samples SET sample = '{"index": 0, "kl": 1e400, "query": "\\ud800", "x": NaN}'"""
+        """UPDATE samples SET sample = '{"index": 0, "kl": 1e400, "query": "\\ud800"}'"""
     )
 
     response = get(store, "/api/runs/first/samples")
 
     assert response["statusCode"] == 200
     row = json.loads(response["body"])["samples"][0]
-    assert (row["kl"], row["query"], row["x"]) == (None, "\ufffd", None)
+    assert (row["kl"], row["query"]) == (None, "\ufffd")
 
 
 def get(store, path, query=""):

@@ -402,7 +402,8 @@ def _summary(text: Any, run_id: Any) -> dict[str, Any]:
         found = parse_stored(text)
     except DamagedError:
         found = None
-    return found if isinstance(found, dict) else {"run_id": str(run_id), "status": "damaged"}
+    known = found if isinstance(found, dict) else {"status": "damaged"}
+    return {**known, "run_id": str(run_id)}
 
 
 def _as_sql(condition: Condition) -> str:
