@@ -521,6 +521,13 @@ def test_statistics_of_sqlite_are_no_foreign_schema(results):
     assert results("ANALYZE").get_run("first") == REPORT
 
 
+def test_a_file_of_a_newer_version_is_named_as_such(results):
+    store = results("CREATE TABLE extra (x)", "PRAGMA user_version = 7")
+
+    with pytest.raises(StoreError, match="written by a newer version"):
+        store.list_runs()
+
+
 def test_a_query_ends_after_a_number_of_instructions(results, monkeypatch):
     store = results()
     assert len(list(store.get_samples("first"))) == 2

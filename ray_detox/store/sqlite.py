@@ -351,6 +351,7 @@ class SQLiteStore:
         )
         try:
             db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_JSON_BYTES)
+            self._version(db)  # first: a newer version may have other tables
             self._check_schema(db)
         except BaseException:
             db.close()
