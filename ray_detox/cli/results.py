@@ -120,6 +120,7 @@ def _view(args: argparse.Namespace) -> int:
             open_browser=not args.no_browser,
             say=lambda line: print(line, flush=True),
             run_id=args.run_id,
+            folder=args.output if args.output.is_dir() else None,
         )
         return 0
     finally:

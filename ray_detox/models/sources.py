@@ -7,6 +7,7 @@ is executed and nothing is unpickled.
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from ray_detox.errors import ConfigError, first_line
 
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
+CODE_FILES = ["config.json", "tokenizer_config.json"]
+"""Files of a model whose `auto_map` can name Python code of the model's repository."""
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 LAB_MODELS = {"policy": lab.T5, "reward": lab.ROBERTA}
 """Embedded models by section of the settings."""
@@ -34,8 +37,32 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
         weights: False downloads only configuration and tokenizer of a hub model.
 
     Raises:
-        ConfigError: the model does not exist, or cannot be reached.
+        ConfigError: the model does not exist, cannot be reached, or names code of its own.
     """
+    folder = _find_folder(name, revision, setting, weights)
+    _refuse_code(folder, name, setting)
+    return folder
+
+
+def _refuse_code(folder: Path, name: str, setting: str) -> None:
+    """Check that a model needs no code of its own.
+
+    transformers would ask on the terminal whether to run it if `trust_remote_code` was not False.
+    """
+    for file in CODE_FILES:
+        try:
+            content = json.loads((folder / file).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue  # whoever reads the file says what is wrong with it
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise ConfigError(
+                f"{setting} is {name!r}, and its {file} names Python code of its own (auto_map), "
+                "which ray-detox does not run. Set it to a model whose classes are part of "
+                "transformers; if this one's are, remove auto_map in a local copy of it."
+            )
+
+
+def _find_folder(name: str, revision: str | None, setting: str, weights: bool) -> Path:
     section = setting.partition(".")[0]
     if name == "lab" and setting.endswith(".model") and section in LAB_MODELS:
         return LAB_MODELS[section]

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
+from ray_detox.store.private import make_folder
 
 try:
     import fcntl
@@ -101,7 +102,7 @@ class LocalFile:
 
     def _make_folder(self) -> None:
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.file.parent)
         except OSError as error:
             raise StorageError(
                 f"{self.file.parent} cannot be written to: {first_line(error)}."

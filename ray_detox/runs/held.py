@@ -23,6 +23,7 @@ from ray_detox.runs.lease import Guard, GuardedStorage, Lease, create, read_reco
 from ray_detox.runs.record import Change, RunRecord, Taking
 from ray_detox.runs.resume import changed_settings, require_same_run, run_storage
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
+from ray_detox.store.private import make_folder
 
 SETTINGS = "config.json"
 CREATED_FILES = {SETTINGS, NAME, "run.lock"}
@@ -243,7 +244,7 @@ def _start(
 ) -> HeldRun:
     storage = run_storage(config, folder)
     try:
-        folder.path.mkdir(parents=True)
+        make_folder(folder.path, exist_ok=False)
     except FileExistsError:
         raise ConfigError(run_exists(folder)) from None
     try:

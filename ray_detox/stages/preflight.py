@@ -237,7 +237,7 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
             "Save the tokenizer into the same folder with save_pretrained."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{setting} is {name!r}, and no tokenizer can be loaded from it: "
@@ -338,7 +338,8 @@ def _without_weights(folder: Path, name: str) -> Any:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"policy.model is {name!r}, and transformers has no encoder-decoder language model for "
