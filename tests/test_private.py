@@ -26,9 +26,9 @@ with private_folder() as folder:
 
 
 @pytest.fixture
-def parent(monkeypatch):
+def parent(monkeypatch, tmp_path):
     """A temporary folder like /tmp: everybody may write it, and it is sticky."""
-    # Not tmp_path, whose path is too long for Ray's sockets.
+    # `tmp_path` was made before `tempfile` changes; its own path is too long for Ray's sockets.
     with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o1777)
@@ -161,14 +161,14 @@ def test_a_path_that_is_too_long_for_rays_sockets_is_not_used(parent, monkeypatc
 
 
 def test_without_any_suitable_folder_one_sentence_names_each(parent, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
-    monkeypatch.setattr(private, "MAX_BYTES", 8)
+    monkeypatch.setenv("RAY_TMPDIR", "/x")
+    monkeypatch.setattr(private, "MAX_BYTES", 3)
 
     with pytest.raises(ConfigError) as error, private.private_folder():
         pass
 
     sentence = str(error.value)
-    assert "none of these suits: /nowhere (No such file or directory)" in sentence
+    assert "none of these suits: /x (No such file or directory)" in sentence
     assert f"{parent} (path too long for Ray's sockets)" in sentence
     assert "Set TMPDIR to an existing folder" in sentence
 
