@@ -42,7 +42,8 @@ def require_private(driver):
         if address.status == psutil.CONN_LISTEN
     ]
     assert len({name for name, _ in listening}) >= 4  # gcs_server, raylet, agents, workers
-    assert [each for each in listening if each[1].laddr.ip not in ("127.0.0.1", "::1")] == []
+    loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+    assert [each for each in listening if each[1].laddr.ip not in loopback] == []
 
     sockets = [
         address.laddr
