@@ -612,7 +612,7 @@ def test_the_function_needs_python_and_the_store_only():
 # The local server
 
 
-KEYS = {}
+KEYS: dict[int, str] = {}
 """The key of each server, by port; `fetch` sends it unless it sends another cookie."""
 
 
