@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ray_detox"
 
 LAYERS = (
+    ("addresses",),
     ("errors",),
     ("config",),
     ("records", "draws"),
@@ -49,7 +50,7 @@ the embedded models, and only a script for developers runs it.
 BESIDE = {("data", "models"), ("rewards", "models"), ("evaluation", "rl")}
 """Pairs of components in the same layer, of which the first may import the second."""
 
-ONLY = {"viewer": {"store"}}
+ONLY = {"viewer": {"store", "addresses"}}
 """Components with fewer allowed imports than their layer has: others would slow the page down."""
 
 HEAVY = frozenset(

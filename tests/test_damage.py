@@ -333,7 +333,7 @@ def test_a_run_is_taken_from_any_storage_or_refused_in_a_sentence(tmp_path, cont
     before = set(folder.output.glob("*/*"))
 
     for act in (
-        lambda: resume.resume_from_storage(folder, str(tmp_path / "kept")),
+        lambda: resume.resume_from_storage(folder, str(tmp_path / "kept"), check=id),
         lambda: pipeline._claim_storage(
             load_config("lab", [f"train.storage={tmp_path / 'kept'}"]), folder, "{}"
         ),
