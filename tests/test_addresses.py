@@ -6,6 +6,7 @@ import pytest
 
 from ray_detox import api
 from ray_detox.addresses import has_credentials, redact, redact_tree
+from ray_detox.cli import jobs
 from ray_detox.cli.main import main
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.errors import first_line
@@ -243,3 +244,36 @@ def test_values_that_are_nested_deeply_are_redacted():
 def test_a_long_text_is_redacted_without_backtracking(piece, redacted):
     # With time that grows with the square of the length, this test would not end.
     assert redact(piece * 200_000) == redacted * 200_000
+
+
+# ---- variables of a job, which the dashboard shows ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        f"APIKEY={SECRET}",
+        f"OPENAI_API_KEY={SECRET}",
+        f"MY_PWD={SECRET}",
+        f"DATABASE_URL={SECRET}",
+        f"SENTRY_DSN={SECRET}",
+        f"AZURE_STORAGE_CONNECTION_STRING={SECRET}",
+        f"SSH_PRIVATE={SECRET}",
+        f"DB_PASS={SECRET}",
+        f"PGPASSWORD={SECRET}",
+        f"HTTPS_PROXY=http://me:{SECRET}@proxy:3128",
+        f"SOURCE=https://account.blob.core.windows.net/c?sig={SECRET}",
+    ],
+)
+def test_a_variable_with_a_secret_is_not_sent(pair, capsys):
+    assert main(["submit", "lab", "--env", pair]) == 2
+
+    said = capsys.readouterr().err
+    assert f"--env {pair.partition('=')[0]} would be shown on the dashboard" in said
+    assert SECRET not in said
+
+
+def test_other_variables_are_sent():
+    pairs = ["NCCL_DEBUG=INFO", "HTTPS_PROXY=http://proxy:3128", "BYPASS=1", "KEYBOARD=de", "A=b=c"]
+
+    assert jobs._environment(pairs).items() >= dict(pair.split("=", 1) for pair in pairs).items()

@@ -51,4 +51,6 @@ def _escape(character: str) -> str:
     if unicodedata.category(character) not in _UNSAFE and not _INVISIBLE.match(character):
         return character
     code = ord(character)
+    if code > 0xFFFF:
+        return f"\\U{code:08x}"
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
