@@ -611,6 +611,7 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     seen = {}
     # Use the page's own origin, the only one that its security policy allows here.
     auth = {"authorize": f"{address}login", "token": f"{address}token", "client_id": "page"}
+    auth["revoke"] = f"{address}revoke"
 
     def login(route):
         query = dict(re.findall(r"[?&]([^=]+)=([^&]*)", route.request.url))
@@ -621,7 +622,12 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
 
     def token(route):
         seen["form"] = route.request.post_data
-        route.fulfill(json={"access_token": "secret-token", "expires_in": 60})
+        tokens = {"access_token": "secret-token", "refresh_token": "refresh-me", "expires_in": 60}
+        route.fulfill(json=tokens)
+
+    def revoke(route):
+        seen["revoked"] = route.request.post_data
+        route.fulfill(body="")
 
     def api(route):
         if route.request.headers.get("authorization") == "Bearer secret-token":
@@ -632,6 +638,7 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     page.route("**/config.json", lambda route: route.fulfill(json={"auth": auth}))
     page.route("**/login?*", login)
     page.route("**/token", token)
+    page.route("**/revoke", revoke)
     page.route("**/api/**", api)
     page.goto(f"{address}#/run/first")
     expect(page.get_by_role("alert")).to_contain_text("Sign in to read these results.")
@@ -643,8 +650,11 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     assert page.url == f"{address}#/run/first"
     page.reload()
     expect(page.locator("h1")).to_have_text("first")
+    assert "revoked" not in seen
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("alert")).to_contain_text("Sign in")
+    assert seen["revoked"] == "token=refresh-me&token_type_hint=refresh_token&client_id=page"
+    assert page.evaluate("sessionStorage.length") == 0
 
 
 def test_a_code_with_another_state_is_not_taken(open_page, address):
