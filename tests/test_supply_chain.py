@@ -31,7 +31,7 @@ def test_the_bill_names_every_package_once_with_its_version(bill):
 def test_the_bill_tells_what_the_package_needs_from_tools(bill):
     scopes = {component["name"]: component["scope"] for component in bill["components"]}
 
-    # uvicorn and the like come with an extra of ray: aiohttp-cors is only in `default`.
+    # aiohttp-cors comes with the extra `default` of ray only.
     assert {scopes[name] for name in ("torch", "ray", "aiohttp-cors", "uplot")} == {"required"}
     assert {scopes[name] for name in ("pytest", "ruff", "mypy")} == {"optional"}
 
@@ -76,8 +76,11 @@ def vendored(tmp_path):
             "version": "1.0",
             "integrity": f"sha512-{integrity}",
             "published": {"lib.js": ["base.js", "array.js"], "lib.LICENSE": ["LICENSE"]},
-            "edits": [["^export default (?=class )", ""], ["^import .*\n", ""]]
-            + [["^export (?=const )", ""]],
+            "edits": [
+                ["^export default (?=class )", ""],
+                ["^import .*\n", ""],
+                ["^export (?=const )", ""],
+            ],
             "files": {"lib.js": "", "lib.LICENSE": ""},
         }
         (folder / "MANIFEST.json").write_text(json.dumps([library]))
