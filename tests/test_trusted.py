@@ -220,9 +220,10 @@ def test_another_run_or_function_or_argument_is_not_the_users_own(command, tmp_p
     assert "that you have not run on this machine" in err
 
 
-def test_a_retried_job_needs_no_word(command, mark):
+def test_a_retried_job_needs_no_word(command, tmp_path, mark, monkeypatch):
     """A cluster runs the same command again, on a head with another home folder or none."""
-    for _ in range(2):
+    for home in "ab":
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / home))
         _, _, err = command("run", "lab", HOSTILE, "--run-id", "first")
         assert "hostile.f cannot be imported" in err
 
