@@ -70,7 +70,7 @@ def sbom(vendor: Path = VENDOR) -> dict[str, Any]:
     ]
     root = _component(own, None) | {"type": "application"}
     refs = {name: _ref(each) for name, each in {**installed, "ray-detox": own}.items()}
-    dependencies = [
+    dependencies: list[dict[str, Any]] = [
         {"ref": refs[name], "dependsOn": sorted(refs[other] for other in needs[name])}
         for name in sorted(needs)
     ]
@@ -109,11 +109,11 @@ def _component(distribution: importlib.metadata.Distribution, scope: str | None)
         "version": distribution.version,
         "purl": ref.replace("+", "%2B"),
     }
-    licence = distribution.metadata.get("License-Expression")
+    licences = distribution.metadata.get_all("License-Expression")
     return (
         found
         | ({"scope": scope} if scope else {})
-        | ({"licenses": [{"expression": licence}]} if licence else {})
+        | ({"licenses": [{"expression": licences[0]}]} if licences else {})
     )
 
 
