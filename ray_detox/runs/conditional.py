@@ -10,6 +10,7 @@
 Every failure of the storage itself is a `StorageError`.
 """
 
+import functools
 import hashlib
 import os
 import threading
@@ -267,8 +268,12 @@ def _code(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
+@functools.lru_cache(maxsize=8)
 def _open_s3(address: str) -> tuple[Any, dict[str, str]]:
-    """Return a client and the object's place, from an address as pyarrow understands it."""
+    """Return a client and the object's place, from an address as pyarrow understands it.
+
+    Once per address: each write of a run reads the record first, and a client takes long to make.
+    """
     import boto3
     from botocore.config import Config
 
