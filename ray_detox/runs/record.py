@@ -134,16 +134,14 @@ def is_gone(writer: Writer) -> bool:
     here = _machine()
     if here is None or not writer.born.startswith(f"{here} "):
         return False
-    found = _born(writer.pid)
-    if found is not None:
-        return found != writer.born
+    fields = _stat(writer.pid)
+    if fields is not None:
+        return fields[0] in ENDED or _born(writer.pid) != writer.born
     try:
         os.kill(writer.pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False  # another user's process, which /proc may hide
-    return _has_ended(writer.pid)
+    except OSError as error:  # or it is another user's process, which /proc may hide
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def _machine() -> str | None:
@@ -155,26 +153,21 @@ def _machine() -> str | None:
         return None
 
 
-def _born(pid: int) -> str | None:
-    """Return `Writer.born` of a process; None if it has ended or the system does not tell."""
-    machine = _machine()
-    try:
-        # Field 22 is the start in clock ticks since boot, which no change of the clock moves. The
-        # name in parentheses may contain spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    if machine is None or fields[0] in ENDED:
-        return None
-    return f"{machine} {fields[19]}"
-
-
 ENDED = ("Z", "X")
 """States of a process that has ended, though its parent has not noticed."""
 
 
-def _has_ended(pid: int) -> bool:
+def _born(pid: int) -> str | None:
+    """Return `Writer.born` of a process; None if the system does not tell."""
+    machine, fields = _machine(), _stat(pid)
+    # Field 22 is the start in clock ticks since boot, which no change of the clock moves.
+    return None if machine is None or fields is None else f"{machine} {fields[19]}"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the third on, the state; None if it cannot be read."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ENDED
+        # The name in parentheses before them may contain spaces.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return None
