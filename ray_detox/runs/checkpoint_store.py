@@ -39,7 +39,7 @@ from ray_detox.errors import first_line
 from ray_detox.records import Objective
 from ray_detox.runs.lease import LeaseLost
 from ray_detox.runs.record import Taking
-from ray_detox.runs.storage import DamagedError, Storage, StorageError
+from ray_detox.runs.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ class Checkpoint:
     """Contents by name, such as `adapter/adapter_model.safetensors`."""
     objective: Objective | None = None
     """On the run's probe prompts; None if not measured."""
+
+
+class DamagedCheckpoint(StorageError):
+    """A checkpoint is not what was written; reading it again would not help."""
 
 
 class _Name(NamedTuple):
@@ -133,7 +137,7 @@ class CheckpointStore:
         """Read the checkpoint of a step, and compare its files with the manifest.
 
         Raises:
-            DamagedError: it is incomplete or damaged.
+            DamagedCheckpoint: it is incomplete or damaged.
             StorageError: it cannot be read.
         """
         found = [name for name in self._names() if name.step == step]
@@ -141,15 +145,15 @@ class CheckpointStore:
         for name in reversed(found):  # the latest taking first
             try:
                 return self._load(name)
-            except DamagedError as error:
+            except DamagedCheckpoint as error:
                 problem = str(error)
-        raise DamagedError(problem)
+        raise DamagedCheckpoint(problem)
 
     def _load(self, name: _Name) -> Checkpoint:
         step, folder = name.step, f"{FOLDER}/{name}"
         about = self._read_manifest(name)
         if about is None:
-            raise DamagedError(
+            raise DamagedCheckpoint(
                 f"The checkpoint of step {step} is incomplete: it has no valid manifest."
             )
         files = {}
@@ -157,7 +161,7 @@ class CheckpointStore:
             content = self.storage.read(f"{folder}/{file}")
             if content is None or _digest(content) != expected:
                 size = "missing" if content is None else f"{len(content):,} bytes"
-                raise DamagedError(
+                raise DamagedCheckpoint(
                     f"The checkpoint of step {step} is damaged: {file} is {size}, not the "
                     f"{expected['bytes']:,} bytes that were written."
                 )
@@ -176,7 +180,7 @@ class CheckpointStore:
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
-            except DamagedError as error:
+            except DamagedCheckpoint as error:
                 on_damage(f"{error} The run ignores it.")
         return None
 

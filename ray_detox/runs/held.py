@@ -102,9 +102,7 @@ class HeldRun:
         Raises:
             OtherIdentity: something differs, and `accept` is False.
         """
-        changes = differences(self.record, found)
-        if changes and not accept:
-            raise OtherIdentity(describe_differences(self.folder.run_id, changes))
+        changes = accepted_differences(self.record, found, self.folder.run_id, accept=accept)
         if changes or found.keys() - self.record.identity.keys():
             self.leases[0].update(
                 identity={**self.record.identity, **found},
@@ -188,9 +186,7 @@ class Origin:
         """
         if self._ignored:
             found = {n: value for n, value in found.items() if not n.startswith(self._ignored)}
-        changes = differences(self._record, found)
-        if changes and not accept:
-            raise OtherIdentity(describe_differences(self._run_id, changes))
+        changes = accepted_differences(self._record, found, self._run_id, accept=accept)
         self._record = replace(self._record, accepted=(*self._record.accepted, *changes))
 
     def facts(self) -> dict[str, Any]:
@@ -209,23 +205,27 @@ def record_facts(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def differences(record: RunRecord, found: Mapping[str, str]) -> list[Change]:
-    """Return how fingerprints differ from those of a record; names it lacks do not count."""
+def accepted_differences(
+    record: RunRecord, found: Mapping[str, str], run_id: str, *, accept: bool
+) -> list[Change]:
+    """Return how fingerprints differ from those of a record; names it lacks do not count.
+
+    Raises:
+        OtherIdentity: something differs, and `accept` is False.
+    """
     known = record.identity
-    return [
+    changes = [
         Change(record.step or 0, name, known[name], value)
         for name, value in found.items()
         if name in known and known[name] != value
     ]
-
-
-def describe_differences(run_id: str, changes: list[Change]) -> str:
-    """Say what differs, and what to do."""
-    listed = ", ".join(f"{c.name} ({c.before[:24]} then, {c.after[:24]} now)" for c in changes)
-    return (
-        f"Run {run_id!r} was started with other content of {listed}. Put back what it was started "
-        "with, start a new run, or go on with --accept-changes, which the report will show."
-    )
+    if changes and not accept:
+        listed = ", ".join(f"{c.name} ({c.before[:24]} then, {c.after[:24]} now)" for c in changes)
+        raise OtherIdentity(
+            f"Run {run_id!r} was started with other content of {listed}. Put back what it was started "
+            "with, start a new run, or go on with --accept-changes, which the report will show."
+        )
+    return changes
 
 
 def open_run(

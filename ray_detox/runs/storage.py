@@ -30,10 +30,6 @@ class StorageError(RuntimeError):
     """The storage cannot be read or written; the message is one line for the user."""
 
 
-class DamagedError(StorageError):
-    """What was read is not what was written; reading again would not help."""
-
-
 class Storage:
     """Reads and writes files by name under `address`; opens the file system on first use.
 
