@@ -304,3 +304,20 @@ def two_workers() -> Callable[..., list[Any]]:
         return results
 
     return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused(*words)`: run a command that must be refused, and return its sentence."""
+
+    from ray_detox.cli import main as cli
+
+    def run(*words: object) -> str:
+        code = cli.main([*map(str, words)])
+        printed = capsys.readouterr()
+        assert code == cli.MISTAKE, printed
+        assert printed.err.startswith("ray-detox: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return run

@@ -45,17 +45,8 @@ def output(tmp_path):
 
 
 @pytest.fixture
-def mistake(capsys, output):
-    """`mistake(*words)`: run a command that must be refused, and return its error line."""
-
-    def refused(*words):
-        code = cli.main([*map(str, words)])
-        printed = capsys.readouterr()
-        assert code == cli.MISTAKE, printed
-        assert printed.err.startswith("ray-detox: ")
-        assert printed.err.count("\n") == 1
-        return printed.err
-
+def mistake(refused, output):
+    """`mistake(*words)`: `refused` in a folder with runs."""
     return refused
 
 

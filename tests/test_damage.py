@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_detox.cli import main as cli
 from ray_detox.config import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import load_config
@@ -113,21 +112,6 @@ def damage(file: Path, kind: str) -> None:
         file.mkdir()
     else:
         file.write_bytes(BROKEN[kind](content))
-
-
-@pytest.fixture
-def refused(capsys):
-    """`refused(*words)`: run a command that must be refused, and return its sentence."""
-
-    def run(*words):
-        code = cli.main([*map(str, words)])
-        printed = capsys.readouterr()
-        assert code == cli.MISTAKE, printed
-        assert printed.err.startswith("ray-detox: ")
-        assert printed.err.count("\n") == 1
-        return printed.err
-
-    return run
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "a folder"])
