@@ -147,6 +147,18 @@ def test_a_silent_writer_loses_the_run_and_writes_nothing_more(storage, held):
     second.release()
 
 
+def test_of_two_that_were_given_one_token_the_last_holds_the_run():
+    storage = Storage("memory://one-token")  # which cannot compare
+    first = create(storage, "first")
+    silence(first)
+    writer = replace(first.record.writer, id="another")
+    storage.write(conditional.NAME, replace(first.record, writer=writer).to_json())
+
+    for change in (first.guard.check, lambda: first.update(step=3)):
+        with pytest.raises(LeaseLost, match=r"Run 'first' was taken over by process \d+ on"):
+            change()
+
+
 def test_the_thread_of_a_lost_lease_notices(storage, held):
     file = versioned_file(storage)
 

@@ -58,6 +58,8 @@ class Guard:
     run: str
     """See `RunRecord.run`."""
     token: int
+    writer: str
+    """See `Writer.id`: in storage that cannot compare, two processes may have been given one token."""
 
     def check(self) -> None:
         """Check that the lease is still held.
@@ -71,10 +73,13 @@ class Guard:
             raise StorageError(
                 f"{self.address} no longer has the run's {NAME}: the storage is away, or was emptied."
             )
-        if found.run != self.run or found.token != self.token:
-            self._lost(found)
+        self.compare(found)
 
-    def _lost(self, found: RunRecord) -> None:
+    def compare(self, found: RunRecord) -> None:
+        """Raise LeaseLost if the record is not the one of this taking."""
+        writer = found.writer.id if found.writer else None
+        if (found.run, found.token, writer) == (self.run, self.token, self.writer):
+            return
         whom = found.writer.describe() if found.writer else "a process that has finished"
         raise LeaseLost(
             f"Run {self.run_id!r} was taken over by {whom} (taking {found.token}, this was taking "
@@ -144,8 +149,9 @@ class Lease:
     """
 
     def __init__(self, storage: Storage, run_id: str, record: RunRecord, version: str) -> None:
+        assert record.writer is not None
         self.record = record
-        self.guard = Guard(storage.address, run_id, record.run, record.token)
+        self.guard = Guard(storage.address, run_id, record.run, record.token, record.writer.id)
         self._file = versioned_file(storage)
         self._version = version
         self._lock = threading.Lock()
@@ -210,8 +216,7 @@ class Lease:
                         "was emptied."
                     ) from None
                 found = record_from_json(content, NAME)
-                if (found.run, found.token) != (record.run, record.token):
-                    self.guard._lost(found)
+                self.guard.compare(found)
                 self._version = version
             else:
                 self.record = record
