@@ -24,7 +24,7 @@ from ray_detox.runs.folder import RunFolder, run_exists
 from ray_detox.runs.held import CREATED_FILES, HeldRun, Origin, OtherIdentity, open_run
 from ray_detox.runs.identity import fingerprints
 from ray_detox.runs.lease import LeaseLost
-from ray_detox.runs.metrics_log import read_if_there
+from ray_detox.runs.metrics_log import read_raw
 from ray_detox.runs.publish import check_store
 from ray_detox.runs.resume import kept_checkpoint
 from ray_detox.runs.storage import StorageError
@@ -200,7 +200,7 @@ def prepare_run(
     check_run_id(folder.run_id)
     preflight.check_output(folder.output)
     if resume:
-        read_if_there(folder.path / "metrics.jsonl")
+        read_raw(folder.path / "metrics.jsonl")
     elif folder.has_settings():
         raise ConfigError(run_exists(folder))
     if is_local(config):

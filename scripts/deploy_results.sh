@@ -63,7 +63,7 @@ import zipfile
 from pathlib import Path
 
 root, target = Path(sys.argv[1]), sys.argv[2]
-files = [root / "ray_detox/__init__.py"]
+files = [root / f"ray_detox/{name}.py" for name in ("__init__", "bounded", "errors")]
 files += sorted((root / "ray_detox/store").glob("*.py"))
 files += sorted((root / "ray_detox/viewer").glob("*.py"))
 with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -25,6 +25,7 @@ PACKAGE = "ray_detox"
 
 LAYERS = (
     ("errors",),
+    ("bounded",),
     ("config",),
     ("records", "draws"),
     ("lab", "recipes", "resources"),

@@ -31,7 +31,10 @@ from tests.emulators import emulator
 
 def made(step, objective=None, key=""):
     """A checkpoint of two files."""
-    files = {"state.json": b'{"step": %d}' % step, "adapter/weights": bytes([step]) * 5000}
+    files = {
+        "state.json": b'{"step": %d}' % step,
+        "adapter/adapter_model.safetensors": bytes([step]) * 5000,
+    }
     return Checkpoint(step, files, None if objective is None else Objective(objective, key))
 
 
@@ -118,9 +121,17 @@ def flip_a_bit(file):
 @pytest.mark.parametrize(
     ("name", "damage", "sentence"),
     [
-        ("adapter/weights", cut_short, "is 100 bytes, not the 5,000 bytes"),
-        ("adapter/weights", flip_a_bit, "is damaged: adapter/weights is 5,000 bytes"),
-        ("adapter/weights", lambda file: file.unlink(), "adapter/weights is missing"),
+        ("adapter/adapter_model.safetensors", cut_short, "is 100 bytes, not the 5,000 bytes"),
+        (
+            "adapter/adapter_model.safetensors",
+            flip_a_bit,
+            "is damaged: adapter/adapter_model.safetensors is 5,000 bytes",
+        ),
+        (
+            "adapter/adapter_model.safetensors",
+            lambda file: file.unlink(),
+            "adapter/adapter_model.safetensors is missing",
+        ),
         ("manifest.json", cut_short, "is incomplete: it has no valid manifest"),
         ("manifest.json", lambda file: file.unlink(), "is incomplete: it has no valid manifest"),
         (
@@ -260,7 +271,9 @@ def test_a_step_of_more_than_eight_digits_counts(store):
 def test_strange_files_in_a_checkpoint_do_no_harm_and_go_with_it(store, folder):
     store.save(made(1))
     own = folder / "checkpoints/step-00000001"
-    (own / "adapter/weights.0a1b2c3d.part").write_bytes(b"half")  # of a process that was killed
+    (own / "adapter/adapter_model.safetensors.0a1b2c3d.part").write_bytes(
+        b"half"
+    )  # of a process that was killed
     (own / "manifest.json.4e5f6071.part").write_bytes(b"{")
     (own / "notes").mkdir()
     (own / "notes/mine.txt").write_text("mine")
@@ -294,13 +307,13 @@ def test_a_checkpoint_is_incomplete_while_it_is_written_again(store, folder):
 
     class Dies(Storage):
         def write(self, name, content):
-            if name.endswith("weights"):
+            if name.endswith("optimiser.safetensors"):
                 raise StorageError("no more")
             super().write(name, content)
 
     with pytest.raises(StorageError):
         CheckpointStore(Dies(str(folder))).save(
-            Checkpoint(2, {"state.json": b"1", "weights": b"2"})
+            Checkpoint(2, {"state.json": b"1", "optimiser.safetensors": b"2"})
         )
 
     assert store.newest(lambda text: None) == made(1)

@@ -395,12 +395,19 @@ def test_an_adapter_of_another_kind_is_refused(mistake, adapter, described, kind
     assert f"an adapter of type {kind}; expected LORA" in mistake("lab", f"policy.adapter={folder}")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"peft_type": "LORAX"}'])
-def test_an_adapter_with_an_unreadable_description_is_refused(mistake, adapter, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "and its adapter_config.json is damaged: line 1 is not valid JSON"),
+        ("[]", "and its adapter_config.json is damaged: it is a list, expected an object"),
+        ('{"peft_type": "LORAX"}', "and it cannot be read"),
+    ],
+)
+def test_an_adapter_with_an_unreadable_description_is_refused(mistake, adapter, content, reason):
     folder = adapter()
     (folder / "adapter_config.json").write_text(content)
 
-    assert "and it cannot be read" in mistake("lab", f"policy.adapter={folder}")
+    assert reason in mistake("lab", f"policy.adapter={folder}")
 
 
 def test_an_adapter_with_pickled_weights_is_refused(mistake, adapter):

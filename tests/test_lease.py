@@ -376,7 +376,7 @@ def test_the_threads_of_a_process_do_not_wait_for_each_other(tmp_path):
 
 
 def checkpoint(step, by):
-    return Checkpoint(step, {"state": f"{step} {by}".encode(), "metrics.jsonl": b""})
+    return Checkpoint(step, {"state.json": f"{step} {by}".encode(), "metrics.jsonl": b""})
 
 
 def test_a_checkpoint_that_was_written_after_the_run_was_lost_does_not_count(tmp_path):
@@ -390,11 +390,11 @@ def test_a_checkpoint_that_was_written_after_the_run_was_lost_does_not_count(tmp
     first.save(checkpoint(9, "first"))
 
     assert second.steps() == [1, 2]
-    assert second.newest().files["state"] == b"2 second"
+    assert second.newest().files["state.json"] == b"2 second"
 
     second.save(checkpoint(3, "second"))
 
-    assert second.load(3).files["state"] == b"3 second"
+    assert second.load(3).files["state.json"] == b"3 second"
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000002", "step-00000002.2", "step-00000003.2"]
 
@@ -407,7 +407,7 @@ def test_a_writer_that_has_lost_the_run_deletes_no_checkpoint_of_the_next_one(tm
 
     CheckpointStore(storage, 1, [Taking(1, 0)]).save(checkpoint(9, "first"))
 
-    assert [second.load(step).files["state"] for step in second.steps()] == [
+    assert [second.load(step).files["state.json"] for step in second.steps()] == [
         f"{step} second".encode() for step in (1, 2, 3)
     ]
 

@@ -7,7 +7,6 @@ and the settings; `Head` has the formulas. How texts share a forward pass follow
 `Classifier._find_padding`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from ray_detox.bounded import parse_object, read_file
 from ray_detox.config import ClassifierConfig
 from ray_detox.errors import ConfigError, first_line
+from ray_detox.models.sizes import check_size_of
 from ray_detox.models.sources import local_folder
 
 DEFAULT_MAX_TOKENS = 512
@@ -38,6 +40,8 @@ LOAD_ERRORS = (
     AttributeError,
     RuntimeError,
     ImportError,
+    ArithmeticError,
+    StrictDataclassError,
 )
 """Errors that transformers raises for a model of an unknown type, or a damaged one."""
 
@@ -181,8 +185,7 @@ def read_head(settings: dict[str, Any], config: ClassifierConfig, setting: str) 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return a model's config.json."""
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings
+    return parse_object(read_file(folder / "config.json"))
 
 
 def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -> Any:
@@ -210,6 +213,7 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
     mismatched: list[tuple[str, Any, Any]] = []
     try:
         if weights:
+            check_size_of(AutoModelForSequenceClassification, folder, name, setting)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -224,6 +228,8 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
                 model = AutoModelForSequenceClassification.from_config(
                     AutoConfig.from_pretrained(folder, **options), **options
                 )
+    except ConfigError:
+        raise
     except LOAD_ERRORS as error:
         raise ConfigError(
             f"{setting} is {name!r}, and it cannot be loaded as a sequence classifier "

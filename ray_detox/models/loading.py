@@ -10,11 +10,18 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
-from ray_detox.models.adapters import check_adapter_settings, check_not_shared, is_shared
+from ray_detox.models.adapters import (
+    check_adapter_settings,
+    check_not_shared,
+    check_patterns,
+    is_shared,
+    read_adapter,
+)
 from ray_detox.models.constraints import forced_bos_id
 from ray_detox.models.critic import make_value_head
 from ray_detox.models.output_head import find_head, head_width
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
+from ray_detox.models.sizes import check_size_of
 from ray_detox.models.sources import local_folder
 
 
@@ -63,6 +70,7 @@ def load_policy(
     device = torch.device(device)
     dtype = compute_dtype(config.dtype, device)
     folder = local_folder(config.model, config.revision, "policy.model")
+    check_size_of(AutoModelForSeq2SeqLM, folder, config.model, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     base.requires_grad_(False)
     if config.adapter is None:
@@ -71,7 +79,10 @@ def load_policy(
             model = get_peft_model(base, lora_config(config))
     else:
         start = str(local_folder(config.adapter, None, "policy.adapter"))
-        check_adapter_settings(LoraConfig.from_pretrained(start), config.adapter)
+        read_adapter(Path(start), config.adapter)
+        settings = LoraConfig.from_pretrained(start)
+        check_adapter_settings(settings, config.adapter)
+        check_patterns(settings, base, config.adapter)
         model = PeftModel.from_pretrained(base, start, adapter_name=POLICY, is_trainable=True)
         # The reference is the starting adapter and not the base model: otherwise the first step's
         # KL would already contain everything that the starting adapter has learned.
@@ -115,7 +126,10 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         out: folder for model and tokenizer.
     """
     folder = local_folder(config.model, config.revision, "policy.model")
+    check_size_of(AutoModelForSeq2SeqLM, folder, config.model, "policy.model")
     base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    read_adapter(adapter, str(adapter))
+    check_patterns(LoraConfig.from_pretrained(str(adapter)), base, str(adapter))
     ties = getattr(base.config, "tie_word_embeddings", None)
     with warnings.catch_warnings():
         # Warnings that do not concern the user: peft's on untied embeddings, although this head

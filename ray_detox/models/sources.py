@@ -10,16 +10,22 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ray_detox import lab
+from ray_detox.bounded import MAX_JSON_BYTES, DamagedError, parse, read_regular
 from ray_detox.errors import ConfigError, first_line
 
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+MAX_NUMBERS = {"layer": 1_000, "label": 100_000, "": 1 << 26}
+"""Maximum of the whole numbers in a config.json, by a part of their name, the first that fits.
+
+transformers builds an object for each layer and label before it reads any weight."""
 LAB_MODELS = {"policy": lab.T5, "reward": lab.ROBERTA}
 """Embedded models by section of the settings."""
 
@@ -34,8 +40,68 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
         weights: False downloads only configuration and tokenizer of a hub model.
 
     Raises:
-        ConfigError: the model does not exist, or cannot be reached.
+        ConfigError: the model does not exist, cannot be reached, or has a file that no library should
+            read.
     """
+    folder = _find_folder(name, revision, setting, weights)
+    _check_files(folder, name, setting)
+    return folder
+
+
+def _check_files(folder: Path, name: str, setting: str) -> None:
+    """Check the files of a model that libraries read: each is a file, and JSON is bounded.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    for file in sorted(folder.iterdir()):
+        if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
+            try:
+                about = file.stat()
+                if file.suffix == ".json" or not stat.S_ISREG(about.st_mode):
+                    _check_json(file, _state(about))
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
+            except DamagedError as error:
+                reason = f"is damaged: {error}"
+            else:
+                continue
+            raise ConfigError(
+                f"{setting} is {name!r}, and its {file.name} {reason}. Correct the file, or copy the "
+                "model again."
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_json(file: Path, state: tuple[int, ...]) -> None:
+    """Check a JSON file, once per state: a run asks for the same folder many times.
+
+    Raises:
+        DamagedError: it is not valid JSON, or asks for more than any model.
+    """
+    content = parse(read_regular(file, MAX_JSON_BYTES))
+    if file.name == "config.json":
+        if not isinstance(content, dict):
+            raise DamagedError("it does not have an object with names and values")
+        _check_numbers(content)
+
+
+def _check_numbers(settings: Any) -> None:
+    """Check that no size in a config.json is far beyond those of any model."""
+    for name, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
+        if isinstance(value, dict | list):
+            _check_numbers(value)
+        elif isinstance(value, int) and "max_length" not in str(name):
+            most = next(most for part, most in MAX_NUMBERS.items() if part in str(name))
+            if value > most:
+                raise DamagedError(f"it has {name}={value:.4g}, expected at most {most:,}")
+
+
+def _state(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def _find_folder(name: str, revision: str | None, setting: str, weights: bool) -> Path:
     section = setting.partition(".")[0]
     if name == "lab" and setting.endswith(".model") and section in LAB_MODELS:
         return LAB_MODELS[section]
@@ -70,9 +136,7 @@ def folder_fingerprint(folder: Path) -> str:
     for file in sorted(folder.iterdir()):
         if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
             about = file.stat()
-            inner = _hash_file(
-                file, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-            )
+            inner = _hash_file(file, _state(about))
             digest.update(f"{file.name} {inner}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_detox.bounded import MAX_YAML_BYTES, DamagedError, parse_yaml, read_file
 from ray_detox.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,8 +103,6 @@ def override_settings(config: "RunConfig", overrides: Sequence[str]) -> "RunConf
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
-    import yaml
-
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not _is_file(path):
         names = recipe_names()
@@ -111,14 +110,11 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
         hint = f"did you mean {near[0]!r}?" if near else f"the recipes are {', '.join(names)}."
         raise ConfigError(f"Unknown recipe {recipe!r}; {hint} A path of your own .yaml works, too.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: a date such as 2020-13-45
-        reason = str(error).replace("\n", " ").rstrip(".")
-        raise ConfigError(f"Recipe {path} is not valid YAML: {reason}.") from error
+        tree = parse_yaml(read_file(path, MAX_YAML_BYTES).decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"Recipe {path} is not valid YAML: it is not UTF-8 text.") from None
+    except DamagedError as error:
+        raise ConfigError(f"Recipe {path} is not valid YAML: {error}.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -137,14 +133,12 @@ def _is_file(path: Path) -> bool:
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put the value of `section.name=value`, read as YAML, into nested settings."""
-    import yaml
-
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"Override {override!r} has no '='. Write it as section.name=value.")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value = parse_yaml(text)
+    except DamagedError as error:
         raise ConfigError(f"Override {override[:200]!r}: the value is not valid YAML.") from error
     *sections, name = dotted.split(".")
     node = tree

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from ray_detox import __version__
+from ray_detox.bounded import numbered_lines, parse_object, read_file
 from ray_detox.config import RunConfig
 from ray_detox.models.policy import Policy
 from ray_detox.records import UpdateStats
@@ -70,9 +71,9 @@ def read(folder: Path, policy: Policy, learner: Learner) -> tuple[int, list[Upda
     start = (config.kl_controller, config.kl_coef)
     if start == ("adaptive", saved["kl_coef"]) and saved["kl_controller"] == "adaptive":
         learner.kl_coef = float(state["kl_coef"])
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = numbered_lines(read_file(folder / "metrics.jsonl"))
     try:
-        history = [UpdateStats(**json.loads(line)) for line in lines]
+        history = [UpdateStats(**parse_object(line, number)) for number, line in lines]
     except TypeError as error:
         raise ValueError(
             f"The metrics in the checkpoint {folder} do not fit this version ({error}). "
@@ -87,10 +88,21 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint has a format that this version cannot read.
     """
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = parse_object(read_file(folder / "state.json"))
     if state.get("format") != FORMAT:
         raise ValueError(
             f"The checkpoint {folder} has format {state.get('format')}; this version reads "
             f"{FORMAT}. Continue the run with ray-detox {state.get('version')}."
+        )
+    saved = state.get("config")
+    if (
+        type(state.get("step")) is not int
+        or not isinstance(state.get("kl_coef"), int | float)
+        or not isinstance(saved, dict)
+        or not isinstance(saved.get("ppo"), dict)
+        or not {"critic", "kl_coef", "kl_controller"} <= saved["ppo"].keys()
+    ):
+        raise ValueError(
+            f"The checkpoint {folder} is damaged: state.json lacks the state of a run."
         )
     return state

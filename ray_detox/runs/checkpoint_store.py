@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ray_detox.bounded import DamagedError, parse
 from ray_detox.errors import first_line
 from ray_detox.records import Objective
 from ray_detox.runs.lease import LeaseLost
@@ -47,6 +48,22 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 16 << 30
+"""Maximum size of a checkpoint's file; a LoRA's optimiser has a thousandth of it."""
+FILE_NAMES = frozenset(
+    {
+        "adapter/README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "value_head.safetensors",
+        "optimiser.safetensors",
+        "metrics.jsonl",
+        "state.json",
+    }
+)
+"""Files that `rl/checkpoint.py` writes. A manifest may come from elsewhere, and names in it are paths:
+one with any other name is not valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,8 @@ class CheckpointStore:
         Raises:
             StorageError: the checkpoint was not written; earlier checkpoints are still there.
         """
+        unknown = checkpoint.files.keys() - FILE_NAMES
+        assert not unknown, f"no reader accepts a checkpoint with {sorted(unknown)}"
         folder = f"{FOLDER}/{_Name(checkpoint.step, self.token)}"
         # An earlier process may have left a checkpoint of this step. Without its manifest it is
         # incomplete, so no reader takes a mixture of old and new files for a checkpoint.
@@ -156,11 +175,20 @@ class CheckpointStore:
             raise DamagedCheckpoint(
                 f"The checkpoint of step {step} is incomplete: it has no valid manifest."
             )
+        unknown = sorted(about["files"].keys() - FILE_NAMES)
+        if unknown:
+            raise DamagedCheckpoint(
+                f"The checkpoint of step {step} is damaged or not one of ray-detox: its manifest names "
+                f"the file {unknown[0][:80]!r}."
+            )
         files = {}
         for file, expected in about["files"].items():
-            content = self.storage.read(f"{folder}/{file}")
+            # One byte more than expected is enough to see that a file is too large.
+            content = self.storage.read_start(f"{folder}/{file}", expected["bytes"] + 1)
             if content is None or _digest(content) != expected:
                 size = "missing" if content is None else f"{len(content):,} bytes"
+                if content is not None and len(content) > expected["bytes"]:
+                    size = "larger"
                 raise DamagedCheckpoint(
                     f"The checkpoint of step {step} is damaged: {file} is {size}, not the "
                     f"{expected['bytes']:,} bytes that were written."
@@ -241,10 +269,10 @@ class CheckpointStore:
 
     def _read_manifest(self, name: _Name) -> dict[str, Any] | None:
         """Return the manifest of a checkpoint; None if it is missing or not valid."""
-        text = self.storage.read(f"{FOLDER}/{name}/{MANIFEST}")
+        text = self.storage.read_start(f"{FOLDER}/{name}/{MANIFEST}", MAX_MANIFEST_BYTES)
         try:
-            about = json.loads(text or b"null")
-        except (ValueError, RecursionError):  # RecursionError: thousands of lists in each other
+            about = parse(text or b"null")  # one that was cut short is not valid
+        except DamagedError:
             return None
         return about if _is_manifest(about, name.step) else None
 
@@ -444,6 +472,7 @@ def _is_manifest(about: Any, step: int) -> bool:
             isinstance(digest, dict)
             and digest.keys() == {"bytes", "sha256"}
             and type(digest["bytes"]) is int
+            and 0 <= digest["bytes"] <= MAX_FILE_BYTES
             and isinstance(digest["sha256"], str)
             for digest in about["files"].values()
         )
@@ -479,8 +508,12 @@ def pack_folder(write: Callable[[Path], None]) -> dict[str, bytes]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Read the files of a flat folder, by name."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    """Read the files of an adapter's folder, by name."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(folder.iterdir())
+        if file.is_file() and f"adapter/{file.name}" in FILE_NAMES
+    }
 
 
 def unpack_folder(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
@@ -491,7 +524,16 @@ def unpack_folder(files: Mapping[str, bytes], read: Callable[[Path], T]) -> T:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write packed files to a folder."""
+    """Write packed files to a folder.
+
+    Raises:
+        DamagedError: a name leads out of the folder, also by a link in it; nothing is written then.
+    """
+    for name in files:
+        if not all(re.fullmatch(r"[\w-][\w.-]*", part, re.ASCII) for part in name.split("/")):
+            raise DamagedError(f"{name[:80]!r} is not the name of a file in a checkpoint")
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise DamagedError(f"{name[:80]!r} leads out of {folder}")
     for name, content in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)

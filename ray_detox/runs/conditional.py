@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from ray_detox.bounded import DamagedError, read_regular, read_stream
 from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
 
@@ -30,6 +31,8 @@ LOCK_TIMEOUT_S = 30.0
 LOCK_POLL_S = 0.01
 
 NAME = "run.json"
+MAX_BYTES = 4 << 20
+"""Maximum size of the file; it grows by a few lines whenever a process takes the run."""
 
 
 class Conflict(Exception):
@@ -79,10 +82,10 @@ class LocalFile:
     def read(self) -> tuple[str | None, bytes | None]:
         """See `VersionedFile.read`."""
         try:
-            content = self.file.read_bytes()
+            content = read_regular(self.file, MAX_BYTES)
         except FileNotFoundError:
             return None, None
-        except OSError as error:
+        except (OSError, DamagedError) as error:
             raise StorageError(f"{self.file} cannot be read: {first_line(error)}.") from error
         return _version(content), content
 
@@ -152,7 +155,7 @@ def locked(file: Path) -> Iterator[None]:
 
 def _open_locked(path: Path) -> int:
     try:
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise StorageError(f"{path} cannot be written to: {first_line(error)}.") from error
     try:
@@ -192,7 +195,7 @@ class PlainFile:
 
     def read(self) -> tuple[str | None, bytes | None]:
         """See `VersionedFile.read`."""
-        content = self.storage.read(NAME)
+        content = self.storage.read(NAME, MAX_BYTES)
         return (None, None) if content is None else (_version(content), content)
 
     def replace(self, content: bytes, version: str | None) -> str:
@@ -217,12 +220,12 @@ class S3File:
 
         try:
             answer = self._opened().get_object(**self._place)
-            return answer["ETag"], answer["Body"].read()
+            return answer["ETag"], read_stream(answer["Body"], MAX_BYTES)
         except botocore.exceptions.ClientError as error:
             if _code(error) in ("NoSuchKey", "404"):
                 return None, None
             raise self._failed("read", error) from error
-        except (botocore.exceptions.BotoCoreError, OSError) as error:
+        except (botocore.exceptions.BotoCoreError, OSError, DamagedError) as error:
             raise self._failed("read", error) from error
 
     def replace(self, content: bytes, version: str | None) -> str:

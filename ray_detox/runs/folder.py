@@ -18,11 +18,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_detox.bounded import (
+    MAX_JSON_BYTES,
+    DamagedError,
+    numbered_lines,
+    parse,
+    parse_object,
+    read_file,
+    read_if_there,
+)
 from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.runs.checkpoint_store import adapter_files, write_files
-from ray_detox.runs.damage import DamagedError, numbered_lines, parse, parse_object, read_file
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
@@ -64,9 +72,9 @@ class RunFolder:
             checkpoint: contents of a checkpoint's files by name; those under `adapter/` count.
         """
         part = self.adapter.with_name(self.adapter.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         write_files(adapter_files(checkpoint), part)
-        shutil.rmtree(self.adapter, ignore_errors=True)
+        _remove(self.adapter)
         part.rename(self.adapter)
 
     def require_adapter(self) -> None:
@@ -89,7 +97,7 @@ class RunFolder:
         """
         file = self.path / "config.json"
         try:
-            content = read_file(file)
+            content = read_if_there(file, MAX_JSON_BYTES)
         except DamagedError as error:
             raise _damaged_settings(file, error) from None
         if content is None:
@@ -125,7 +133,7 @@ class RunFolder:
         self.read_config()
         file = self.path / "report.json"
         try:
-            content = read_file(file)
+            content = read_if_there(file, MAX_JSON_BYTES)
             if content is None:
                 raise ConfigError(
                     f"Run {self.run_id!r} has no result yet. Finish it first: "
@@ -133,10 +141,7 @@ class RunFolder:
                 )
             report = parse_object(content)
             file = self.path / "samples.jsonl"
-            content = read_file(file)
-            if content is None:
-                raise DamagedError("it is missing")
-            examples = [_example(*line) for line in numbered_lines(content)]
+            examples = [_example(*line) for line in numbered_lines(read_file(file))]
             if report.get("n") != len(examples):
                 raise DamagedError(
                     f"it has {len(examples)} lines, and the report is of {report.get('n')} prompts"
@@ -147,6 +152,15 @@ class RunFolder:
                 f"ray-detox run --resume {self.run_id}."
             ) from None
         return report, examples
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link or a file of its name, if it exists."""
+    # Not through a link, which may lead out of the run's folder.
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def settings_from_json(content: bytes, where: object) -> "RunConfig":

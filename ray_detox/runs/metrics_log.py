@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray_detox.bounded import DamagedError, numbered_lines, parse_object, read_if_there
 from ray_detox.errors import ConfigError
-from ray_detox.runs.damage import DamagedError, numbered_lines, parse_object, read_file
 from ray_detox.runs.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -49,15 +49,17 @@ class MetricsLog:
         self.file = folder / "metrics.jsonl"
         self._hold = hold
         self._say = say
-        content = read_if_there(self.file)
+        content = read_raw(self.file)
         rows, damaged = self._parse(content)
         if damaged:
             here, there = by_step(rows), by_step(parse_rows(kept)[0])
             rows = [row for _, row in sorted((there | here).items())]
             say(_describe_repair(here.keys(), there.keys(), len(damaged)))
         self.last_step = max((row["step"] for row in rows), default=0)
-        if content:
-            self._rewrite(rows)  # drops the partial line that a killed process left
+        # Drops the partial line that a killed process left, and replaces a link, through which rows
+        # would be written elsewhere.
+        if content or self.file.is_symlink():
+            self._rewrite(rows)
         self.board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
     def add(self, stats: "UpdateStats", pool: "PoolMetrics | None" = None) -> None:
@@ -95,7 +97,7 @@ class MetricsLog:
         self.board.close()
 
     def _rows(self) -> list[Row]:
-        return self._parse(read_if_there(self.file))[0]
+        return self._parse(read_raw(self.file))[0]
 
     def _parse(self, content: bytes) -> tuple[list[Row], dict[int, str]]:
         """Parse the file's rows; if lines of it are damaged, say so and keep a copy of the file."""
@@ -103,7 +105,7 @@ class MetricsLog:
         if damaged:
             copy = self.file.with_name(f"{self.file.name}.damaged")
             with self._hold():
-                copy.write_bytes(content)
+                write_atomic(copy, content)
             self._say(
                 f"{self.file.name}: {_join('line', damaged)} cannot be read; {copy.name} keeps the "
                 "file as it was"
@@ -123,7 +125,7 @@ def read_metrics(file: Path) -> list[Row]:
     Raises:
         ConfigError: the file or a line of it is damaged.
     """
-    rows, damaged = parse_rows(read_if_there(file))
+    rows, damaged = parse_rows(read_raw(file))
     if damaged:
         reason = next(iter(damaged.values()))
         more = f" ({len(damaged)} lines are damaged)" if len(damaged) > 1 else ""
@@ -135,14 +137,14 @@ def read_metrics(file: Path) -> list[Row]:
     return rows
 
 
-def read_if_there(file: Path) -> bytes:
+def read_raw(file: Path) -> bytes:
     """Return the content of a metrics.jsonl; empty if there is no file.
 
     Raises:
         ConfigError: it cannot be read, such as a folder of this name.
     """
     try:
-        return read_file(file) or b""
+        return read_if_there(file) or b""
     except DamagedError as error:
         raise ConfigError(
             f"{file} is damaged: {error}. Move it away: the run takes its metrics from the newest "

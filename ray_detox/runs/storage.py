@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ray_detox.bounded import MAX_JSON_BYTES, open_regular, read_start
 from ray_detox.errors import ConfigError, first_line
 
 MIN_FREE_MB = 200
@@ -68,15 +69,31 @@ class Storage:
                 _write_through(system, part, content)
                 system.move(part, path)
 
-    def read(self, name: str) -> bytes | None:
-        """Return a file's content, or None if there is no such file."""
+    def read(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes | None:
+        """Return a file's content, or None if there is no such file.
+
+        Raises:
+            StorageError: it cannot be read, or has more than `max_bytes`.
+        """
+        content = self.read_start(name, max_bytes + 1)
+        if content is not None and len(content) > max_bytes:
+            raise StorageError(
+                f"{self.address} cannot be read: {name} has more than {max_bytes:,} bytes."
+            )
+        return content
+
+    def read_start(self, name: str, max_bytes: int) -> bytes | None:
+        """Return the first `max_bytes` of a file, or all; None if there is no such file."""
         from pyarrow import fs
 
         with self._as_storage_error("read"):
             system, path = self._locate(name)
             try:
+                if system.type_name == "local":
+                    with open_regular(Path(path)) as source:
+                        return read_start(source, max_bytes)
                 with system.open_input_stream(path) as source:
-                    return bytes(source.read())
+                    return read_start(source, max_bytes)
             except FileNotFoundError:
                 if system.get_file_info(path).type == fs.FileType.NotFound:
                     return None

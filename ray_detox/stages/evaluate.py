@@ -21,13 +21,13 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
+from ray_detox.bounded import DamagedError, parse_list
 from ray_detox.config import PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.records import PreparedRow
 from ray_detox.resources import Needs, workers_that_fit
 from ray_detox.rewards.messages import ActorHandle
 from ray_detox.runs.checkpoint_store import unpack_folder
-from ray_detox.runs.damage import DamagedError, parse_list
 from ray_detox.runs.storage import Storage, StorageError
 from ray_detox.stages.cluster.admission import CapacityWatchdog, has_autoscaler
 from ray_detox.stages.cluster.nodes import free_nodes

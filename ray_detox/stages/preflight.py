@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray_detox.bounded import DamagedError, parse_object, read_file
 from ray_detox.config import ClassifierConfig, ConfigError, PolicyConfig, RunConfig
 from ray_detox.data.files import Source, check_rows, locate, peek
 from ray_detox.data.prompts import prompt_text, reason_to_leave_out
+from ray_detox.errors import first_line
 from ray_detox.evaluation.judges import check_judge
 from ray_detox.lab import corpus
 from ray_detox.models.sources import hub_has_safetensors, local_folder, looks_like_path
@@ -134,7 +136,7 @@ def check_policy(config: RunConfig) -> None:
     folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
     settings = _settings(folder, policy.model, "policy.model")
     if not settings.get("is_encoder_decoder"):
-        kind = (settings.get("architectures") or [settings.get("model_type", "unknown")])[0]
+        kind = (_architectures(settings) or [settings.get("model_type", "unknown")])[0]
         raise ConfigError(
             f"policy.model is {policy.model!r}, a {kind}; expected an encoder-decoder such as "
             "google/flan-t5-base. For decoder-only models use the trainers of trl."
@@ -189,23 +191,23 @@ def generation_notes(config: RunConfig, fetched: Sequence[str]) -> list[str]:
 
 def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
     file = folder / "config.json"
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         raise ConfigError(
             f"{setting} is {name!r}, and no config.json is in that folder. Set it to a folder that "
             "save_pretrained wrote."
-        ) from None
-    except ValueError as error:
-        raise ConfigError(
-            f"{setting} is {name!r}, and its config.json is not valid JSON: {error}."
-        ) from error
-    if not isinstance(settings, dict):
-        raise ConfigError(
-            f"{setting} is {name!r}, and its config.json holds a {type(settings).__name__}; "
-            "expected an object with names and values."
         )
-    return settings
+    try:
+        return parse_object(read_file(file))
+    except DamagedError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and its config.json is damaged: {error}."
+        ) from None
+
+
+def _architectures(settings: dict[str, Any]) -> list[str]:
+    """Return the architectures that a config.json names; none if they are not a list of names."""
+    found = settings.get("architectures")
+    return list(map(str, found)) if isinstance(found, list) else []
 
 
 def _check_safetensors(folder: Path, name: str, setting: str, revision: str | None = None) -> None:
@@ -238,10 +240,9 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises Exception itself
         raise ConfigError(
-            f"{setting} is {name!r}, and no tokenizer can be loaded from it: "
-            f"{str(error).splitlines()[0]}"
+            f"{setting} is {name!r}, and no tokenizer can be loaded from it: {first_line(error)}."
         ) from error
 
 
@@ -254,7 +255,12 @@ def _check_adapter(model: Any, config: RunConfig) -> Any:
     import peft
     from safetensors import SafetensorError, safe_open
 
-    from ray_detox.models.adapters import check_adapter_settings, check_not_shared
+    from ray_detox.models.adapters import (
+        check_adapter_settings,
+        check_not_shared,
+        check_patterns,
+        read_adapter,
+    )
 
     name = config.policy.adapter
     assert name is not None
@@ -265,6 +271,7 @@ def _check_adapter(model: Any, config: RunConfig) -> Any:
             "Set it to a folder that peft's save_pretrained wrote."
         )
     _check_safetensors(adapter, name, "policy.adapter")
+    read_adapter(adapter, name)
     try:
         described = peft.PeftConfig.from_pretrained(str(adapter))
         if described.peft_type != "LORA":
@@ -276,14 +283,15 @@ def _check_adapter(model: Any, config: RunConfig) -> Any:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"policy.adapter is {name!r}, and it cannot be read: {error}.") from error
     check_adapter_settings(described, name)
+    check_patterns(described, model, name)
     _check_base_model(described.base_model_name_or_path, model.config.model_type, config)
     described.base_model_name_or_path = None  # or peft warns if the model's folder has moved
     try:
         model = _attach(model, described)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise ConfigError(
             f"policy.adapter is {name!r}, and it does not fit {config.policy.model}: {error}"
         ) from error
@@ -307,7 +315,8 @@ def _attach(model: Any, described: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, described)
+        # On the meta device as well: a rank of thousands would take gigabytes.
+        return peft.get_peft_model(model, described, low_cpu_mem_usage=True)
 
 
 def _check_base_model(trained_on: str | None, model_type: str, config: RunConfig) -> None:
@@ -336,14 +345,17 @@ def _without_weights(folder: Path, name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+    from ray_detox.models.sizes import check_size
+
     try:
         with torch.device("meta"):
             model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, for values that no class expects
         raise ConfigError(
             f"policy.model is {name!r}, and transformers has no encoder-decoder language model for "
-            f"its config.json: {str(error).splitlines()[0].rstrip('.')}."
+            f"its config.json: {first_line(error)}."
         ) from error
+    check_size(model, folder, name, "policy.model")
     return model
 
 
@@ -428,11 +440,12 @@ def check_classifier(config: ClassifierConfig, setting: str) -> None:
         load_tokenizer,
         read_head,
     )
+    from ray_detox.models.sizes import check_size
 
     name = f"{setting}.model"
     folder = local_folder(config.model, config.revision, name, weights=False)
     settings = _settings(folder, config.model, name)
-    kinds = settings.get("architectures") or []
+    kinds = _architectures(settings)
     if not any("SequenceClassification" in kind for kind in kinds):
         raise ConfigError(
             f"{name} is {config.model!r}, a {(kinds or ['model of unknown kind'])[0]}; "
@@ -442,6 +455,7 @@ def check_classifier(config: ClassifierConfig, setting: str) -> None:
     _check_safetensors(folder, config.model, name, config.revision)
     _check_tokenizer(folder, config.model, name)
     model = load_model(folder, config.model, name, weights=False)
+    check_size(model, folder, config.model, name)
     check_vocabulary(load_tokenizer(folder), model, config.model, name)
 
 

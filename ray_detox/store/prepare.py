@@ -150,6 +150,16 @@ def to_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
+def to_safe_text(value: Any) -> str:
+    """Encode stored values as JSON text even if they are none that `prepare` lets through."""
+    try:
+        text = to_text(value)
+        text.encode()  # fails for lone surrogates
+        return text
+    except ValueError:
+        return to_text(_plain(value, "", []))
+
+
 def _plain_sample(sample: Mapping[str, Any], position: int) -> dict[str, Any]:
     not_finite: list[str] = []
     try:

@@ -4,16 +4,17 @@ Every call opens its own connection, so threads may share a store and Ray may se
 processes. Writers wait for each other (one transaction per run); readers never wait.
 """
 
-import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ray_detox.bounded import MAX_JSON_BYTES, DamagedError, parse_stored
 from ray_detox.store.errors import StoreError
 from ray_detox.store.pages import (
     MAX_ROWS_SEARCHED,
@@ -33,6 +34,11 @@ from ray_detox.store.protocol import SCHEMA, check_run_id
 
 # How long SQLite waits for a lock that another connection holds.
 _BUSY_TIMEOUT_S = 30.0
+
+_MAX_STEPS = 2_000_000_000
+"""Instructions of SQLite's virtual machine that one query may take. A run of a million samples takes a
+hundredth of it; a file from elsewhere could make a query endless."""
+_STEPS_PER_CALL = 1_000_000
 
 _NEWEST_FIRST = "created < :future DESC, created DESC, run_id DESC"
 
@@ -75,6 +81,21 @@ _SCHEMA_2 = (
 )
 
 
+@cache
+def _known_schema() -> frozenset[str]:
+    """Return the statements that SQLite keeps of our tables and indexes, of every schema."""
+    known: set[str] = set()
+    with closing(sqlite3.connect(":memory:")) as db:
+        for statements in (_SCHEMA_1, _SCHEMA_2, ("ANALYZE",)):
+            for statement in statements:
+                db.execute(statement)
+            known |= {sql for _, _, sql in db.execute(_OBJECTS) if sql}
+    return frozenset(known)
+
+
+_OBJECTS = "SELECT type, name, sql FROM sqlite_master"
+
+
 class SQLiteStore:
     """A `ResultStore` in one file; the first write creates the file and its folder."""
 
@@ -112,7 +133,7 @@ class SQLiteStore:
             if found and found[0] == run.digest:
                 return False
             if found:
-                run.refuse_if_lost(json.loads(found[2]).get("writer"))
+                run.refuse_if_lost(self._object(found[2]).get("writer"))
             if found and not overwrite and (attempt is None or found[1] != attempt):
                 raise StoreError(
                     f"Another run {run.run_id!r} is already in {self.path}. "
@@ -130,12 +151,12 @@ class SQLiteStore:
         """The report of a run, or None."""
         query = "SELECT report FROM runs WHERE run_id = :run_id"
         rows = list(self._select(query, run_id=check_run_id(run_id)))
-        return dict(json.loads(rows[0][0])) if rows else None
+        return self._object(rows[0][0]) if rows else None
 
     def list_runs(self) -> list[dict[str, Any]]:
         """Summaries of all runs, newest first; those from the future are last."""
-        query = f"SELECT summary FROM runs ORDER BY {_NEWEST_FIRST}"
-        return [json.loads(text) for (text,) in self._select(query, future=future_from())]
+        query = f"SELECT summary, run_id FROM runs ORDER BY {_NEWEST_FIRST}"
+        return [_summary(*row) for row in self._select(query, future=future_from())]
 
     def list_page(self, limit: int = 50, cursor: str | None = None) -> Page:
         """Summaries of some runs, newest first; those from the future are last."""
@@ -151,20 +172,24 @@ class SQLiteStore:
         is_past = cursor is None or created < future
         values = {"future": future, "created": created, "run_id": run_id, "is_past": is_past}
         rows = list(self._select(query, limit=limit + 1, **values))
-        more = encode_cursor([future, *rows[limit - 1][1:]], "runs") if len(rows) > limit else None
-        return Page([json.loads(row[0]) for row in rows[:limit]], more)
+        more = (
+            encode_cursor([future, *map(str, rows[limit - 1][1:])], "runs")
+            if len(rows) > limit
+            else None
+        )
+        return Page([_summary(row[0], row[2]) for row in rows[:limit]], more)
 
     def get_samples(self, run_id: str) -> Iterator[dict[str, Any]]:
         """The samples of a run by index, from one snapshot of the file."""
         query = "SELECT sample FROM samples WHERE run_id = :run_id ORDER BY position"
         rows = self._select(query, run_id=check_run_id(run_id))
-        return (json.loads(text) for (text,) in rows)
+        return (self._object(text) for (text,) in rows)
 
     def get_sample(self, run_id: str, index: int) -> dict[str, Any] | None:
         """One sample, or None."""
         query = "SELECT sample FROM samples WHERE run_id = :run_id AND position = :position"
         rows = list(self._select(query, run_id=check_run_id(run_id), position=index))
-        return dict(json.loads(rows[0][0])) if rows else None
+        return self._object(rows[0][0]) if rows else None
 
     def sample_page(
         self,
@@ -196,7 +221,7 @@ class SQLiteStore:
             f"SELECT p.sort_key, p.position, s.sample FROM ({selected}) p "
             "CROSS JOIN samples s ON s.run_id = :run_id AND s.position = p.position"
         )
-        limits = limits_of(json.loads(found[0][0]))
+        limits = limits_of(_summary(found[0][0], run_id))
         max_rows = MAX_ROWS_SEARCHED if query.search else limit
         rows: list[dict[str, Any]] = []
         searched, last = 0, None
@@ -210,8 +235,10 @@ class SQLiteStore:
         ):
             if searched == max_rows or len(rows) == limit:
                 return Page(rows, encode_cursor(last or (), run_id, query))
+            if type(position) is not int:
+                raise self._damaged("the index of a sample is not a whole number")
             searched, last = searched + 1, (sort_key, position)
-            row = as_row(json.loads(text))
+            row = as_row(self._object(text))
             if contains(row, query.search):
                 rows.append(row)
         return Page(rows, None)
@@ -220,7 +247,35 @@ class SQLiteStore:
         """Metrics of each training step; empty if there is no such run."""
         query = "SELECT curves FROM runs WHERE run_id = :run_id"
         rows = list(self._select(query, run_id=check_run_id(run_id)))
-        return list(json.loads(rows[0][0])) if rows else []
+        if not rows:
+            return []
+        return [row for row in self._parse(rows[0][0], list) if isinstance(row, dict)]
+
+    def _object(self, text: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self._parse(text, dict)
+        return found
+
+    def _parse(self, text: Any, kind: type) -> Any:
+        """Parse a stored value.
+
+        Raises:
+            StoreError: it is not JSON of this kind.
+        """
+        try:
+            found = parse_stored(text)
+        except DamagedError as error:
+            reason = str(error)
+        else:
+            if isinstance(found, kind):
+                return found
+            reason = f"it is not {'an object' if kind is dict else 'a list'}"
+        raise self._damaged(f"a stored value cannot be used, because {reason}")
+
+    def _damaged(self, reason: str) -> StoreError:
+        return StoreError(
+            f"The results file {self.path} is damaged: {reason}. Move the file away, and store its "
+            "runs again with ray-detox publish."
+        )
 
     def check(self) -> None:
         """Open the file for writing; create it and its folder if they do not exist."""
@@ -240,6 +295,8 @@ class SQLiteStore:
                 with self._writing():
                     pass
             if version:
+                left = iter(range(_MAX_STEPS // _STEPS_PER_CALL))
+                db.set_progress_handler(lambda: next(left, None) is None, _STEPS_PER_CALL)
                 # One statement reads one snapshot, even if another connection writes meanwhile.
                 yield from db.execute(query, values)
 
@@ -289,9 +346,30 @@ class SQLiteStore:
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         # isolation_level None: the code begins and ends transactions explicitly.
         # check_same_thread False: a generator of samples may end on another thread.
-        return sqlite3.connect(
+        db = sqlite3.connect(
             uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
+        try:
+            db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_JSON_BYTES)
+            self._version(db)  # first: a newer version may have other tables
+            self._check_schema(db)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _check_schema(self, db: sqlite3.Connection) -> None:
+        """Check that the file has our tables and indexes and nothing else, such as a view or a trigger.
+
+        A view in place of a table could make every query endless. PRAGMA trusted_schema = OFF would not
+        help, and would disable our own virtual columns.
+        """
+        for _, name, sql in db.execute(_OBJECTS):
+            if sql and sql not in _known_schema():  # indexes of SQLite's own have no statement
+                raise StoreError(
+                    f"{self.path} is not a results file: it has the table, index, view or trigger "
+                    f"{str(name)[:80]!r}, which ray-detox does not make. Choose another file."
+                )
 
     def _version(self, db: sqlite3.Connection) -> int:
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -317,6 +395,16 @@ class SQLiteStore:
                 f"The folder of {self.path} cannot be created: {error.strerror}. "
                 "Choose another output folder."
             ) from error
+
+
+def _summary(text: Any, run_id: Any) -> dict[str, Any]:
+    """Return a stored summary; of a damaged one what is known, so that lists show the other runs."""
+    try:
+        found = parse_stored(text)
+    except DamagedError:
+        found = None
+    known = found if isinstance(found, dict) else {"status": "damaged"}
+    return {**known, "run_id": str(run_id)}
 
 
 def _as_sql(condition: Condition) -> str:

@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, unquote
 from ray_detox.store.errors import BadCursor, StoreError
 from ray_detox.store.opening import open_store
 from ray_detox.store.pages import SHOWS, SORTS, Page, SampleQuery, as_row
-from ray_detox.store.prepare import to_text
+from ray_detox.store.prepare import to_safe_text
 from ray_detox.store.protocol import ResultStore, check_run_id
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _route(path: str, query: str, store: ResultStore) -> str:
             return _runs(store, _parameters(query, "limit", "cursor"))
         case ["", "api", "runs", run_id]:
             _parameters(query)
-            return to_text(_report(store, _run_id(run_id)))
+            return to_safe_text(_report(store, _run_id(run_id)))
         case ["", "api", "runs", run_id, "history"]:
             _parameters(query)
             return _history(store, _run_id(run_id))
@@ -187,7 +187,9 @@ def _history(store: ResultStore, run_id: str) -> str:
     steps = store.get_history(run_id)
     if not steps:
         _report(store, run_id)
-    while _encoded_bytes(body := to_text({"steps": steps})) > MAX_BODY_BYTES and len(steps) > 1:
+    while (
+        _encoded_bytes(body := to_safe_text({"steps": steps})) > MAX_BODY_BYTES and len(steps) > 1
+    ):
         # Keep every other step and the last one; a chart has fewer pixels than steps.
         steps = steps[::-2][::-1]
     return body
@@ -235,11 +237,11 @@ def _samples_at(store: ResultStore, run_id: str, text: str) -> str:
         sample = store.get_sample(run_id, index)
         if sample is None:
             continue
-        row = to_text(as_row(sample))
+        row = to_safe_text(as_row(sample))
         bytes_left -= _encoded_bytes(row)
         if bytes_left < 0 and rows:
             return _list_text("samples", rows, ",".join(map(str, indices[position:])))
-        rows.append(row if bytes_left >= 0 else to_text(_truncate(as_row(sample))))
+        rows.append(row if bytes_left >= 0 else to_safe_text(_truncate(as_row(sample))))
     return _list_text("samples", rows, None)
 
 
@@ -249,27 +251,27 @@ def _sample(store: ResultStore, run_id: str, index: str) -> str:
         _report(store, run_id)
         raise _RequestError(HTTPStatus.NOT_FOUND, f"Run {run_id!r} has no sample {index[:20]!r}.")
     row = as_row(sample)
-    body = to_text(row)
-    return body if _encoded_bytes(body) <= MAX_BODY_BYTES else to_text(_truncate(row))
+    body = to_safe_text(row)
+    return body if _encoded_bytes(body) <= MAX_BODY_BYTES else to_safe_text(_truncate(row))
 
 
 def _page_that_fits(name: str, read_page: Callable[[int], Page], limit: int) -> str:
     """A page as JSON text, with fewer than `limit` rows if more would exceed `MAX_BODY_BYTES`."""
     while True:
         page = read_page(limit)
-        rows = [to_text(row) for row in page.rows]
+        rows = [to_safe_text(row) for row in page.rows]
         # A cursor points to the end of its page, so a shorter page needs its own query; the rows
         # may have changed by then, so check again.
         fitting = bisect(list(accumulate(map(_encoded_bytes, rows))), MAX_BODY_BYTES)
         if fitting == len(rows):
             return _list_text(name, rows, page.next)
         if len(rows) == 1:
-            return _list_text(name, [to_text(_truncate(page.rows[0]))], page.next)
+            return _list_text(name, [to_safe_text(_truncate(page.rows[0]))], page.next)
         limit = max(1, fitting)
 
 
 def _list_text(name: str, rows: Iterable[str], cursor: str | None) -> str:
-    return f'{{"{name}":[{",".join(rows)}],"next":{to_text(cursor)}}}'
+    return f'{{"{name}":[{",".join(rows)}],"next":{to_safe_text(cursor)}}}'
 
 
 def _encoded_bytes(text: str) -> int:
@@ -279,7 +281,7 @@ def _encoded_bytes(text: str) -> int:
 
 def _truncate(row: dict[str, Any]) -> dict[str, Any]:
     """Shorten long texts of a row and drop other long values; `overflow` lists their names."""
-    long = [key for key, value in row.items() if len(to_text(value)) > _MAX_VALUE_CHARACTERS]
+    long = [key for key, value in row.items() if len(to_safe_text(value)) > _MAX_VALUE_CHARACTERS]
     short = {
         key: row[key][:_MAX_VALUE_CHARACTERS] if isinstance(row[key], str) else None for key in long
     }
@@ -340,7 +342,7 @@ def _bad_request(message: str) -> _RequestError:
 
 
 def _error(status: HTTPStatus, message: str) -> Response:
-    return _response(status, to_text({"error": message}))
+    return _response(status, to_safe_text({"error": message}))
 
 
 def _response(status: HTTPStatus, body: str) -> Response:

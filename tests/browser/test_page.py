@@ -505,6 +505,36 @@ def test_no_run_and_a_run_without_samples_say_so(open_page, address, serve, tmp_
     expect(page.locator(".empty")).to_contain_text("There are no runs yet.")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"toxicity": {"before": None, "after": 3, "histogram": {"edges": 5}}},
+        {"verdict": {"name": 5, "sentence": 3, "reasons": 7}, "notes": 5},
+        {"config": None, "versions": 7, "seconds": "x", "judge": 4, "reward": None, "kl": []},
+        {"toxicity": [], "verdict": "x", "status": {}, "recipe": [], "n": "x", "notes": {"a": 1}},
+        {
+            "toxicity": {"histogram": []},
+            "steps": {},
+            "verdict": {"name": None},
+            "fingerprints": [[1]],
+        },
+    ],
+    ids=lambda odd: next(iter(odd)),
+)
+def test_a_report_with_odd_values_is_shown_as_far_as_it_goes(open_page, serve, tmp_path, odd):
+    store = SQLiteStore(tmp_path / "results.sqlite")
+    samples = make_samples(4)
+    store.put_run(make_report("first", samples) | odd, samples, HISTORY)
+    address = serve(store)
+
+    page = open_page(address, allowed=["TypeError"])
+    expect(page.locator(".runs li")).to_have_count(1)
+    page = open_page(f"{address}#/run/first", allowed=["TypeError"])
+    expect(page.locator(".charts figure").first).to_be_visible()
+    expect(samples_of(page)).to_have_count(4)
+    expect(page.locator("#main > .error")).to_have_count(0)
+
+
 def test_metrics_that_do_not_exist_are_shown_as_missing(open_page, serve, tmp_path):
     one = make_samples(2)[:1]
     equal = [s | {"toxicity_after": s["toxicity_before"]} for s in make_samples(4)]

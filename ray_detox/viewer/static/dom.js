@@ -32,6 +32,16 @@ function fill(element, properties, children) {
   return element;
 }
 
+/** A part of the page; a sentence instead if the stored values are of kinds that it cannot show. */
+export function part(make) {
+  try {
+    return make();
+  } catch (error) {
+    console.warn(error);
+    return h("p", { class: "odd" }, "This part cannot be shown: the stored report has values of an unexpected kind.");
+  }
+}
+
 /** Replace the children of an element. */
 export function show(element, ...children) {
   element.replaceChildren(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));

@@ -1,6 +1,6 @@
 // One run: overview, training history, then samples.
 
-import { count, h, isNumber, listedMoment, mean, number, percent, show, signed, visible } from "./dom.js";
+import { count, h, isNumber, listedMoment, mean, number, part, percent, show, signed, visible } from "./dom.js";
 import { historyPanel, histogramPanel } from "./charts.js";
 import { showComparison } from "./compare.js";
 import { verdictClass } from "./runs.js";
@@ -15,13 +15,13 @@ export async function showRun(view, id) {
   const samples = h("section", { id: "samples", "aria-label": "Samples" });
   show(
     main,
-    heading(report),
-    verdict(report),
-    headline(report),
-    h("div", { class: "panels" }, histogramPanel(report.toxicity), quality(report)),
+    part(() => heading(report)),
+    part(() => verdict(report)),
+    part(() => headline(report)),
+    h("div", { class: "panels" }, part(() => histogramPanel(report.toxicity)), part(() => quality(report))),
     history,
-    notes(report),
-    settings(report),
+    part(() => notes(report)),
+    part(() => settings(report)),
     comparison,
     samples,
   );

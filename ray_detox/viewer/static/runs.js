@@ -1,6 +1,6 @@
 // The list of runs, newest first; those whose clock was ahead are last.
 
-import { announce, count, h, listedMoment, mean, number, percent, show } from "./dom.js";
+import { announce, count, h, listedMoment, mean, number, part, percent, show } from "./dom.js";
 
 export async function showRuns({ main, source, signal, errorBox }) {
   document.title = "Runs · ray-detox";
@@ -16,7 +16,7 @@ export async function showRuns({ main, source, signal, errorBox }) {
   add(first);
 
   function add(page) {
-    list.append(...page.runs.map(row));
+    list.append(...page.runs.map((run) => h("li", {}, part(() => row(run)))));
     show(more, page.next ? h("button", { type: "button", onclick: () => load(page.next) }, "More runs") : null);
   }
 
@@ -35,17 +35,13 @@ function row(run) {
   const toxicity = run.toxicity ?? {};
   const verdict = run.verdict?.name ?? run.status ?? "";
   return h(
-    "li",
-    {},
-    h(
-      "a",
-      { class: "run", href: `#/run/${encodeURIComponent(run.run_id)}` },
-      h("span", { class: "run-name" }, run.run_id),
-      h("span", { class: "run-about" }, `${run.recipe} · ${listedMoment(run.created)} · ${count(run.n)} prompts`),
-      h("span", { class: "run-metric" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
-      h("span", { class: "run-metric" }, percent(toxicity.improvement), h("small", {}, "reduction")),
-      h("span", { class: `badge ${verdictClass(verdict)}` }, verdict),
-    ),
+    "a",
+    { class: "run", href: `#/run/${encodeURIComponent(run.run_id)}` },
+    h("span", { class: "run-name" }, run.run_id),
+    h("span", { class: "run-about" }, `${run.recipe} · ${listedMoment(run.created)} · ${count(run.n)} prompts`),
+    h("span", { class: "run-metric" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
+    h("span", { class: "run-metric" }, percent(toxicity.improvement), h("small", {}, "reduction")),
+    h("span", { class: `badge ${verdictClass(verdict)}` }, verdict),
   );
 }
 
