@@ -245,7 +245,9 @@ class Account:
             return []
         name = urlsplit(address).netloc
         try:
-            there = self._client("s3").head_bucket(Bucket=name).get("BucketRegion")
+            head = self._client("s3").head_bucket
+            # The name can be guessed, so somebody else may have taken it.
+            there = head(Bucket=name, ExpectedBucketOwner=self.number).get("BucketRegion")
         except exceptions.ClientError as error:
             # The answer to HEAD has no body, so boto3 uses the status as its code.
             if _code(error) == "404":
@@ -254,7 +256,8 @@ class Account:
                 ]
             if _code(error) == "403":
                 return [
-                    f"You may not use the bucket {name!r}. Change train.storage, or its policy."
+                    f"You may not use the bucket {name!r}, or it is not account {self.number}'s. Change "
+                    "train.storage, or the policy of the bucket."
                 ]
             if _code(error) != "301":
                 raise

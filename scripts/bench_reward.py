@@ -11,17 +11,17 @@ embedded classifier and one thread. The last two rows show the effect of
 import argparse
 import logging
 import os
-import shutil
+import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+if "RAY_AUTH_MODE" not in os.environ:  # as in a local run
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,6 +31,7 @@ from ray_detox.config import RunConfig, ServingConfig
 from ray_detox.lab import corpus
 from ray_detox.records import Scorer, ScoreRequest
 from ray_detox.rewards.reward import Reward
+from ray_detox.stages.cluster.private import LOOPBACK, loopback_allowed, private_folder
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.pool import RewardPool
 
@@ -50,18 +51,21 @@ def main() -> None:
 
     reward = Reward(config.reward)
     score_all(reward, texts[:BATCH], BATCH)  # warm up: the first calls are slower
-    folder = tempfile.mkdtemp(prefix="ray-")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}},
-        _temp_dir=folder,
-    )
-    try:
+    with ExitStack() as stack:
+        folder = stack.enter_context(private_folder())
+        with loopback_allowed():
+            ray.init(
+                address="local",
+                num_cpus=4,
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}},
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder),
+            )
+        stack.callback(ray.shutdown)
         print(f"{'texts/s':<34}{'loop':>8}" + "".join(f"{f'{n} caller(s)':>16}" for n in CALLERS))
         for actors in ACTORS:
             several = config.replace(reward=config.reward.replace(actors=actors))
@@ -70,9 +74,6 @@ def main() -> None:
             one = config.replace(serving=config.serving.replace(batch_across_workers=across))
             name = f"1 actor, 4 per call, {'across workers' if across else 'call by call'}"
             print(row(name, reward, one, texts, 4))
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def row(name: str, reward: Reward, config: RunConfig, texts: list[str], batch: int) -> str:

@@ -16,6 +16,7 @@ Run it again to update; stored results stay. Needs python3 and the aws CLI, sign
   --access HOW           cognito (default): users that you add
                          jwt: users of another issuer, with --jwt-issuer URL --jwt-audience ID
                          public: anybody who knows the address
+  --code-bucket NAME     bucket for the code, created if necessary; default ray-detox-code-ACCOUNT-REGION
   --package-only FILE    only write the zip file of the Lambda function
 
 Deleting the stack (aws cloudformation delete-stack) keeps the table and the bucket of the page.
@@ -29,7 +30,7 @@ die() {
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 region=${AWS_REGION:-${AWS_DEFAULT_REGION:-}}
-stack=ray-detox-results table=ray-detox create=true access=cognito issuer="" audience="" package=""
+stack=ray-detox-results table=ray-detox create=true access=cognito issuer="" audience="" package="" code=""
 while (($#)); do
   case $1 in
     -h | --help)
@@ -37,7 +38,7 @@ while (($#)); do
       exit
       ;;
     --existing-table) create=false ;;
-    --region | --stack | --table | --access | --jwt-issuer | --jwt-audience | --package-only)
+    --region | --stack | --table | --access | --jwt-issuer | --jwt-audience | --code-bucket | --package-only)
       (($# > 1)) || die "$1 needs a value; see --help."
       case $1 in
         --region) region=$2 ;;
@@ -46,6 +47,7 @@ while (($#)); do
         --access) access=$2 ;;
         --jwt-issuer) issuer=$2 ;;
         --jwt-audience) audience=$2 ;;
+        --code-bucket) code=$2 ;;
         --package-only) package=$2 ;;
       esac
       shift
@@ -94,13 +96,24 @@ work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
 make_zip "$work/lambda.zip"
 key=results/$(python3 -c 'import hashlib,sys; print(hashlib.sha256(open(sys.argv[1],"rb").read()).hexdigest()[:16])' "$work/lambda.zip").zip
-code=ray-detox-code-$account-$region
-if ! aws s3api head-bucket --bucket "$code" >/dev/null 2>&1; then
-  aws s3 mb "s3://$code" >/dev/null
-  aws s3api put-public-access-block --bucket "$code" --public-access-block-configuration \
-    BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+code=${code:-ray-detox-code-$account-$region}
+# Names of buckets are global, and this one can be guessed: somebody else may have taken it, and could
+# replace the code before it is deployed. With this argument S3 refuses a bucket of another account.
+owned=(--expected-bucket-owner "$account")
+if ! aws s3api head-bucket --bucket "$code" "${owned[@]}" >/dev/null 2>&1; then
+  where=()
+  [[ $region == us-east-1 ]] || where=(--create-bucket-configuration "LocationConstraint=$region")
+  aws s3api create-bucket --bucket "$code" ${where[@]+"${where[@]}"} >/dev/null ||
+    die "the bucket '$code' could not be created, or is not account $account's; choose another name with --code-bucket."
 fi
-aws s3 cp --only-show-errors "$work/lambda.zip" "s3://$code/$key"
+aws s3api put-public-access-block --bucket "$code" "${owned[@]}" --public-access-block-configuration \
+  BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+
+# upload BUCKET KEY FILE [OPTIONS]. `aws s3 cp` does not check the owner.
+upload() {
+  aws s3api put-object --bucket "$1" --key "$2" --body "$3" "${owned[@]}" "${@:4}" >/dev/null
+}
+upload "$code" "$key" "$work/lambda.zip"
 
 output() {
   aws cloudformation describe-stacks --stack-name "$stack" --output text \
@@ -156,12 +169,13 @@ elif [[ $access == public ]]; then
 fi
 site=$root/ray_detox/viewer/static
 # no-cache makes browsers ask each time whether a file changed, so the page never mixes old and new modules.
-fresh=(--only-show-errors --cache-control no-cache)
+fresh=(--cache-control no-cache --content-type)
 for kind in js:text/javascript css:text/css html:text/html svg:image/svg+xml json:application/json; do
-  aws s3 cp "${fresh[@]}" --recursive --exclude '*' --include "*.${kind%%:*}" \
-    --content-type "${kind#*:}; charset=utf-8" "$site" "s3://$bucket/"
+  find "$site" -type f -name "*.${kind%%:*}" -print0 | while IFS= read -r -d '' file; do
+    upload "$bucket" "${file#"$site"/}" "$file" "${fresh[@]}" "${kind#*:}; charset=utf-8"
+  done
 done
-aws s3 cp "${fresh[@]}" --content-type application/json "$work/config.json" "s3://$bucket/config.json"
+upload "$bucket" config.json "$work/config.json" "${fresh[@]}" application/json
 aws cloudfront create-invalidation --distribution-id "$(output DistributionId)" --paths '/*' >/dev/null
 
 echo "The page is at $url"

@@ -49,7 +49,7 @@ def main() -> None:
         config.policy, config.sampling, config.seed, args.device, config.ppo.critic
     )
     folder = local_folder(config.policy.model, config.policy.revision, "policy.model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prepared = prepare(corpus.rows("ppo", 400), config.data, tokenizer)
     rows = [row for row in prepared if isinstance(row, PreparedRow)]
     count = config.data.shards

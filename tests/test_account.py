@@ -33,6 +33,7 @@ class Answers:
     def __init__(self):
         self.session = boto3.Session()
         self.asked = []
+        self.owners = set()
         self.quotas = {"L-DB2E81BA": 32.0, "L-3819A6DF": 16.0, "L-1216C47A": 5.0}
         self.answers = {
             "service-quotas:GetServiceQuota": self._quota,
@@ -48,6 +49,8 @@ class Answers:
     def _before(self, model, params, **_):
         request = f"{model.service_model.service_name}:{model.name}"
         self.asked.append(request)
+        if model.service_model.service_name == "s3":
+            self.owners.add(params["headers"].get("x-amz-expected-bucket-owner"))
         if request not in self.answers:
             return None
         body = params["body"]
@@ -105,6 +108,7 @@ def test_a_complete_account_has_no_fault_and_is_not_changed(account, cluster):
         "ec2:DescribeInstanceTypes", "service-quotas:GetServiceQuota", "ssm:GetParameters",
         "iam:GetInstanceProfile", "s3:HeadBucket", "dynamodb:DescribeTable", "ec2:RunInstances",
     }  # fmt: skip
+    assert account.owners == {ACCOUNT}  # the name of the bucket can be guessed, and taken by others
     assert boto3.client("ec2", REGION).describe_instances()["Reservations"] == []  # a dry run
 
 
@@ -289,7 +293,10 @@ def test_the_runs_bucket_must_be_in_the_clusters_region(account, cluster):
 
 @pytest.mark.parametrize(
     "code, sentence",
-    [("403", "You may not use the bucket 'far'."), ("301", "The bucket 'far' is in eu-central-1,")],
+    [
+        ("403", "You may not use the bucket 'far', or it is not account 123456789012's."),
+        ("301", "The bucket 'far' is in eu-central-1,"),
+    ],
 )
 def test_a_refusal_of_s3_is_one_sentence(account, cluster, code, sentence):
     account.answers["s3:HeadBucket"] = lambda _: code

@@ -382,9 +382,13 @@ def test_view_serves_the_page_until_it_is_interrupted(results):
         # A shell starts background processes with this signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+    line = process.stdout.readline()
+    port, key = re.search(r"http://127\.0\.0\.1:(\d+)/\?key=([\w-]+)#/run/first ", line).groups()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/api/runs", headers={"Cookie": f"ray-detox-{port}={key}"}
+    )
 
-    with urllib.request.urlopen(f"{address}api/runs", timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=20) as answer:
         runs = json.loads(answer.read())["runs"]
     process.send_signal(signal.SIGINT)
 

@@ -249,6 +249,76 @@ def test_a_deployment_mistake_is_one_sentence(tmp_path, words, sentence):
     assert re.fullmatch(r".*\n", done.stderr)
 
 
+FAKE_AWS = """#!/bin/sh
+printf '%s\\0' "$@" >>"$CALLS"
+printf '\\n' >>"$CALLS"
+case "$*" in
+  *get-caller-identity*) echo 123456789012 ;;
+  *head-bucket*) exit "$HEAD" ;;
+  *create-bucket*) exit "$CREATE" ;;
+  *"describe-stacks"*Outputs*) echo something ;;
+esac
+"""
+
+
+@pytest.fixture
+def deploy(tmp_path):
+    """`deploy(head, create)`: run the script with an aws that records its calls; return both."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "aws").write_text(FAKE_AWS)
+    (programs / "aws").chmod(0o755)
+
+    def run(*words, head=0, create=0):
+        calls = tmp_path / "calls"
+        environment = {"CALLS": str(calls), "HEAD": str(head), "CREATE": str(create)}
+        done = subprocess.run(
+            [*DEPLOY, "--region", "eu-central-1", "--access", "public", *words],
+            env=os.environ | environment | {"PATH": f"{programs}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        lines = calls.read_text().splitlines()
+        return done, [line.split("\0")[:-1] for line in lines]
+
+    return run
+
+
+@pytest.mark.parametrize("head", [0, 254])
+def test_every_use_of_a_bucket_requires_that_the_account_owns_it(deploy, head):
+    done, calls = deploy(head=head)
+
+    assert done.returncode == 0, done.stderr
+    assert not [call for call in calls if call[0] == "s3"]  # these commands check no owner
+    on_buckets = [call for call in calls if call[0] == "s3api" and call[1] != "create-bucket"]
+    for call in on_buckets:
+        assert call[call.index("--expected-bucket-owner") + 1] == "123456789012", call
+    kinds = [call[1] for call in on_buckets]
+    assert kinds[:3] == ["head-bucket", "put-public-access-block", "put-object"]
+    assert (["create-bucket"] in [call[1:2] for call in calls]) == (head != 0)
+    # All files of the page, with their types.
+    site = ROOT / "ray_detox/viewer/static"
+    sent = {call[call.index("--key") + 1] for call in on_buckets[3:]}
+    kept = {"LICENSE"}
+    assert sent == {"config.json"} | {
+        file.relative_to(site).as_posix()
+        for file in site.rglob("*")
+        if file.is_file() and file.suffix.strip(".") not in kept
+    }
+    assert all("--content-type" in call for call in on_buckets[3:])
+
+
+def test_a_bucket_of_somebody_else_ends_the_deployment_before_any_upload(deploy):
+    done, calls = deploy("--code-bucket", "taken", head=254, create=254)
+
+    assert done.returncode == 2
+    assert (
+        "the bucket 'taken' could not be created, or is not account 123456789012's" in done.stderr
+    )
+    assert [call[1] for call in calls] == ["get-caller-identity", "head-bucket", "create-bucket"]
+
+
 @pytest.mark.skipif(
     "RAY_DETOX_MINISTACK" not in os.environ,
     reason="RAY_DETOX_MINISTACK is not set; scripts/test_tools.sh fetches the emulator",

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,38 @@ ENVIRONMENT = {
 }
 
 
+def require_private(driver):
+    """Check that others reach nothing of a run: neither its ports over the network, nor its files."""
+    processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
+    listening = [
+        (process.name(), address)
+        for process in processes
+        for address in process.net_connections("inet")
+        if address.status == psutil.CONN_LISTEN
+    ]
+    assert len({name for name, _ in listening}) >= 4  # gcs_server, raylet, agents, workers
+    loopback = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
+    assert [each for each in listening if each[1].laddr.ip not in loopback] == []
+
+    sockets = [
+        address.laddr
+        for process in processes
+        for address in process.net_connections("unix")
+        if "/sockets/" in str(address.laddr)
+    ]
+    (session,) = {Path(name).parents[1] for name in sockets}
+    outer = session.parents[1]
+    assert outer.stat().st_mode & 0o777 == 0o700
+    for folder in outer.parents:
+        assert not folder.stat().st_mode & 0o022 or folder.stat().st_mode & stat.S_ISVTX, folder
+    if os.geteuid() == 0:
+        seen = subprocess.run(
+            ["/bin/ls", str(session)], user=65534, group=65534, extra_groups=[], capture_output=True
+        )
+        assert b"Permission denied" in seen.stderr
+    return outer
+
+
 @pytest.mark.ray
 def test_sigterm_to_all_processes_of_a_run_stops_it_with_a_checkpoint(tmp_path):
     command = [sys.executable, "-m", "ray_detox", "run", "lab", *SHORT, "--run-id", "first"]
@@ -50,6 +83,7 @@ def test_sigterm_to_all_processes_of_a_run_stops_it_with_a_checkpoint(tmp_path):
         assert line, printed
         printed += line
 
+    outer = require_private(run.pid)
     processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     for process in processes:
         process.send_signal(signal.SIGTERM)
@@ -70,3 +104,4 @@ def test_sigterm_to_all_processes_of_a_run_stops_it_with_a_checkpoint(tmp_path):
     assert not (tmp_path / "first" / "ray-train").exists()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
+    assert not outer.exists()

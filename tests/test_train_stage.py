@@ -1,6 +1,10 @@
 """The one-line description of a failed worker group, and the network interface of gloo."""
 
+import importlib
 import os
+import socket
+from datetime import timedelta
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -10,6 +14,17 @@ from ray.train import WorkerGroupError
 
 from ray_detox.stages.errors import describe
 from ray_detox.stages.train import choose_interface
+
+# By name: torch.distributed has a function of the same name.
+RENDEZVOUS = importlib.import_module("torch.distributed.rendezvous")
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """Undo what `choose_interface` changes in this process."""
+    monkeypatch.setattr(RENDEZVOUS, "TCPStore", RENDEZVOUS.TCPStore)
+    with patch.dict(os.environ):
+        yield
 
 
 class Died(Exception):
@@ -75,3 +90,17 @@ def test_gloo_socket_ifname_is_respected(monkeypatch):
     choose_interface()
 
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_the_store_of_a_local_run_listens_on_loopback_only(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    choose_interface()
+    store = RENDEZVOUS._create_c10d_store("127.0.0.1", port, 0, 1, timedelta(seconds=20))
+
+    store.set("name", "value")
+    assert store.get("name") == b"value"
+    mine = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
+    assert [address.ip for address in mine if address.port == port] == ["127.0.0.1"]

@@ -10,7 +10,9 @@ import sys
 import threading
 from contextlib import contextmanager
 from html.parser import HTMLParser
-from urllib.parse import quote, urlencode
+from pathlib import Path
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from moto.server import ThreadedMotoServer
@@ -610,9 +612,14 @@ def test_the_function_needs_python_and_the_store_only():
 # The local server
 
 
+KEYS: dict[int, str] = {}
+"""The key of each server, by port; `fetch` sends it unless it sends another cookie."""
+
+
 @contextmanager
 def running(store, static=STATIC):
     with make_server(store, static=static) as server:
+        KEYS[server.server_port] = server.key
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server.server_port
         server.shutdown()
@@ -641,7 +648,8 @@ def port(sqlite_store, static):
 def fetch(port, target, method="GET", host=None, headers=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.putrequest(method, target, skip_host=True)
-    for name, value in {"Host": host or f"127.0.0.1:{port}", **(headers or {})}.items():
+    cookie = {"Cookie": f"other=1; ray-detox-{port}={KEYS[port]}"}
+    for name, value in {"Host": host or f"127.0.0.1:{port}", **cookie, **(headers or {})}.items():
         connection.putheader(name, value)
     connection.endheaders()
     response = connection.getresponse()
@@ -739,8 +747,9 @@ def test_the_local_server_is_read_only(port, target, method):
 
 
 def test_a_body_is_not_parsed_as_the_next_request(port):
-    smuggled = f"GET /style.css HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
-    head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(smuggled)}\r\n\r\n"
+    given = f"Host: 127.0.0.1:{port}\r\nCookie: ray-detox-{port}={KEYS[port]}\r\n"
+    smuggled = f"GET /style.css HTTP/1.1\r\n{given}\r\n"
+    head = f"POST / HTTP/1.1\r\n{given}Content-Length: {len(smuggled)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
         client.sendall((head + smuggled).encode())
 
@@ -761,13 +770,74 @@ def test_a_connection_serves_many_requests(port):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.connect()
     kept = connection.sock
+    cookie = {"Cookie": f"ray-detox-{port}={KEYS[port]}"}
 
     for method, target in (("GET", "/api/runs"), ("HEAD", "/"), ("GET", "/nothing"), ("GET", "/")):
-        connection.request(method, target)
+        connection.request(method, target, headers=cookie)
         connection.getresponse().read()
 
         assert connection.sock is kept
     connection.close()
+
+
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        "",
+        "ray-detox-{port}=",
+        "ray-detox-{port}={wrong}",
+        "ray-detox-{port}={key}x",
+        "ray-detox-1={key}",
+        "{key}",
+        "ray-detox-{port}=\xff",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_without_the_key_nothing_is_served(port, cookie, method):
+    key = KEYS[port]
+    cookie = cookie.format(port=port, key=key, wrong=key[::-1])
+
+    for target in ("/", "/style.css", "/config.json", "/api/runs", "/none", f"/api/runs?key={key}"):
+        response, body = fetch(port, target, method, headers={"Cookie": cookie})
+
+        assert response.status == 403
+        assert response.headers["set-cookie"] is None
+        if method != "HEAD":
+            assert b"open the whole address that `ray-detox view` printed" in body
+            assert b"first" not in body
+
+
+@pytest.mark.parametrize(
+    "query", ["key=", "key={wrong}", "key={key}&key={key}", "key={key}%FF", "k={key}"]
+)
+def test_a_wrong_key_in_the_address_is_refused(port, query):
+    query = query.format(key=KEYS[port], wrong=KEYS[port][::-1])
+
+    response, _ = fetch(port, f"/?{query}", headers={"Cookie": ""})
+
+    assert response.status == 403
+
+
+def test_the_key_in_the_address_becomes_a_cookie_that_only_this_site_sends(port):
+    response, body = fetch(port, f"/?key={KEYS[port]}", headers={"Cookie": ""})
+
+    assert (response.status, body.decode()) == (200, "<!doctype html>hällo")
+    cookie, *attributes = response.headers["set-cookie"].split("; ")
+    assert set(attributes) == {"Path=/", "HttpOnly", "SameSite=Strict"}
+    assert fetch(port, "/api/runs", headers={"Cookie": cookie})[0].status == 200
+
+
+def test_each_server_has_a_key_of_its_own(sqlite_store):
+    with running(sqlite_store) as one, running(sqlite_store) as other:
+        assert KEYS[one] != KEYS[other]
+        assert len(KEYS[one]) >= 32
+
+
+def test_a_rebound_host_name_is_refused_even_with_the_key(port):
+    response, _ = fetch(port, f"/?key={KEYS[port]}", host=f"evil.example:{port}")
+
+    assert response.status == 421
+    assert response.headers["set-cookie"] is None
 
 
 def test_a_port_that_is_taken_is_named(sqlite_store):
@@ -785,12 +855,13 @@ def test_an_invalid_port_is_named(sqlite_store):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_serve_prints_the_address_opens_the_browser_and_stops_on_ctrl_c(
-    sqlite_store, monkeypatch, fails
+    sqlite_store, monkeypatch, tmp_path, fails
 ):
     opened, said, asked = [], [], threading.Event()
 
     def open_page(address):
-        opened.append(address)
+        file = Path(url2pathname(urlsplit(address).path))
+        opened.append((address, file, file.read_text("utf-8"), file.parent.stat().st_mode & 0o777))
         asked.set()
         if fails:
             raise server_module.webbrowser.Error("no browser")
@@ -802,10 +873,16 @@ def test_serve_prints_the_address_opens_the_browser_and_stops_on_ctrl_c(
     monkeypatch.setattr(server_module.webbrowser, "open", open_page)
     monkeypatch.setattr(server_module.ThreadingHTTPServer, "serve_forever", stop)
 
-    serve(sqlite_store, 0, True, said.append)
+    serve(sqlite_store, 0, True, said.append, "first", tmp_path)
 
-    assert len(opened) == 1
-    assert opened[0] in said[0]
+    (address,) = re.findall(r"http://127\.0\.0\.1:\d+/\?key=[\w-]{32}#/run/first", said[0])
+    # Everybody can read the arguments of the browser, so the key is in a file that only we can read.
+    ((link, file, page, mode),) = opened
+    assert address.partition("key=")[2][:32] not in link
+    assert f'url={address}"' in page
+    assert mode == 0o700
+    assert file.is_relative_to(tmp_path)
+    assert list(tmp_path.iterdir()) == []
     assert said[-1] == "Stopped."
 
 

@@ -230,8 +230,10 @@ def _reach(address: str) -> "JobSubmissionClient":
         raise ConfigError(f"No job server answers at {address}. {hint}") from None
 
     token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    token = token or Path("~/.ray/auth_token").expanduser().is_file()
-    if token and "RAY_AUTH_MODE" not in os.environ:
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        _warn_if_shared(file)
+    if (token or file.is_file()) and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"  # read once, when Ray is imported
     import ray
     from ray.exceptions import AuthenticationError
@@ -261,6 +263,16 @@ def _reach(address: str) -> "JobSubmissionClient":
             "the version in constraints.txt (an image's tag begins with it), or use that one here."
         )
     return client
+
+
+def _warn_if_shared(token: Path) -> None:
+    """Print a warning if other users of this machine can read the file with the token."""
+    if token.is_file() and token.stat().st_mode & 0o077:
+        _say(
+            "warning",
+            f"other users of this machine can read the token in {token}, and with it run code on the "
+            f"cluster. Make it private: chmod 600 {shlex.quote(str(token))}",
+        )
 
 
 def _jobs(client: "JobSubmissionClient", run_id: str) -> "list[JobDetails]":

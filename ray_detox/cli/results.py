@@ -6,6 +6,7 @@ results.table=my-table` name the store; `publish` takes the settings of the run 
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ def _view(args: argparse.Namespace) -> int:
             open_browser=not args.no_browser,
             say=lambda line: print(line, flush=True),
             run_id=args.run_id,
+            folder=args.output if os.access(args.output, os.W_OK | os.X_OK) else None,
         )
         return 0
     finally:

@@ -382,8 +382,8 @@ def measure_summariser(out: Path, n: int, seed: int) -> dict[str, float]:
 @torch.no_grad()
 def sample(folder: Path, dialogues: Sequence[str], seed: int) -> list[str]:
     """Sample one summary per dialogue from the model's own distribution."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False)
     torch.manual_seed(seed)
     summaries: list[str] = []
     for batch in _chunks(dialogues, 64):
@@ -399,8 +399,8 @@ def sample(folder: Path, dialogues: Sequence[str], seed: int) -> list[str]:
 @torch.no_grad()
 def score(folder: Path, texts: Sequence[str]) -> Tensor:
     """[B, 2] logits of nothate and hate."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
     return torch.cat(
         [
             model(**tokenizer(batch, padding=True, truncation=True, return_tensors="pt")).logits

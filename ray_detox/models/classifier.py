@@ -208,7 +208,6 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    options: dict[str, Any] = {"trust_remote_code": False}
     missing: set[str] = set()
     mismatched: list[tuple[str, Any, Any]] = []
     try:
@@ -220,13 +219,14 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with the shapes
-                **options,
+                trust_remote_code=False,
             )
             missing, mismatched = set(info["missing_keys"]), sorted(info["mismatched_keys"])
         else:
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(
-                    AutoConfig.from_pretrained(folder, **options), **options
+                    AutoConfig.from_pretrained(folder, trust_remote_code=False),
+                    trust_remote_code=False,
                 )
     except ConfigError:
         raise

@@ -115,7 +115,8 @@ def generation_config(folder: Path) -> GenerationConfig:
     """Return the generation settings that `from_pretrained` reads from a model's folder."""
     if (folder / GENERATION_CONFIG_NAME).is_file():
         return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return GenerationConfig.from_model_config(config)
 
 
 def generation_rules(

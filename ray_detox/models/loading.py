@@ -71,7 +71,9 @@ def load_policy(
     dtype = compute_dtype(config.dtype, device)
     folder = local_folder(config.model, config.revision, "policy.model")
     check_size_of(AutoModelForSeq2SeqLM, folder, config.model, "policy.model")
-    base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    base = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
     base.requires_grad_(False)
     if config.adapter is None:
         with torch.random.fork_rng(devices=[]):
@@ -98,7 +100,9 @@ def load_policy(
     )
     forced = None
     if config.forced_bos_token is not None:
-        forced = forced_bos_id(AutoTokenizer.from_pretrained(folder), config)
+        forced = forced_bos_id(
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False), config
+        )
     return build_policy(model, sampling, dtype, forced, critic, seed).to(device)
 
 
@@ -127,7 +131,9 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     """
     folder = local_folder(config.model, config.revision, "policy.model")
     check_size_of(AutoModelForSeq2SeqLM, folder, config.model, "policy.model")
-    base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    base = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     read_adapter(adapter, str(adapter))
     check_patterns(LoraConfig.from_pretrained(str(adapter)), base, str(adapter))
     ties = getattr(base.config, "tie_word_embeddings", None)
@@ -141,7 +147,7 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
         # the decoder's, for untied.
         merged.config.tie_word_embeddings = ties
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if config.forced_bos_token is not None:  # `generate` then starts as the policy does
         merged.generation_config.forced_bos_token_id = forced_bos_id(tokenizer, config)
     merged.save_pretrained(out, safe_serialization=True)

@@ -7,6 +7,7 @@ is executed and nothing is unpickled.
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from ray_detox.errors import ConfigError, first_line
 
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
+CODE_FILES = ["config.json", "tokenizer_config.json"]
+"""Files of a model whose `auto_map` can name Python code of the model's repository."""
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 MAX_NUMBERS = {"layer": 1_000, "label": 100_000, "": 1 << 26}
 """Maximum of the whole numbers in a config.json, by a part of their name, the first that fits.
@@ -40,12 +43,30 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
         weights: False downloads only configuration and tokenizer of a hub model.
 
     Raises:
-        ConfigError: the model does not exist, cannot be reached, or has a file that no library should
-            read.
+        ConfigError: the model does not exist, cannot be reached, names code of its own, or has a file
+            that no library should read.
     """
     folder = _find_folder(name, revision, setting, weights)
     _check_files(folder, name, setting)
+    _refuse_code(folder, name, setting)
     return folder
+
+
+def _refuse_code(folder: Path, name: str, setting: str) -> None:
+    """Check that a model needs no code of its own.
+
+    transformers would ask on the terminal whether to run it if `trust_remote_code` was not False.
+    """
+    for file in CODE_FILES:
+        if not (folder / file).exists():
+            continue
+        content = parse(read_regular(folder / file, MAX_JSON_BYTES))
+        if isinstance(content, dict) and content.get("auto_map"):
+            raise ConfigError(
+                f"{setting} is {name!r}, and its {file} names Python code of its own (auto_map), "
+                "which ray-detox does not run. Set it to a model whose classes are part of "
+                "transformers; if this one's are, remove auto_map in a local copy of it."
+            )
 
 
 def _check_files(folder: Path, name: str, setting: str) -> None:

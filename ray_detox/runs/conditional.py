@@ -25,6 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from ray_detox.bounded import DamagedError, read_regular, read_stream
 from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
+from ray_detox.store.private import make_folder
 
 LOCK_TIMEOUT_S = 30.0
 """Longest wait for another process that has the lock of a file."""
@@ -106,7 +107,7 @@ class LocalFile:
 
     def _make_folder(self) -> None:
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.file.parent)
         except OSError as error:
             raise StorageError(
                 f"{self.file.parent} cannot be written to: {first_line(error)}."

@@ -34,6 +34,7 @@ from ray_detox.runs.checkpoint_store import adapter_files, write_files
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
+from ray_detox.store.private import make_folder
 
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
@@ -116,7 +117,7 @@ class RunFolder:
 
     def write_result(self, report: Mapping[str, Any], examples: Sequence[PairedExample]) -> None:
         """Write report.json, report.txt and samples.jsonl, each atomically."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         samples = [example.to_json() for example in examples]
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         write_atomic(self.path / "samples.jsonl", lines)

@@ -31,6 +31,7 @@ from ray_detox.runs.lease import (
 from ray_detox.runs.record import Change, RunRecord, Taking, is_gone
 from ray_detox.runs.resume import changed_settings, require_same_run, run_storage
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
+from ray_detox.store.private import make_folder
 
 SETTINGS = "config.json"
 CREATED_FILES = {SETTINGS, NAME, "run.lock"}
@@ -255,7 +256,7 @@ def open_run(
     """
     leases: list[Lease] = []
     if not resume:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         if folder.has_settings():
             raise ConfigError(run_exists(folder))
     try:

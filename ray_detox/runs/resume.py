@@ -19,6 +19,7 @@ from ray_detox.runs.storage import (
     join_address,
     write_atomic,
 )
+from ray_detox.store.private import make_folder
 from ray_detox.store.protocol import check_run_id
 
 MAY_CHANGE = (
@@ -126,7 +127,7 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
         )
     # Settings of another version may not be valid here: find out before the folder exists.
     settings_from_json(settings, f"{kept.address}/config.json")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     # Nobody has the folder yet; who resumes the run takes it in the storage first.
     with suppress(Conflict):
         content = replace(record, writer=None).to_json()

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from ray_detox.bounded import MAX_JSON_BYTES, open_regular, read_start
 from ray_detox.errors import ConfigError, first_line
+from ray_detox.store.private import make_folder
 
 MIN_FREE_MB = 200
 """Free disk that checkpoints need: one of FLAN-T5-base takes 40 MB, and a run keeps several."""
@@ -59,6 +60,8 @@ class Storage:
             system, path = self._locate(name)
             if system.type_name == "local":
                 file = Path(path)
+                if (root := self.local_folder) is not None:
+                    make_folder(root)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file, content)
             elif system.type_name.rpartition("+")[2] in OBJECT_STORES:

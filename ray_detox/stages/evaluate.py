@@ -63,7 +63,7 @@ def measure_shard(
     policy = _load_policy(config.policy, config.sampling, config.seed, device)
     unpack_folder(adapter, policy.load_adapter)
     folder_of_model = local_folder(config.policy.model, config.policy.revision, "policy.model")
-    tokenizer = AutoTokenizer.from_pretrained(folder_of_model)
+    tokenizer = AutoTokenizer.from_pretrained(folder_of_model, trust_remote_code=False)
     scorer = RewardClient(directory, config)
     try:
         return measure(

@@ -255,7 +255,7 @@ def _tokenizer_of(model: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     folder = local_folder(model, revision, "policy.model", weights=False)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _tokenizer(config: RunConfig) -> Any:

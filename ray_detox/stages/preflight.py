@@ -239,7 +239,7 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
             "Save the tokenizer into the same folder with save_pretrained."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself
         raise ConfigError(
             f"{setting} is {name!r}, and no tokenizer can be loaded from it: {first_line(error)}."
@@ -349,7 +349,8 @@ def _without_weights(folder: Path, name: str) -> Any:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of any kind, for values that no class expects
         raise ConfigError(
             f"policy.model is {name!r}, and transformers has no encoder-decoder language model for "

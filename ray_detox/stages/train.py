@@ -21,9 +21,11 @@ States of the training. One `WorkerGroup` lives from STARTING to the next WAITIN
 A step's result does not depend on the number of workers, so a group may resume with fewer or more.
 """
 
+import importlib
 import os
 import secrets
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -51,6 +53,7 @@ from ray_detox.runs.storage import StorageError
 from ray_detox.stages.cluster.admission import THREAD_END_TIMEOUT_S
 from ray_detox.stages.cluster.elastic import UpscaleTrigger, wait_for_workers
 from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
+from ray_detox.stages.cluster.private import LOOPBACK
 from ray_detox.stages.errors import TrainingDiverged, TrainingError, describe
 from ray_detox.stages.events import (
     CheckpointTaken,
@@ -365,12 +368,28 @@ def choose_interface() -> None:
     """Bind gloo to the interface of the node's Ray address, unless GLOO_SOCKET_IFNAME is set.
 
     By default gloo resolves the host name, which on many systems (127.0.1.1 on Debian) gives an
-    address that other machines cannot reach.
+    address that other machines cannot reach. In a local run NCCL and torch's store use the loopback
+    interface as well; by themselves they listen where the network can reach them.
     """
     here = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == here for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if here == LOOPBACK:
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    if here == LOOPBACK:
+        # torch has no setting for this address. By name, because the package has a function of the
+        # same name as this module, in which torch makes its stores.
+        rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
+        rendezvous.TCPStore = _loopback_store
+
+
+def _loopback_store(host_name: str, port: int, *, is_master: bool, **options: Any) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if is_master:
+        options["master_listen_fd"] = socket.create_server((LOOPBACK, port)).detach()
+    return TCPStore(host_name, port, is_master=is_master, **options)
 
 
 def _placement_groups() -> set[str]:

@@ -160,7 +160,7 @@ def train_worker(settings: dict[str, TrainJob]) -> WorkerResult:
     scorer = RewardClient(job.directory, config)
     began = time.perf_counter()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         outcome = train(config, runtime, policy, tokenizer, scorer, shards)
     except (NonFiniteError, StartError, DivergedError) as error:
         # Another attempt from the checkpoint would fail again. Returning the error, instead of

@@ -30,6 +30,7 @@ from ray_detox.store.pages import (
     limits_of,
 )
 from ray_detox.store.prepare import prepare, to_text
+from ray_detox.store.private import make_file, make_folder
 from ray_detox.store.protocol import SCHEMA, check_run_id
 
 # How long SQLite waits for a lock that another connection holds.
@@ -303,7 +304,8 @@ class SQLiteStore:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._to_store_errors():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
+            make_file(self.path)
             with closing(self._connect("rwc")) as db:
                 if self._version(db) == 0:
                     self._enable_wal(db)

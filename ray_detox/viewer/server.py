@@ -4,30 +4,38 @@
                                   '-anything else-> a file of static/
 
 The server listens on 127.0.0.1 and accepts only host names of this machine, so that another web
-site cannot read results by resolving its own name to this address (DNS rebinding).
+site cannot read results by resolving its own name to this address (DNS rebinding). It requires a
+random key, because other users of this machine can connect as well: the address that it prints has
+the key, and the browser keeps it in a cookie.
 """
 
+import hmac
+import html
 import logging
+import secrets
 import socketserver
 import sys
+import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from ray_detox.store.errors import StoreError
+from ray_detox.store.prepare import to_text
 from ray_detox.store.protocol import ResultStore
-from ray_detox.viewer.handler import SECURITY_HEADERS, respond
+from ray_detox.viewer.handler import API_HEADERS, SECURITY_HEADERS, respond
 
 log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).with_name("static")
 _CONFIG = b'{"auth": null}'
-"""Settings of the page: without sign-in, because only this machine can connect."""
+"""Settings of the page: without sign-in, because whoever reads this has the key."""
 _CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -44,6 +52,7 @@ def serve(
     open_browser: bool,
     say: Callable[[str], None],
     run_id: str | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -53,27 +62,44 @@ def serve(
         open_browser: open the page in the default browser, if there is one.
         say: called with each line for the user.
         run_id: the run to open; None opens the list of runs.
+        folder: folder for a file that the browser opens; None takes the system's temporary folder.
 
     Raises:
         StoreError: the server cannot listen on the port.
     """
     with make_server(store, port) as server:
-        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        address = server.address
         if run_id is not None:
             address += f"#/run/{run_id}"
         say(f"Serving results at {address} (press Ctrl-C to stop)")
-        if open_browser:
-            # On its own thread, because a browser in the terminal blocks until the user quits it.
-            threading.Thread(target=_open, args=(address,), daemon=True).start()
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say("Stopped.")
+        with _link_file(address, folder) if open_browser else nullcontext() as link:
+            if link is not None:
+                # On its own thread, because a browser in the terminal blocks until the user quits it.
+                threading.Thread(target=_open, args=(link,), daemon=True).start()
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                say("Stopped.")
+
+
+@contextmanager
+def _link_file(address: str, folder: Path | None) -> Iterator[str]:
+    """Yield the address of a private file that leads to `address`, as Jupyter makes one.
+
+    All users of this machine can read the arguments with which the browser starts.
+    """
+    text = html.escape(address)
+    page = f'<meta http-equiv="refresh" content="0; url={text}"><a href="{text}">{text}</a>'
+    # A browser in a sandbox, such as Ubuntu's Firefox, may read the user's folders and not /tmp.
+    with tempfile.TemporaryDirectory(prefix="view-", dir=folder) as private:  # mode 0700
+        file = Path(private).absolute() / "open.html"
+        file.write_text(page, encoding="utf-8")
+        yield file.as_uri()
 
 
 def make_server(
     store: ResultStore, port: int = 0, host: str = "127.0.0.1", static: Path = STATIC
-) -> ThreadingHTTPServer:
+) -> "_Server":
     """Create a listening server; call its `serve_forever` to handle requests.
 
     Raises:
@@ -116,6 +142,14 @@ class _Server(ThreadingHTTPServer):
         port = self.server_port
         names = ("127.0.0.1", "localhost", "[::1]")
         self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+        self.key = secrets.token_urlsafe(24)
+        # Cookies do not depend on the port, and a second server must not replace the key of this one.
+        self.cookie = f"ray-detox-{port}"
+        self.address = f"http://127.0.0.1:{port}/?key={self.key}"
+
+    def is_key(self, text: str) -> bool:
+        """Compare in constant time."""
+        return hmac.compare_digest(text.encode(), self.key.encode())
 
     def server_bind(self) -> None:
         # Skip HTTPServer.server_bind, which looks up this machine's name and can take seconds.
@@ -136,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _handle(self) -> None:
+        self._new_cookie = False
         path, _, query = self.path.partition("?")
         if "content-length" in self.headers or "transfer-encoding" in self.headers:
             # This server reads no bodies; on a kept connection the body would be parsed as a request.
@@ -147,6 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"This host name is not served; open {address} instead.",
             )
+        elif not self._has_key(path, query):
+            self._send_forbidden(path)
         elif path == "/api" or path.startswith("/api/"):
             self._send_api_response(path, query)
         elif self.command not in ("GET", "HEAD"):
@@ -159,6 +196,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_file(unquote(path))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _handle
+
+    def _has_key(self, path: str, query: str) -> bool:
+        """Return whether the request has the key: as a cookie or, on the page itself, in the query."""
+        if path == "/":
+            given = parse_qs(query).get("key", [])
+            if len(given) == 1 and self.server.is_key(given[0]):
+                self._new_cookie = True
+                return True
+        cookies = "; ".join(self.headers.get_all("cookie", [])).split(";")
+        pairs = (cookie.strip().partition("=") for cookie in cookies)
+        return any(name == self.server.cookie and self.server.is_key(v) for name, _, v in pairs)
+
+    def _send_forbidden(self, path: str) -> None:
+        message = "This page is private; open the whole address that `ray-detox view` printed, with its key."
+        if path.startswith("/api/"):
+            self._send(HTTPStatus.FORBIDDEN, API_HEADERS, to_text({"error": message}).encode())
+        else:
+            self._send_error(HTTPStatus.FORBIDDEN, message)
 
     def _send_api_response(self, path: str, query: str) -> None:
         event = {
@@ -191,6 +246,10 @@ class _Handler(BaseHTTPRequestHandler):
         # no-cache: after an upgrade the browser must not run cached modules of the old version.
         for name, value in {**SECURITY_HEADERS, "cache-control": "no-cache", **headers}.items():
             self.send_header(name, value)
+        if self._new_cookie:
+            # Until the browser ends; not for scripts, and not in requests that other sites make.
+            cookie = f"{self.server.cookie}={self.server.key}; Path=/; HttpOnly; SameSite=Strict"
+            self.send_header("set-cookie", cookie)
         self.send_header("content-length", str(len(body)))
         if self.close_connection:
             self.send_header("connection", "close")

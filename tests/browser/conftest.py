@@ -45,7 +45,7 @@ def serve():
         server = make_server(store)
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}/"
+        return server.address
 
     yield start
     for server in servers:

@@ -10,6 +10,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from ray_detox.store.sqlite import SQLiteStore
+from ray_detox.viewer.server import _link_file
 from ray_detox.viewer.standalone import render
 from tests.browser.runs import HISTORY, make_report, make_samples
 
@@ -596,6 +597,27 @@ def test_ten_thousand_samples_do_not_freeze_the_page(open_page, serve, tmp_path)
     expect(first_number(page)).to_have_text("#9999")
 
 
+# ---- the key of the local server -------------------------------------------------------------
+
+
+def test_the_file_that_view_opens_leads_to_the_page_and_no_key_stays_in_the_address(
+    open_page, address, tmp_path
+):
+    with _link_file(f"{address}#/run/first", tmp_path) as link:
+        page = open_page(link)
+        expect(page.locator("h1")).to_have_text("first")
+
+    assert page.url == f"{address.partition('?')[0]}#/run/first"
+    page.reload()
+    expect(page.locator("h1")).to_have_text("first")
+
+
+def test_without_the_key_the_page_is_one_sentence(open_page, address):
+    page = open_page(address.partition("?")[0], allowed=FAILED_LOADS)
+
+    expect(page.locator("body")).to_have_text(re.compile("^This page is private; open the whole"))
+
+
 # ---- sign-in ---------------------------------------------------------------------------------
 
 
@@ -603,13 +625,14 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
     seen = {}
     # Use the page's own origin, the only one that its security policy allows here.
-    auth = {"authorize": f"{address}login", "token": f"{address}token", "client_id": "page"}
+    origin = address.partition("?")[0]
+    auth = {"authorize": f"{origin}login", "token": f"{origin}token", "client_id": "page"}
 
     def login(route):
         query = dict(re.findall(r"[?&]([^=]+)=([^&]*)", route.request.url))
         seen["challenge"] = query["code_challenge"]
         assert query["code_challenge_method"] == "S256"
-        back = f"{address}?code=once&state={query['state']}"
+        back = f"{origin}?code=once&state={query['state']}"
         route.fulfill(status=302, headers={"location": back})
 
     def token(route):
@@ -633,7 +656,7 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     expect(page.locator("h1")).to_have_text("first")
     assert "grant_type=authorization_code" in seen["form"]
     assert "code_verifier=" in seen["form"]
-    assert page.url == f"{address}#/run/first"
+    assert page.url == f"{origin}#/run/first"
     page.reload()
     expect(page.locator("h1")).to_have_text("first")
     page.get_by_role("button", name="Sign out").click()
@@ -642,12 +665,14 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
 
 def test_a_code_with_another_state_is_not_taken(open_page, address):
     page = open_page("about:blank", allowed=FAILED_LOADS)
-    auth = {"authorize": f"{address}login", "token": f"{address}token", "client_id": "page"}
+    origin = address.partition("?")[0]
+    auth = {"authorize": f"{origin}login", "token": f"{origin}token", "client_id": "page"}
     page.route("**/config.json", lambda route: route.fulfill(json={"auth": auth}))
     asked = []
     page.route("**/token", lambda route: (asked.append(1), route.abort()))
 
-    page.goto(f"{address}?code=stolen&state=guess")
+    page.goto(address)
+    page.goto(f"{origin}?code=stolen&state=guess")
 
     expect(page.locator(".run")).to_have_count(3)
     assert asked == []

@@ -15,12 +15,14 @@ import secrets
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.runs.console import Console
 from ray_detox.signals import defer_sigterm, end_on_sigterm
+from ray_detox.stages.cluster.private import LOOPBACK, loopback_allowed, private_folder
 
 GCS_PROBE_TIMEOUT_S = 5.0
 """Longest wait for the head's GCS (global control service) to answer."""
@@ -62,8 +64,8 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A local cluster listens on ports that other users of this machine can reach, so it gets a
-        # token that only its own processes know. Ray reads it once, when it is imported.
+        # Other users of this machine can reach the ports of a local cluster, so it gets a token that
+        # only its own processes know. Ray reads it once, when it is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
@@ -76,21 +78,22 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
             yield
             return
         address = "this machine" if is_local(config) else config.cluster.address
-        try:
-            with console.stage("cluster", address) as made:
-                # Ray's own processes ignore SIGTERM then, as they ignore SIGINT. A shell, `timeout`,
-                # Slurm and systemd send it to all processes of a job, and Ray must not end before
-                # the driver has a checkpoint.
-                with defer_sigterm():
-                    _connect(config)
-                total = ray.cluster_resources()
-                made.append(
-                    f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, "
-                    f"{total.get('GPU', 0):g} GPUs"
-                )
-            yield
-        finally:
-            _disconnect()
+        with private_folder() if is_local(config) else nullcontext() as folder:
+            try:
+                with console.stage("cluster", address) as made:
+                    # Ray's own processes ignore SIGTERM then, as they ignore SIGINT. A shell,
+                    # `timeout`, Slurm and systemd send it to all processes of a job, and Ray must not
+                    # end before the driver has a checkpoint.
+                    with defer_sigterm():
+                        _connect(config, folder)
+                    total = ray.cluster_resources()
+                    made.append(
+                        f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, "
+                        f"{total.get('GPU', 0):g} GPUs"
+                    )
+                yield
+            finally:
+                _disconnect()
 
 
 def is_local(config: RunConfig) -> bool:
@@ -106,24 +109,28 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _connect(config: RunConfig) -> None:
+def _connect(config: RunConfig, folder: Path | None) -> None:
+    """Connect to the cluster; with `folder`, start one here whose files are in that folder."""
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if is_local(config):
+    if folder is not None:
         need = resources.needs(config, count_gpus())
         # Ray passes the path of Python to a shell without quotes, and the path of a checkout may
         # contain a space.
         quoted = shlex.quote(sys.executable)
         # address="local", or Ray would join another cluster on this machine. Ray only counts CPUs
         # and binds no process to them, so a machine with few CPUs can run what asks for more.
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
-            include_dashboard=False,
-            runtime_env={} if quoted == sys.executable else {"py_executable": quoted},
-            **quiet,
-        )
+        with loopback_allowed():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
+                include_dashboard=False,
+                runtime_env={} if quoted == sys.executable else {"py_executable": quoted},
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder),
+                **quiet,
+            )
         return
     address = config.cluster.address
     if address == "auto":

@@ -81,6 +81,8 @@ function showBar() {
 }
 
 async function start() {
+  // The server has kept its key in a cookie; a bookmark or a screenshot must not contain it.
+  if (new URLSearchParams(location.search).has("key")) history.replaceState(null, "", `/${location.hash}`);
   await startAuth();
   source = openSource();
   showBar();
