@@ -6,10 +6,11 @@
 The command line is built on the same functions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, overload
 
+from ray_detox.addresses import redact_tree
 from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import (
     apply_override,
@@ -36,6 +37,7 @@ def train(
     output: str | Path = "runs",
     resume: bool = False,
     accept_changes: bool = False,
+    trust_functions: bool = False,
     quiet: bool = False,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +55,8 @@ def train(
         resume: continue the run `run_id` from its newest checkpoint.
         accept_changes: continue even if the data, a model or the package is not the one that the run
             was started with; the report shows what differs.
+        trust_functions: with `resume` and without `config`, import the reward functions that the
+            run's stored settings name, even if this user has not run them on this machine.
         quiet: print no progress.
         stream: where to print progress; None is the standard output.
 
@@ -73,16 +77,19 @@ def train(
     """
     folder = RunFolder(Path(output), _run_id(config, run_id, resume))
     check_run_id(folder.run_id)
-    if resume:
-        config = _resumed(config, folder)
-    assert config is not None, "_run_id refuses a new run without settings"
     from ray_detox import pipeline
+    from ray_detox.runs import trusted
     from ray_detox.runs.console import Console
 
+    console = Console(stream, quiet=quiet)
+    if resume:
+        config = _resumed(config, folder, trust_functions, console.line)
+    assert config is not None, "_run_id refuses a new run without settings"
+    trusted.remember(config, folder.run_id)
     return pipeline.run(
         config,
         folder,
-        Console(stream, quiet=quiet),
+        console,
         resume=resume,
         accept_changes=accept_changes,
     )
@@ -95,6 +102,7 @@ def evaluate(
     *,
     checkpoint: str | None = None,
     accept_changes: bool = False,
+    trust_functions: bool = False,
     quiet: bool = False,
     stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -109,6 +117,8 @@ def evaluate(
             its step, such as `"20"`. The run need not have finished.
         accept_changes: measure even if the data or a model is not the one that the run was started
             with; the report shows what differs.
+        trust_functions: import the reward functions that the run's settings name, even if this user
+            has not run them on this machine; those in `overrides` need no such word.
         quiet: print no progress.
         stream: where to print progress; None is the standard output.
 
@@ -127,11 +137,13 @@ def evaluate(
     folder = RunFolder(Path(output), check_run_id(run_id))
     config = change_settings(folder.read_config(), overrides)
     from ray_detox import pipeline
+    from ray_detox.runs import trusted
     from ray_detox.runs.console import Console
 
-    return pipeline.evaluate_run(
-        config, folder, Console(stream, quiet=quiet), checkpoint, accept_changes=accept_changes
-    )
+    console = Console(stream, quiet=quiet)
+    if not any(word.partition("=")[0] in ("reward", "reward.terms") for word in overrides):
+        trusted.require_own(config, run_id, trust=trust_functions, say=console.line)
+    return pipeline.evaluate_run(config, folder, console, checkpoint, accept_changes=accept_changes)
 
 
 @overload
@@ -168,7 +180,7 @@ def results(
     """
     store = open_results(overrides, output, run_id)
     try:
-        return store.list_runs() if run_id is None else stored_report(store, run_id)
+        return stored_runs(store) if run_id is None else stored_report(store, run_id)
     finally:
         store.close()
 
@@ -238,6 +250,11 @@ def results_settings(config: "RunConfig", overrides: Sequence[str]) -> "ResultsC
     return config_from_dict(tree).results
 
 
+def stored_runs(store: ResultStore) -> list[dict[str, Any]]:
+    """Read the summaries of all runs from a store."""
+    return [redact_tree(summary) for summary in store.list_runs()]
+
+
 def stored_report(store: ResultStore, run_id: str) -> dict[str, Any]:
     """Read the report of a run from a store.
 
@@ -250,7 +267,8 @@ def stored_report(store: ResultStore, run_id: str) -> dict[str, Any]:
             f"No result of a run {run_id!r} is stored; `ray-detox results` lists those that are. "
             "A run that was stopped goes on with ray-detox run --resume."
         )
-    return report
+    redacted: dict[str, Any] = redact_tree(report)
+    return redacted
 
 
 def _run_id(config: "RunConfig | None", run_id: str | None, resume: bool) -> str:
@@ -264,20 +282,31 @@ def _run_id(config: "RunConfig | None", run_id: str | None, resume: bool) -> str
     return new_run_id(config.recipe)
 
 
-def _resumed(config: "RunConfig | None", folder: RunFolder) -> "RunConfig":
+def _resumed(
+    config: "RunConfig | None",
+    folder: RunFolder,
+    trust_functions: bool,
+    say: Callable[[str], None],
+) -> "RunConfig":
     """Return the settings of a run to resume, fetched from its storage if it is not here.
 
     Raises:
-        ConfigError: there is no such run, or the settings are those of another one.
+        ConfigError: there is no such run, or the settings are those of another one, or they name
+            functions that the user has not run.
     """
-    if config is not None and config.train.storage is not None and not folder.has_settings():
-        from ray_detox.runs.resume import resume_from_storage
+    from ray_detox.runs import trusted
+    from ray_detox.runs.resume import require_same_run, resume_from_storage
 
-        resume_from_storage(folder, config.train.storage)
-    stored = folder.read_config()
     if config is None:
-        return stored
-    from ray_detox.runs.resume import require_same_run
-
-    require_same_run(config, stored, folder.run_id)
+        config = folder.read_config()
+        trusted.require_own(config, folder.run_id, trust=trust_functions, say=say)
+        return config
+    if config.train.storage is not None and not folder.has_settings():
+        given = config
+        resume_from_storage(
+            folder,
+            config.train.storage,
+            lambda stored: require_same_run(given, stored, folder.run_id),
+        )
+    require_same_run(config, folder.read_config(), folder.run_id)
     return config

@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ray_detox.addresses import credentials_in, has_credentials
 from ray_detox.errors import ConfigError as ConfigError  # also imported from here
 
 # ---- types of settings -----------------------------------------------------------------------
@@ -89,6 +90,18 @@ def count_range(value: object) -> tuple[int, int]:
     raise ValueError("a whole number of at least 1, or a range such as 1..4")
 
 
+def _check_address(value: str) -> str:
+    if has_credentials(value):
+        raise PydanticCustomError("credentials", "has credentials")
+    return value
+
+
+def _check_host(value: str) -> str:
+    if has_credentials(value, is_host=True):
+        raise PydanticCustomError("credentials", "has credentials")
+    return value
+
+
 _PARSE = BeforeValidator(_parse_number)
 _LIST = BeforeValidator(_parse_list)
 Number = Annotated[float, _PARSE]
@@ -96,6 +109,10 @@ Number = Annotated[float, _PARSE]
 Positive = Annotated[float, Field(gt=0), _PARSE]
 NonNegative = Annotated[float, Field(ge=0), _PARSE]
 Share = Annotated[float, Field(ge=0, le=1), _PARSE]
+Address = Annotated[str, AfterValidator(_check_address)]
+"""A folder, a hub id or a URL, without credentials: settings are stored and shown."""
+Host = Annotated[str, AfterValidator(_check_host)]
+"""A URL or `host:port`, without credentials."""
 AtLeastOne = Annotated[int, Field(ge=1)]
 CountOrRange = Annotated[int | str, BeforeValidator(_check_count)]
 """A whole number of at least 1, or a range such as `1..4`."""
@@ -147,7 +164,7 @@ class DataConfig(Section):
     PATH = "data"
 
     path: Annotated[
-        str, Field(min_length=1), Remedy("give a file, a folder, a hub id or `lab`")
+        Address, Field(min_length=1), Remedy("give a file, a folder, a hub id or `lab`")
     ] = "lab"
     """`lab` (the embedded corpus), a .jsonl, .csv or .parquet file or folder, `s3://...`, or a hub id."""
     revision: str | None = None
@@ -194,11 +211,13 @@ class PolicyConfig(Section):
 
     PATH = "policy"
 
-    model: Annotated[str, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = "lab"
+    model: Annotated[Address, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = (
+        "lab"
+    )
     """`lab` (the embedded T5), a hub id, a local folder or `s3://...`."""
     revision: str | None = None
     """Commit or tag of a hub model."""
-    adapter: str | None = None
+    adapter: Address | None = None
     """Starting adapter (peft folder or hub id); training continues from it and KL is measured to it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward passes: `float32`, `bfloat16`, or `auto` (bfloat16 on a GPU that has it)."""
@@ -275,7 +294,9 @@ class ClassifierConfig(Section):
 
     PATH = "reward.terms.classifier"
 
-    model: Annotated[str, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = "lab"
+    model: Annotated[Address, Field(min_length=1), Remedy("give a hub id, a folder or `lab`")] = (
+        "lab"
+    )
     """`lab` (the embedded RoBERTa), a hub id, a local folder or `s3://...` of a sequence classifier."""
     revision: str | None = None
     """Commit or tag of a hub model."""
@@ -571,7 +592,7 @@ class TrainConfig(Section):
     measures none, and then no checkpoint is the best."""
     probe_every: AtLeastOne = 5
     """PPO steps between two such measurements; each samples and scores the probe prompts once."""
-    storage: str | None = None
+    storage: Address | None = None
     """Folder or `s3://...` for checkpoints that every node can reach; null takes the run's own folder."""
     unsaved_warning_s: Positive = 60.0
     """Seconds that checkpoints wait for a storage that fails or is slow before every step prints a
@@ -656,7 +677,7 @@ class ClusterConfig(Section):
 
     PATH = "cluster"
 
-    address: Annotated[str, Field(min_length=1), Remedy("use auto, local or host:port")] = "auto"
+    address: Annotated[Host, Field(min_length=1), Remedy("use auto, local or host:port")] = "auto"
     """`auto` (the cluster this process was submitted to, else a local one), `local`, or `host:port`."""
     capacity_timeout_s: NonNegative = 60.0
     """Seconds to wait for resources: nodes that are being added or busy; 0 expects them at once."""
@@ -681,7 +702,7 @@ class ResultsConfig(Section):
     """DynamoDB table."""
     region: str | None = None
     """AWS region; null takes AWS_REGION or AWS_DEFAULT_REGION."""
-    endpoint_url: str | None = None
+    endpoint_url: Host | None = None
     """Another DynamoDB endpoint, for emulators."""
 
 
@@ -785,6 +806,8 @@ def _message(section: type[Section], error: ErrorDetails) -> str:
         return f"{parent} is incomplete: {where[-1]} is missing."
     if kind == "incomplete":
         return f"{name} is incomplete: {error['msg']}."
+    if kind == "credentials":
+        return credentials_in(name)
     if kind == "value_error":
         reason = bounds["error"]
         if isinstance(reason, ConfigError):

@@ -15,8 +15,10 @@ Run it again to update; stored results stay. Needs python3 and the aws CLI, sign
   --existing-table       the table exists (ray-detox table create)
   --access HOW           cognito (default): users that you add
                          jwt: users of another issuer, with --jwt-issuer URL --jwt-audience ID
+                         (and --jwt-scope SCOPE, which its access tokens have; default openid)
                          public: anybody who knows the address
   --code-bucket NAME     bucket for the code, created if necessary; default ray-detox-code-ACCOUNT-REGION
+  --mfa HOW              off (default), optional or on: a second factor, with cognito
   --package-only FILE    only write the zip file of the Lambda function
 
 Deleting the stack (aws cloudformation delete-stack) keeps the table and the bucket of the page.
@@ -30,7 +32,8 @@ die() {
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 region=${AWS_REGION:-${AWS_DEFAULT_REGION:-}}
-stack=ray-detox-results table=ray-detox create=true access=cognito issuer="" audience="" package="" code=""
+stack=ray-detox-results table=ray-detox create=true access=cognito issuer="" audience="" scope=openid mfa=off
+package="" code=""
 while (($#)); do
   case $1 in
     -h | --help)
@@ -38,7 +41,8 @@ while (($#)); do
       exit
       ;;
     --existing-table) create=false ;;
-    --region | --stack | --table | --access | --jwt-issuer | --jwt-audience | --code-bucket | --package-only)
+    --region | --stack | --table | --access | --jwt-issuer | --jwt-audience | --jwt-scope | --mfa | \
+      --code-bucket | --package-only)
       (($# > 1)) || die "$1 needs a value; see --help."
       case $1 in
         --region) region=$2 ;;
@@ -47,6 +51,8 @@ while (($#)); do
         --access) access=$2 ;;
         --jwt-issuer) issuer=$2 ;;
         --jwt-audience) audience=$2 ;;
+        --jwt-scope) scope=$2 ;;
+        --mfa) mfa=$2 ;;
         --code-bucket) code=$2 ;;
         --package-only) package=$2 ;;
       esac
@@ -65,7 +71,7 @@ import zipfile
 from pathlib import Path
 
 root, target = Path(sys.argv[1]), sys.argv[2]
-files = [root / f"ray_detox/{name}.py" for name in ("__init__", "bounded", "errors")]
+files = [root / f"ray_detox/{name}.py" for name in ("__init__", "addresses", "bounded", "errors")]
 files += sorted((root / "ray_detox/store").glob("*.py"))
 files += sorted((root / "ray_detox/viewer").glob("*.py"))
 with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -85,6 +91,10 @@ case $access in
   cognito | public) ;;
   jwt) [[ -n $issuer && -n $audience ]] || die "--access jwt needs --jwt-issuer and --jwt-audience." ;;
   *) die "--access is '$access'; expected cognito, jwt or public." ;;
+esac
+case $mfa in
+  off | optional | on) ;;
+  *) die "--mfa is '$mfa'; expected off, optional or on." ;;
 esac
 [[ -n $region ]] || die "no region; pass --region, or set AWS_REGION."
 command -v aws >/dev/null || die "the aws CLI is not installed; see https://aws.amazon.com/cli/."
@@ -108,6 +118,8 @@ if ! aws s3api head-bucket --bucket "$code" "${owned[@]}" >/dev/null 2>&1; then
 fi
 aws s3api put-public-access-block --bucket "$code" "${owned[@]}" --public-access-block-configuration \
   BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+# Versions keep what the Lambda function was deployed from, if somebody overwrites it.
+aws s3api put-bucket-versioning --bucket "$code" "${owned[@]}" --versioning-configuration Status=Enabled
 
 # upload BUCKET KEY FILE [OPTIONS]. `aws s3 cp` does not check the owner.
 upload() {
@@ -120,7 +132,7 @@ output() {
     --query "Stacks[0].Outputs[?OutputKey=='$1'].OutputValue | [0]"
 }
 
-# discover ISSUER CLIENT FILE: write the sign-in settings of the page; print the origin of its token.
+# discover ISSUER CLIENT SCOPE FILE: write the sign-in settings of the page; print the origin of its token.
 discover() {
   python3 - "$@" <<'PYTHON'
 import json
@@ -128,7 +140,7 @@ import sys
 import urllib.parse
 import urllib.request
 
-issuer, client, target = sys.argv[1:]
+issuer, client, scope, target = sys.argv[1:]
 address = issuer.rstrip("/") + "/.well-known/openid-configuration"
 with urllib.request.urlopen(address, timeout=20) as answer:
     found = json.load(answer)
@@ -136,7 +148,9 @@ auth = {
     "authorize": found["authorization_endpoint"],
     "token": found["token_endpoint"],
     "logout": found.get("end_session_endpoint"),
+    "revoke": found.get("revocation_endpoint"),
     "client_id": client,
+    "scope": scope if scope == "openid" else f"openid {scope}",
 }
 with open(target, "w", encoding="utf-8") as file:
     json.dump({"auth": auth}, file)
@@ -146,13 +160,13 @@ PYTHON
 
 sign_in=""
 if [[ $access == jwt ]]; then
-  sign_in=$(discover "$issuer" "$audience" "$work/config.json" 2>/dev/null) ||
+  sign_in=$(discover "$issuer" "$audience" "$scope" "$work/config.json" 2>/dev/null) ||
     die "$issuer/.well-known/openid-configuration cannot be read; check --jwt-issuer."
 fi
 
 echo "deploying $stack to $region (some minutes the first time, for CloudFront)"
 parameters=(TableName="$table" CreateTable="$create" Access="$access" CodeBucket="$code" CodeKey="$key"
-  JwtIssuer="$issuer" JwtAudience="$audience" SignInOrigin="$sign_in")
+  JwtIssuer="$issuer" JwtAudience="$audience" JwtScope="$scope" SignInOrigin="$sign_in" Mfa="${mfa^^}")
 # An existing stack keeps its secret: CloudFormation reuses the value of a parameter that is not passed.
 if ! aws cloudformation describe-stacks --stack-name "$stack" >/dev/null 2>&1; then
   parameters+=(OriginSecret="$(python3 -c 'import secrets; print(secrets.token_hex(32))')")

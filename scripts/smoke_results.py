@@ -7,8 +7,12 @@ behind an HTTP API with sign-in, against its own DynamoDB. If the aws CLI is ins
 deploy_results.sh deploys as well.
 """
 
+import base64
+import hashlib
+import http.client
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -21,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import boto3
 
@@ -115,20 +120,39 @@ def ask(address: str, api: str, path: str, **headers: str) -> tuple[int, Any, fl
         return error.code, error.read().decode(), time.monotonic() - start
 
 
-def sign_in(address: str, stack: dict[str, str]) -> str:
-    """Create a reader, sign in, and return the access token."""
+def sign_in(address: str, stack: dict[str, str]) -> dict[str, str]:
+    """Create a reader, sign in as the page does, and return the tokens."""
     users = client("cognito-idp", address)
     name, password = "reader@example.com", "Correct-horse-1-battery"
     pool = {"UserPoolId": stack["UserPoolId"]}
     users.admin_create_user(**pool, Username=name, TemporaryPassword=password)
     users.admin_set_user_password(**pool, Username=name, Password=password, Permanent=True)
-    answer = users.admin_initiate_auth(
-        **pool,
-        ClientId=stack["SignInClient"],
-        AuthFlow="ADMIN_USER_PASSWORD_AUTH",
-        AuthParameters={"USERNAME": name, "PASSWORD": password},
-    )
-    return str(answer["AuthenticationResult"]["AccessToken"])
+    found = users.describe_user_pool_client(**pool, ClientId=stack["SignInClient"])
+    verifier = secrets.token_urlsafe(48)
+    digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
+    page = {
+        "client_id": stack["SignInClient"],
+        "redirect_uri": found["UserPoolClient"]["CallbackURLs"][0],
+    }
+    challenge = {
+        "response_type": "code",
+        "scope": "openid",
+        "code_challenge": digest.rstrip(b"=").decode(),
+        "code_challenge_method": "S256",
+    }
+    back = post(address, "/login", page | challenge | {"username": name, "password": password})
+    (code,) = parse_qs(urlsplit(back.headers["location"]).query)["code"]
+    grant = {"grant_type": "authorization_code", "code": code, "code_verifier": verifier}
+    tokens: dict[str, str] = json.loads(post(address, "/oauth2/token", page | grant).read())
+    return tokens
+
+
+def post(address: str, path: str, form: dict[str, str]) -> http.client.HTTPResponse:
+    """Send a form without following a redirection."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    connection.request("POST", path, urlencode(form), kind)
+    return connection.getresponse()
 
 
 def deploy_by_script(address: str) -> str:
@@ -170,8 +194,12 @@ def main(program: str) -> None:
         check("with sign-in, without a token", status, 401)
         status, _, _ = ask(address, closed["ApiId"], "/api/runs", Authorization="Bearer forged")
         check("with sign-in, with a forged token", status, 401)
-        bearer = f"Bearer {sign_in(address, closed)}"
-        headers = {"Authorization": bearer, "x-origin-secret": SECRET}
+        tokens = sign_in(address, closed)
+        check("sign-in, tokens for the page", {"refresh_token", "id_token"} <= tokens.keys(), True)
+        headers = {"Authorization": f"Bearer {tokens['id_token']}", "x-origin-secret": SECRET}
+        status, _, _ = ask(address, closed["ApiId"], "/api/runs/smoke", **headers)
+        check("with sign-in, with an ID token", status, 403)
+        headers["Authorization"] = f"Bearer {tokens['access_token']}"
         status, body, _ = ask(address, closed["ApiId"], "/api/runs/smoke", **headers)
         check("with sign-in, with a reader's token", (status, body), (200, REPORT))
 

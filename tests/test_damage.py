@@ -338,7 +338,7 @@ def test_a_run_is_taken_from_any_storage_or_refused_in_a_sentence(tmp_path, cont
     before = set(folder.output.glob("*/*"))
 
     for act in (
-        lambda: resume.resume_from_storage(folder, str(tmp_path / "kept")),
+        lambda: resume.resume_from_storage(folder, str(tmp_path / "kept"), check=id),
         lambda: open_run(config, elsewhere, print, resume=False, found={}, accept=False).release(),
     ):
         (kept / "config.json").write_bytes(content)

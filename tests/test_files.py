@@ -16,7 +16,15 @@ from ray_detox.recipes.loading import recipe_names, schema
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {
     folder: (ROOT / folder / "README.md").read_text(encoding="utf-8")
-    for folder in (".", "cluster", "ray_detox/recipes", "ray_detox/store", "scripts", "tests")
+    for folder in (
+        ".",
+        "cluster",
+        "ray_detox",
+        "ray_detox/recipes",
+        "ray_detox/store",
+        "scripts",
+        "tests",
+    )
 }
 
 

@@ -271,7 +271,7 @@ def test_a_run_goes_on_in_another_folder_from_its_storage(tmp_path):
     words = [f"train.storage={tmp_path / 'kept'}"]
     first = run_to_step(3, tmp_path, *words)
     folder = RunFolder(tmp_path / "elsewhere", "first")
-    resume_from_storage(folder, str(tmp_path / "kept"))
+    resume_from_storage(folder, str(tmp_path / "kept"), check=id)
 
     found = prepare(tmp_path, *words, resume=True, output="elsewhere")
 

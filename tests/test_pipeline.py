@@ -114,7 +114,9 @@ def test_resuming_from_unreadable_storage_is_refused_in_one_line(tmp_path):
     (tmp_path / "kept/first").write_text("in the way")
 
     with pytest.raises(ConfigError, match=r"^train.storage: .*first cannot be read"):
-        resume.resume_from_storage(RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"))
+        resume.resume_from_storage(
+            RunFolder(tmp_path / "runs", "first"), str(tmp_path / "kept"), check=id
+        )
 
 
 def test_runs_that_share_a_storage_have_separate_checkpoints(tmp_path):
@@ -133,7 +135,7 @@ def test_runs_that_share_a_storage_with_a_query_are_found_again(tmp_path):
 
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a", "b"]
     elsewhere = RunFolder(tmp_path / "elsewhere", "a")
-    resume.resume_from_storage(elsewhere, address)
+    resume.resume_from_storage(elsewhere, address, check=id)
     assert elsewhere.read_config() == config
 
 

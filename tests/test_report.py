@@ -1,6 +1,7 @@
 """The report of a run as text: its parts, its width, and text that is hostile or missing."""
 
 import copy
+import sys
 import unicodedata
 
 import numpy as np
@@ -138,6 +139,40 @@ def test_model_output_cannot_steer_the_terminal(report):
     assert text.printable(shown.replace("\n", "")) == shown.replace("\n", "").strip()
     assert "\\x1b[2J" in shown
     assert "\\u202e" in shown
+
+
+INVISIBLE = (
+    "\u061c\u180e\u00ad\u034f\u115f\u1160\u17b4\u17b5\u200b\u200d"
+    "\u2066\u3164\ufeff\uffa0\U000e0041\U000e0101"
+)
+
+
+@pytest.mark.parametrize("character", INVISIBLE)
+def test_an_invisible_character_is_written_out_in_every_text_of_a_run(report, character):
+    name = f"a{character}b"
+    report |= {"run_id": name, "recipe": name, "status": name, "notes": [name]}
+    report["verdict"] = {"name": name, "sentence": name, "reasons": [name]}
+
+    shown = text.describe_run(report) + text.list_line(report) + text.list_table([report], 200)
+
+    assert character not in shown
+    assert f"{ord(character):x}" in shown
+
+
+def test_every_format_character_of_unicode_is_written_out():
+    codes = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == "Cf"]
+    variations = [chr(c) for first in (0xFE00, 0xE0100) for c in range(first, first + 16)]
+
+    left = [
+        c for c in codes + variations if text.printable(f"a{c}b") != "ab" and c in text.printable(c)
+    ]
+
+    assert len(codes) > 100
+    assert left == []
+
+
+def test_an_emoji_stays_without_the_choice_of_its_style():
+    assert text.printable("\u2764\ufe0f \u00e9\u0301 \u6c49") == "\u2764 \u00e9\u0301 \u6c49"
 
 
 @given(st.text())

@@ -118,6 +118,29 @@ def test_the_api_is_throttled_and_requires_sign_in(resources):
     assert 0 < limits["ThrottlingRateLimit"] <= limits["ThrottlingBurstLimit"] <= 100
 
 
+def test_an_id_token_is_not_accepted(resources):
+    (route,) = of_type(resources, "AWS::ApiGatewayV2::Route")
+
+    # API Gateway takes any valid token of the issuer for a route without scopes.
+    when, scopes, otherwise = route["Properties"]["AuthorizationScopes"]["Fn::If"]
+    assert when == "UseAuth"
+    assert scopes == [{"Fn::If": ["UseCognito", "openid", {"Ref": "JwtScope"}]}]
+    assert otherwise == {"Ref": "AWS::NoValue"}
+
+
+def test_a_second_factor_is_a_switch_and_tokens_can_be_revoked(resources):
+    parameters = plain(cfn_yaml.loads(TEMPLATE))["Parameters"]
+    (pool,) = of_type(resources, "AWS::Cognito::UserPool")
+    (reader,) = of_type(resources, "AWS::Cognito::UserPoolClient")
+
+    assert parameters["Mfa"]["AllowedValues"] == ["OFF", "OPTIONAL", "ON"]
+    assert pool["Properties"]["MfaConfiguration"] == {"Ref": "Mfa"}
+    assert pool["Properties"]["EnabledMfas"]["Fn::If"][:2] == ["UseMfa", ["SOFTWARE_TOKEN_MFA"]]
+    assert reader["Properties"]["EnableTokenRevocation"] is True
+    assert reader["Properties"]["TokenValidityUnits"]["RefreshToken"] == "minutes"
+    assert reader["Properties"]["RefreshTokenValidity"] <= 60
+
+
 def test_every_log_has_a_retention_period(resources):
     logs = of_type(resources, "AWS::Logs::LogGroup")
 
@@ -230,6 +253,7 @@ print(json.dumps(getattr(module, {name!r})(event, None)))
     [
         (["--access", "everybody"], "--access is 'everybody'; expected cognito, jwt or public."),
         (["--access", "jwt"], "--access jwt needs --jwt-issuer and --jwt-audience."),
+        (["--mfa", "maybe"], "--mfa is 'maybe'; expected off, optional or on."),
         ([], "no region; pass --region, or set AWS_REGION."),
         (["--region"], "--region needs a value; see --help."),
         (["--regoin", "x"], "unknown option --regoin; see --help."),

@@ -521,7 +521,7 @@ def test_an_order_that_is_nan_is_refused():
 
 def check(capsys, *words):
     """Return the exit code, the notes and the error of `ray-detox check lab ...`."""
-    code = cli.main(["check", "lab", *words])
+    code = cli.main(["check", "lab", "--try-functions", *words])
     out, err = capsys.readouterr()
     return code, [line for line in out.splitlines() if line.startswith("note: ")], err
 

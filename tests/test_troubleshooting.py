@@ -28,6 +28,7 @@ OUR_MESSAGES = {
     "was started with other content of": "runs/held.py",
     "would make another run of": "runs/resume.py",
     "holds nothing of run": "runs/held.py",
+    "name functions that you have not run on this machine": "runs/trusted.py",
 }
 RAY_MESSAGES = {
     "No available node types can fulfill": "autoscaler/v2/event_logger.py",

@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -756,6 +758,57 @@ def test_a_body_is_not_parsed_as_the_next_request(port):
         answers = b"".join(iter(lambda: client.recv(4096), b""))
 
     assert answers.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("target", ["/", "/api/runs"])
+def test_a_request_that_takes_too_long_is_ended_however_often_it_speaks(port, target, monkeypatch):
+    monkeypatch.setattr(server_module, "REQUEST_S", 0.3)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-Slow: ".encode())
+        client.settimeout(0.02)
+        for _ in range(1000):  # 20 s; each byte would restart a time limit on a single read
+            try:
+                client.sendall(b"x")
+                if client.recv(1) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the server went on reading")
+
+
+def test_a_response_that_nobody_reads_is_ended(port, static, monkeypatch):
+    (static / "style.css").write_bytes(b" " * 30_000_000)
+    monkeypatch.setattr(server_module, "REQUEST_S", 0.3)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(f"GET /style.css HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        for _ in range(50):
+            time.sleep(0.02)
+            client.recv(1)
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while more := client.recv(1 << 20):
+                received += len(more)
+
+    assert received < 30_000_000
+
+
+def test_each_request_of_a_connection_has_its_own_time(port, monkeypatch):
+    monkeypatch.setattr(server_module, "REQUEST_S", 0.3)
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    for _ in range(3):
+        client.request("GET", "/")
+        assert client.getresponse().read()
+        time.sleep(0.2)
+    client.close()
+
+
+def test_many_clients_may_connect_before_the_server_answers(sqlite_store, static):
+    with make_server(sqlite_store, static=static) as server, contextlib.ExitStack() as clients:
+        for _ in range(60):  # nobody accepts them yet; a client beyond the backlog would wait
+            clients.enter_context(socket.create_connection(server.server_address, timeout=2))
 
 
 def test_head_is_get_without_its_body(port):

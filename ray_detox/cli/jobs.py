@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray_detox
+from ray_detox.addresses import credentials_in, has_credentials
 from ray_detox.cli.output import print_error
 from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import apply_override, load_config, split_words
@@ -41,6 +42,12 @@ LARGEST = 90 * 2**20
 
 STOP_S = 120
 """Time in which a driver can write its checkpoint after `ray job stop`, before Ray kills it."""
+
+_SECRET = re.compile(
+    "TOKEN|SECRET|PASS(W|PHRASE)|PWD|CREDENTIAL|_KEY|APIKEY|PRIVATE|DATABASE_URL|DSN|CONNECTION_?STRING|"
+    "SIGNATURE|(^|_)(KEY|PASS|SAS|JWT)($|_)"
+)
+"""Names of variables whose value is likely a secret."""
 
 HTTP_TIMEOUT_S = 10.0
 """Longest wait for an answer from the address."""
@@ -68,6 +75,11 @@ def add_verbs(add: Add) -> None:
         "--run-id", metavar="ID", help="name of the run; default: recipe, time and a random part"
     )
     sub.add_argument("--resume", metavar="RUN", help="continue a run from its newest checkpoint")
+    sub.add_argument(
+        "--trust-functions",
+        action="store_true",
+        help="with --resume: as for run, if the run started on another head",
+    )
     sub.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS),
@@ -175,7 +187,10 @@ def _read(args: argparse.Namespace) -> tuple[str, list[str], list[Path]]:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         for word in args.words:
             apply_override({}, word)
-        return check_run_id(args.resume), ["--resume", args.resume, *args.words], files
+            if has_credentials(word):  # the dashboard shows a job's command
+                raise ConfigError(credentials_in(word.partition("=")[0]))
+        trust = ["--trust-functions"] if args.trust_functions else []
+        return check_run_id(args.resume), ["--resume", args.resume, *trust, *args.words], files
     recipe, settings = split_words(args.words)
     config = load_config(recipe, settings)
     if config.cluster.address != "auto":
@@ -197,7 +212,7 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--env {name!r} is not a variable; expected NAME=VALUE.")
-        if re.search("TOKEN|SECRET|PASSW|CREDENTIAL|_KEY", name.upper()):
+        if _SECRET.search(name.upper()) or has_credentials(value):
             raise ConfigError(
                 f"--env {name} would be shown on the dashboard. Give the nodes access in another "
                 "way: a role of the cloud, or a file that only they can read."
@@ -208,6 +223,8 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reach(address: str) -> "JobSubmissionClient":
     """Return a client of the job server, which must answer and run this version of Ray."""
+    if has_credentials(address, is_host=True):
+        raise ConfigError(credentials_in("--address"))
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
         raise ConfigError(
             f"--address {address!r} is not a job server; expected the dashboard's address, "

@@ -108,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
             "started with; the report shows it",
         )
 
+    def add_trust_functions(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--trust-functions",
+            action="store_true",
+            help="import the reward functions that the run's settings name although you have not run "
+            "them on this machine; they are code",
+        )
+
     def add_checkpoint(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--checkpoint",
@@ -120,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("words", nargs="*", default=(), metavar="RECIPE|SETTING", help=recipes)
     sub.add_argument(
         "--live", action="store_true", help="check the cluster, its nodes and the store instead"
+    )
+    sub.add_argument(
+        "--try-functions",
+        action="store_true",
+        help="import the reward functions that the recipe names, and try them on a few texts",
     )
     add_output(sub)
     sub = add("run", _run, "Train a policy, measure it and store the result; the main job.")
@@ -134,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "train.storage= as well",
     )
     add_accept_changes(sub)
+    add_trust_functions(sub)
     add_output(sub)
     cli_jobs.add_verbs(add)
     sub = add("evaluate", _evaluate, "Measure a run's adapter again, also with changed settings.")
@@ -148,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the report as JSON")
     add_checkpoint(sub)
     add_accept_changes(sub)
+    add_trust_functions(sub)
     add_output(sub)
     cli_results.add_verbs(add, add_output)
     add("schema", _schema, "Print the JSON schema of a recipe, for editors.")
@@ -175,9 +190,9 @@ def _check(args: argparse.Namespace) -> int:
 
     config = _load(args.words)
     if args.live:
-        return _check_live(config, args.output)
-    fetched = preflight.check_without_fetching(config)
-    notes = preflight.reward_notes(config)
+        return _check_live(config, args.output, args.try_functions)
+    fetched = preflight.check_without_fetching(config, functions=args.try_functions)
+    notes = preflight.reward_notes(config, functions=args.try_functions)
     need = needs(config, cluster_gpus=0)
     settings = config.to_dict()
     # An encoding without all characters gets YAML's escapes: what is shown stays a recipe.
@@ -201,7 +216,7 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_live(config: "RunConfig", output: Path) -> int:
+def _check_live(config: "RunConfig", output: Path, try_functions: bool) -> int:
     """Check everything that a run would use, the cluster first, since it is most often at fault."""
     from ray_detox.resources import placement, table
     from ray_detox.runs.console import Console
@@ -229,41 +244,51 @@ def _check_live(config: "RunConfig", output: Path) -> int:
         grows = admission.has_autoscaler()
         console.line(f"autoscaler: {'yes' if grows else 'no, the nodes are those there are'}")
         preflight.check_output(output)
-        preflight.check(config)
+        preflight.check(config, functions=try_functions)
         console.line("data, models, adapter and storage: looked at from here")
         check_store(config.results, RunFolder(output, "check"), new_run=False)
         console.line(f"results: {config.results.store} can be used")
-        for probe in probe_nodes(config):
+        for probe in probe_nodes(config, functions=try_functions):
             console.line(
                 f"node {probe.address}: models, data, versions and disk looked at, "
                 f"{probe.seconds:.1f} s"
             )
+    if not try_functions:
+        for note in preflight.untried_functions(config):
+            console.line(f"note: {note}")
     console.line(f"all is there, {time.monotonic() - began:.1f} s")
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
     from ray_detox import api, pipeline
+    from ray_detox.runs import trusted
     from ray_detox.runs.console import Console
     from ray_detox.runs.report_text import describe_run
     from ray_detox.runs.resume import resume_from_storage, resumed_settings
 
+    console = Console()
     resume = args.resume is not None
     if resume:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = RunFolder(args.output, args.resume)
+
+        def require_own(stored: "RunConfig") -> None:
+            trusted.require_own(stored, folder.run_id, trust=args.trust_functions, say=console.line)
+
         storage = [w.partition("=")[2] for w in args.words if w.startswith("train.storage=")]
         if storage and not folder.has_settings():
-            resume_from_storage(folder, storage[-1])
-        config = resumed_settings(folder.read_config(), args.words, folder.run_id)
+            resume_from_storage(folder, storage[-1], require_own)
+        stored = folder.read_config()
+        require_own(stored)
+        config = resumed_settings(stored, args.words, folder.run_id)
     else:
         config = _load(args.words)
         run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
         folder = RunFolder(args.output, run_id)
     output = f" --output {shlex.quote(str(args.output))}" if args.output != Path("runs") else ""
     go_on = f"ray-detox run --resume {folder.run_id}{output}"
-    console = Console()
     try:
         report = api.train(
             config,
@@ -325,6 +350,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             args.output,
             checkpoint=args.checkpoint,
             accept_changes=args.accept_changes,
+            trust_functions=args.trust_functions,
             stream=progress,
         )
     except RuntimeError as error:

@@ -89,7 +89,7 @@ def _results(args: argparse.Namespace) -> int:
             else:
                 print(describe_run(report, list(store.get_samples(args.run_id)), width))
             return 0
-        runs = store.list_runs()
+        runs = api.stored_runs(store)
         if args.json:
             print(json.dumps(runs, indent=2))
         elif not runs:

@@ -7,7 +7,6 @@ is executed and nothing is unpickled.
 
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from ray_detox.addresses import redact
 from ray_detox.bounded import DamagedError, read_regular, read_stream
 from ray_detox.errors import first_line
 from ray_detox.runs.storage import Storage, StorageError, write_atomic
@@ -262,7 +263,8 @@ class S3File:
         return self._client
 
     def _failed(self, verb: str, error: Exception) -> StorageError:
-        return StorageError(f"{self.storage.address} cannot be {verb}: {first_line(error)}.")
+        address = redact(self.storage.address)
+        return StorageError(f"{address} cannot be {verb}: {first_line(error)}.")
 
 
 _CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "404", "409", "412")
@@ -286,12 +288,6 @@ def _open_s3(address: str) -> tuple[Any, dict[str, str]]:
     endpoint = options.get("endpoint_override")
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-    credentials = {}
-    if parts.username and parts.password:
-        credentials = {
-            "aws_access_key_id": unquote(parts.username),
-            "aws_secret_access_key": unquote(parts.password),
-        }
     client = boto3.client(
         "s3",
         region_name=options.get("region"),
@@ -306,10 +302,9 @@ def _open_s3(address: str) -> tuple[Any, dict[str, str]]:
             # As pyarrow does with another service than AWS.
             s3={"addressing_style": "path"} if endpoint else {},
         ),
-        **credentials,
     )
     key = "/".join(part for part in (unquote(parts.path).strip("/"), NAME) if part)
-    return client, {"Bucket": parts.netloc.rpartition("@")[2], "Key": key}
+    return client, {"Bucket": parts.netloc, "Key": key}
 
 
 def _version(content: bytes) -> str:

@@ -1,7 +1,7 @@
 """Find a run and its checkpoints in its storage, and refuse a different run of the same id."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -101,16 +101,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def resume_from_storage(folder: RunFolder, storage: str) -> None:
+def resume_from_storage(
+    folder: RunFolder, storage: str, check: Callable[[RunConfig], object]
+) -> None:
     """Recreate the folder of a run that started on another machine from its storage.
 
     Args:
         folder: of the run, on this machine.
         storage: the `train.storage` that the run started with.
+        check: called with the run's settings, which raises ConfigError to refuse them.
 
     Raises:
         ConfigError: the storage has no such run, or cannot be read, or the run's settings there are
-            damaged.
+            damaged or refused.
     """
     check_run_id(folder.run_id)
     check_storage(storage)
@@ -126,7 +129,7 @@ def resume_from_storage(folder: RunFolder, storage: str) -> None:
             f"No run {folder.run_id!r} is in {folder.output}, and none in train.storage={storage}."
         )
     # Settings of another version may not be valid here: find out before the folder exists.
-    settings_from_json(settings, f"{kept.address}/config.json")
+    check(settings_from_json(settings, f"{kept.address}/config.json"))
     make_folder(folder.path)
     # Nobody has the folder yet; who resumes the run takes it in the storage first.
     with suppress(Conflict):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ray_detox.addresses import credentials_in, has_credentials, redact
 from ray_detox.bounded import MAX_JSON_BYTES, open_regular, read_start
 from ray_detox.errors import ConfigError, first_line
 from ray_detox.store.private import make_folder
@@ -44,7 +45,7 @@ class Storage:
         self._opened: tuple[Any, str] | None = None
 
     def __repr__(self) -> str:
-        return f"Storage({self.address!r})"
+        return f"Storage({redact(self.address)!r})"
 
     @property
     def local_folder(self) -> Path | None:
@@ -148,7 +149,8 @@ class Storage:
         except MemoryError:  # this process is at fault, and a checkpoint in the storage may be good
             raise
         except Exception as error:  # a file system of fsspec may have errors of its own
-            raise StorageError(f"{self.address} cannot be {verb}: {first_line(error)}.") from error
+            address = redact(self.address)
+            raise StorageError(f"{address} cannot be {verb}: {first_line(error)}.") from error
 
 
 def _write_through(system: Any, path: str, content: bytes) -> None:
@@ -222,6 +224,8 @@ def check_storage(address: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    if has_credentials(address):  # from a command line that names the storage of an existing run
+        raise ConfigError(credentials_in("train.storage"))
     if "://" in address:
         reason = _reason_not_reachable(address)
     else:

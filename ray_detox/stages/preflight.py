@@ -34,8 +34,12 @@ TOXIC_NAMES = frozenset(
 """Labels that almost certainly mean toxic."""
 
 
-def check(config: RunConfig) -> Source:
+def check(config: RunConfig, *, functions: bool = True) -> Source:
     """Check everything that the settings name; downloads configs from the hub or S3, not weights.
+
+    Args:
+        config: of the run.
+        functions: import the reward functions and try them.
 
     Returns:
         The source of the prompts.
@@ -47,14 +51,18 @@ def check(config: RunConfig) -> Source:
     source = locate(config.data)
     check_rows(source, config.data)
     check_policy(config)
-    check_reward(config, source)
+    check_reward(config, source, functions=functions)
     if config.train.storage is not None:
         check_storage(config.train.storage)
     return source
 
 
-def check_without_fetching(config: RunConfig) -> list[str]:
+def check_without_fetching(config: RunConfig, *, functions: bool = True) -> list[str]:
     """Check what is on this machine, without network.
+
+    Args:
+        config: of the run.
+        functions: import the reward functions and try them.
 
     Returns:
         Settings whose value a run would download, which were therefore not checked.
@@ -95,9 +103,10 @@ def check_without_fetching(config: RunConfig) -> list[str]:
             _is_hub_id(each.model),
             partial(check_classifier, each, setting),
         )
-    check_functions(config)
+    if functions:
+        check_functions(config)
     if len(fetched) == to_fetch and has_rows:
-        _try_reward(config, locate(data))
+        _try_reward(config, locate(data), functions)
     return fetched
 
 
@@ -413,7 +422,7 @@ def _check_lora_targets(model: Any, config: RunConfig) -> Any:
     return described
 
 
-def check_reward(config: RunConfig, source: Source) -> None:
+def check_reward(config: RunConfig, source: Source, *, functions: bool = True) -> None:
     """Check that all classifiers and functions of the reward exist and fit; try small local ones.
 
     Raises:
@@ -421,8 +430,9 @@ def check_reward(config: RunConfig, source: Source) -> None:
     """
     for setting, each in config.reward.classifiers:
         check_classifier(each, setting)
-    check_functions(config)
-    _try_reward(config, source)
+    if functions:
+        check_functions(config)
+    _try_reward(config, source, functions)
 
 
 def check_classifier(config: ClassifierConfig, setting: str) -> None:
@@ -474,15 +484,18 @@ def check_functions(config: RunConfig) -> None:
             load_reward_function(term)
 
 
-def _try_reward(config: RunConfig, source: Source) -> None:
+def _try_reward(config: RunConfig, source: Source, functions: bool) -> None:
     """Try the reward on sentences if its classifiers and the data are on this machine, and small.
 
-    Otherwise the reward actors do it, before the first step.
+    Otherwise the reward actors do it, before the first step. Without its functions it is another
+    reward, which is not tried.
 
     Raises:
         ConfigError: the reward prefers insults, or a function of it failed.
     """
     if not config.reward.check_sentences or source.kind == "hub":
+        return
+    if not functions and any(term.function is not None for term in config.reward.terms):
         return
     weights = 0
     for setting, each in config.reward.classifiers:
@@ -511,13 +524,27 @@ def _first_row(config: RunConfig, source: Source) -> dict[str, Any]:
     return converted
 
 
-def reward_notes(config: RunConfig) -> list[str]:
+def untried_functions(config: RunConfig) -> list[str]:
+    """Return a remark on the functions that a check did not try, if there are any."""
+    names = [term.function for term in config.reward.terms if term.function is not None]
+    if not names:
+        return []
+    return [
+        f"not imported or tried: {', '.join(names)}; add --try-functions to do so, which runs their code"
+    ]
+
+
+def reward_notes(config: RunConfig, *, functions: bool = True) -> list[str]:
     """Return remarks on a valid reward that may not be meant.
+
+    Args:
+        config: of the run, checked.
+        functions: the check has tried the reward functions.
 
     Raises:
         ConfigError: a file of the data cannot be read.
     """
-    found = []
+    found = [] if functions else untried_functions(config)
     for setting, each in config.reward.classifiers:
         if each.label is not None and each.label.casefold() in TOXIC_NAMES:
             found.append(

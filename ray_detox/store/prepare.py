@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from ray_detox.addresses import redact_tree
 from ray_detox.store.errors import StoreError
 from ray_detox.store.protocol import SUMMARY_KEYS, check_run_id
 
@@ -117,7 +118,8 @@ def _prepare(
     curves: Sequence[Mapping[str, Any]],
 ) -> PreparedRun:
     not_finite: list[str] = []
-    plain = _plain(report, "", not_finite)
+    # A report of an earlier version may hold an address with credentials.
+    plain = redact_tree(_plain(report, "", not_finite))
     if not isinstance(plain, dict):
         raise StoreError(f"The report is a {type(report).__name__}; expected names with values.")
     missing = [key for key in SUMMARY_KEYS if key not in plain]

@@ -24,6 +24,7 @@ from itertools import accumulate
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from ray_detox.addresses import redact_tree
 from ray_detox.store.errors import BadCursor, StoreError
 from ray_detox.store.opening import open_store
 from ray_detox.store.pages import SHOWS, SORTS, Page, SampleQuery, as_row
@@ -173,14 +174,20 @@ def _route(path: str, query: str, store: ResultStore) -> str:
 
 def _runs(store: ResultStore, parameters: dict[str, str]) -> str:
     cursor = parameters.get("cursor")
-    return _page_that_fits("runs", lambda limit: store.list_page(limit, cursor), _limit(parameters))
+
+    def read_page(limit: int) -> Page:
+        page = store.list_page(limit, cursor)
+        return Page([redact_tree(row) for row in page.rows], page.next)
+
+    return _page_that_fits("runs", read_page, _limit(parameters))
 
 
 def _report(store: ResultStore, run_id: str) -> dict[str, Any]:
     report = store.get_run(run_id)
     if report is None:
         raise _run_not_found(run_id)
-    return report
+    redacted: dict[str, Any] = redact_tree(report)
+    return redacted
 
 
 def _history(store: ResultStore, run_id: str) -> str:

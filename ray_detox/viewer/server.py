@@ -11,12 +11,15 @@ the key, and the browser keeps it in a cookie.
 
 import hmac
 import html
+import io
 import logging
 import secrets
+import socket
 import socketserver
 import sys
 import tempfile
 import threading
+import time
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -32,6 +35,11 @@ from ray_detox.store.protocol import ResultStore
 from ray_detox.viewer.handler import API_HEADERS, SECURITY_HEADERS, respond
 
 log = logging.getLogger(__name__)
+
+IDLE_S = 60.0
+"""Seconds before a connection without a request is closed."""
+REQUEST_S = 60.0
+"""Seconds from the first byte of a request to the last of its response, however slow the client is."""
 
 STATIC = Path(__file__).with_name("static")
 _CONFIG = b'{"auth": null}'
@@ -132,6 +140,8 @@ def _open(address: str) -> None:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # a second server must fail if the port is taken
+    # A page asks for its modules at once, and clients that are slow to speak must not keep others out.
+    request_queue_size = 128
 
     def __init__(
         self, address: tuple[str, int], store: ResultStore, files: Mapping[str, Path]
@@ -161,13 +171,62 @@ class _Server(ThreadingHTTPServer):
         log.debug("A request failed", exc_info=sys.exc_info())
 
 
+class _Timed(io.RawIOBase):
+    """A socket whose reads and writes raise TimeoutError once a request has taken too long."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.deadline: float | None = None
+        """On the monotonic clock; None until the first byte of a request."""
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._limit()
+        count = self.connection.recv_into(buffer)
+        self._begin()
+        return count
+
+    def write(self, data: Any) -> int:
+        self._begin()  # the request was read together with the one before it
+        self._limit()
+        return self.connection.send(data)
+
+    def _begin(self) -> None:
+        if self.deadline is None:
+            self.deadline = time.monotonic() + REQUEST_S
+
+    def _limit(self) -> None:
+        left = IDLE_S if self.deadline is None else self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # buffered, so that headers and body are sent in one packet, not 40 ms apart
-    timeout = 60  # seconds before an idle connection is closed
     error_content_type = "text/plain; charset=utf-8"
     error_message_format = "%(message)s\n"
     server: _Server
+
+    def setup(self) -> None:
+        """Let every read and write end with the time of the request."""
+        super().setup()
+        self.rfile.close()
+        self.wfile.close()
+        self._timed = _Timed(self.connection)
+        self.rfile = io.BufferedReader(self._timed)
+        self.wfile = io.BufferedWriter(self._timed)
+
+    def handle_one_request(self) -> None:
+        """Handle one request of a connection, each with its own time."""
+        self._timed.deadline = None
+        super().handle_one_request()
 
     def _handle(self) -> None:
         self._new_cookie = False

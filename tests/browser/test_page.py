@@ -30,7 +30,24 @@ HOSTILE = [
     "\u0000\u001b[31mred\u0007",
     "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u7b28\u86cb \U0001f469\u200d\U0001f680",
     "x" * 5000,
+    *(
+        f"{start}HYPERLINK(1)"
+        for start in (
+            "\u200b=",
+            "\u0000=",
+            "\uff1d",
+            "\uff0b",
+            "\uff0d",
+            "\uff20",
+            "\t=",
+            "\u3164\U000e0041@",
+        )
+    ),
+    "\u061c\u180e\u00ad\u115f\u1160\u17b4\u3164\uffa0\U000e0041\U000e0101 \u2764\ufe0f",
 ]
+INVISIBLE = "U+061C U+180E U+00AD U+115F U+1160 U+17B4 U+3164 U+FFA0 U+E0041 U+E0101".replace(
+    " ", ""
+)
 
 
 def samples_of(page):
@@ -370,9 +387,29 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page, serve, hostile):
     assert responses == [HOSTILE[0], f"{HOSTILE[0]} kept", HOSTILE[0], HOSTILE[0]]
     # Characters that change the text direction appear as code points.
     expect(samples_of(page).nth(11)).to_contain_text("U+202E")
-    rows = csv.DictReader(io.StringIO(downloaded(page, "CSV").removeprefix("\ufeff")))
+    rows = list(csv.DictReader(io.StringIO(downloaded(page, "CSV").removeprefix("\ufeff"))))
     formula = next(row for row in rows if row["index"] == "10")
     assert formula["response_before"] == f"'{HOSTILE[10]}"
+    assert all(
+        row["response_before"].startswith("'") for row in rows if 15 <= int(row["index"]) < 23
+    )
+    expect(samples_of(page).last).to_contain_text(f"{INVISIBLE} \u2764")
+
+
+def test_names_of_a_run_show_their_invisible_characters(open_page, serve, tmp_path):
+    report = make_report("first", [])
+    report |= {"recipe": "re\u202ecipe", "notes": ["no\u061cte"], "verdict": None}
+    report["status"] = "sta\u3164tus"
+    store = SQLiteStore(tmp_path / "results.sqlite")
+    store.put_run(report, [])
+    page = open_page(serve(store))
+
+    expect(page.locator(".run-about")).to_contain_text("reU+202Ecipe")
+    expect(page.locator(".badge")).to_have_text("staU+3164tus")
+    page.locator(".run").click()
+    expect(page.locator(".heading")).to_contain_text("reU+202Ecipe")
+    expect(page.locator(".verdict")).to_contain_text("StaU+3164tus")
+    expect(page.locator(".notes")).to_contain_text("noU+061Cte")
 
 
 def test_a_report_in_one_file_needs_no_server_and_runs_nothing_hostile(
@@ -383,7 +420,7 @@ def test_a_report_in_one_file_needs_no_server_and_runs_nothing_hostile(
     file.write_text(render(hostile.get_run("hostile"), samples, HISTORY), encoding="utf-8")
 
     page = open_page(file.as_uri())
-    expect(samples_of(page)).to_have_count(14)  # by difference: one is not scored
+    expect(samples_of(page)).to_have_count(len(HOSTILE) - 1)  # by difference: one is not scored
     page.get_by_role("button", name="Show all toxic text").click()
     expect(page.locator(".charts canvas")).to_have_count(6)
     check_nothing_was_injected(page)
@@ -627,6 +664,7 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     # Use the page's own origin, the only one that its security policy allows here.
     origin = address.partition("?")[0]
     auth = {"authorize": f"{origin}login", "token": f"{origin}token", "client_id": "page"}
+    auth["revoke"] = f"{origin}revoke"
 
     def login(route):
         query = dict(re.findall(r"[?&]([^=]+)=([^&]*)", route.request.url))
@@ -637,7 +675,12 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
 
     def token(route):
         seen["form"] = route.request.post_data
-        route.fulfill(json={"access_token": "secret-token", "expires_in": 60})
+        tokens = {"access_token": "secret-token", "refresh_token": "refresh-me", "expires_in": 60}
+        route.fulfill(json=tokens)
+
+    def revoke(route):
+        seen["revoked"] = route.request.post_data
+        route.fulfill(body="")
 
     def api(route):
         if route.request.headers.get("authorization") == "Bearer secret-token":
@@ -648,6 +691,7 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     page.route("**/config.json", lambda route: route.fulfill(json={"auth": auth}))
     page.route("**/login?*", login)
     page.route("**/token", token)
+    page.route("**/revoke", revoke)
     page.route("**/api/**", api)
     page.goto(f"{address}#/run/first")
     expect(page.get_by_role("alert")).to_contain_text("Sign in to read these results.")
@@ -659,8 +703,11 @@ def test_signing_in_by_code_and_pkce_opens_the_results(open_page, address):
     assert page.url == f"{origin}#/run/first"
     page.reload()
     expect(page.locator("h1")).to_have_text("first")
+    assert "revoked" not in seen
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("alert")).to_contain_text("Sign in")
+    assert seen["revoked"] == "token=refresh-me&token_type_hint=refresh_token&client_id=page"
+    assert page.evaluate("sessionStorage.length") == 0
 
 
 def test_a_code_with_another_state_is_not_taken(open_page, address):

@@ -121,7 +121,7 @@ def _drive(words, output, resume, console):
     folder = RunFolder(output, RUN)
     config = load_config("lab", words)
     if resume and config.train.storage and not folder.has_settings():
-        resume_from_storage(folder, config.train.storage)
+        resume_from_storage(folder, config.train.storage, check=id)
     _, held = pipeline.prepare_run(config, folder, resume=resume, say=console.line)
     try:
         job = session.Session(

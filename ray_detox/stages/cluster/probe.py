@@ -69,8 +69,12 @@ class NodeGoneError(ConfigError):
     """A node was lost while the driver probed it."""
 
 
-def probe_nodes(config: RunConfig) -> list[Probe]:
+def probe_nodes(config: RunConfig, *, functions: bool = True) -> list[Probe]:
     """Have every node check what the run needs from it.
+
+    Args:
+        config: of the run.
+        functions: have the nodes import the reward functions.
 
     Returns:
         One probe for each node with CPUs or GPUs. Empty if this is the only node:
@@ -84,12 +88,13 @@ def probe_nodes(config: RunConfig) -> list[Probe]:
     here = ray.get_runtime_context().get_node_id()
     if [node["NodeID"] for node in nodes] == [here]:
         return []
+    settings = config.to_dict() if functions else _without_functions(config)
     began = time.monotonic()
     # Start all tasks, then wait once: the slowest node decides how long the probe takes.
     asked = {
         _find_fault_on_node.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(config.to_dict(), asdict(versions())): node
+        ).remote(settings, asdict(versions())): node
         for node in nodes
     }
     probes, waiting = [], list(asked)
@@ -108,6 +113,15 @@ def probe_nodes(config: RunConfig) -> list[Probe]:
             f"Node {faulty[0].address}{more} cannot run its share of the run: {faulty[0].fault}"
         )
     return probes
+
+
+def _without_functions(config: RunConfig) -> dict[str, Any]:
+    """Return settings that name no functions, for nodes that must not import any."""
+    settings = config.to_dict()
+    reward = settings["reward"]
+    reward["terms"] = [term for term in reward["terms"] if term["function"] is None]
+    reward["weight"] = 1.0  # or, if only functions had a weight, the rest would not be valid
+    return settings
 
 
 def _answer(ref: Any, node: dict[str, Any]) -> str | None:

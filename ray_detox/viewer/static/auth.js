@@ -2,6 +2,8 @@
 
 const KEY = "ray-detox-sign-in";
 let accessToken = null;
+// Only to be revoked when the reader signs out: the page does not refresh its access token.
+let refreshToken = null;
 let settings = null;
 
 /** The access token, or null if the reader has not signed in. */
@@ -23,6 +25,7 @@ export async function startAuth() {
     await exchange(query.get("code"), kept);
   } else if (kept?.accessToken && kept.until > Date.now()) {
     accessToken = kept.accessToken;
+    refreshToken = kept.refreshToken ?? null;
   }
   // Remove the one-time code from the address, so that a bookmark does not contain it.
   if (query.has("code") || query.has("error")) history.replaceState(null, "", `/${kept?.hash ?? ""}`);
@@ -47,12 +50,30 @@ export async function signIn() {
   );
 }
 
-/** Forget the token and sign out at the provider. */
-export function signOut() {
+/** Forget the tokens, revoke them (RFC 7009) and sign out at the provider. */
+export async function signOut() {
+  const revoked = refreshToken;
   accessToken = null;
+  refreshToken = null;
   keep(null);
+  if (revoked && settings.revoke) await revoke(revoked);
   if (!settings.logout) location.reload();
   else location.assign(`${settings.logout}?${new URLSearchParams({ client_id: settings.client_id, logout_uri: `${location.origin}/` })}`);
+}
+
+async function revoke(given) {
+  try {
+    // no-cors: some providers revoke without allowing other origins to read the answer, which is empty.
+    await fetch(settings.revoke, {
+      method: "POST",
+      mode: "no-cors",
+      keepalive: true,
+      signal: AbortSignal.timeout(5000),
+      body: new URLSearchParams({ token: given, token_type_hint: "refresh_token", client_id: settings.client_id }),
+    });
+  } catch {
+    // The provider cannot be reached; the token ends by itself.
+  }
 }
 
 async function readSettings() {
@@ -65,6 +86,7 @@ async function readSettings() {
       authorize: auth.authorize ?? defaultUrl("oauth2/authorize"),
       token: auth.token ?? defaultUrl("oauth2/token"),
       logout: auth.logout ?? defaultUrl("logout"),
+      revoke: auth.revoke ?? defaultUrl("oauth2/revoke"),
       client_id: auth.client_id,
       scope: auth.scope ?? "openid",
     };
@@ -86,10 +108,11 @@ async function exchange(code, kept) {
         code_verifier: kept.verifier,
       }),
     });
-    const { access_token: given, expires_in: seconds } = await response.json();
+    const { access_token: given, refresh_token: refresh, expires_in: seconds } = await response.json();
     if (!response.ok || typeof given !== "string") return;
     accessToken = given;
-    keep({ accessToken, until: Date.now() + 1000 * (seconds ?? 3600) });
+    refreshToken = typeof refresh === "string" ? refresh : null;
+    keep({ accessToken, refreshToken, until: Date.now() + 1000 * (seconds ?? 3600) });
   } catch {
     // The reader stays signed out; the page shows the sign-in button again.
   }

@@ -1,9 +1,12 @@
-// DOM elements and number formats. Untrusted text always becomes a text node, never markup.
+// DOM elements and number formats. Untrusted text always becomes a text node, never markup, and its
+// invisible characters appear as their code point.
 
 const ATTRIBUTES = new Set(
   "class id href type title role for value placeholder tabindex dir lang name download colspan scope rel target hidden open disabled checked selected inert maxlength autocomplete".split(" "),
 );
 const SVG = "http://www.w3.org/2000/svg";
+// Attributes whose value a reader sees.
+const SHOWN = /^(aria-|title$|placeholder$|download$)/;
 // Link targets that are allowed: this page, https, relative paths, and blobs for saved files.
 const ADDRESS = /^(#|blob:|https:\/\/|\.?\/)/;
 
@@ -26,9 +29,9 @@ function fill(element, properties, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (!ATTRIBUTES.has(name) && !/^(aria|data)-[a-z-]+$/.test(name)) throw new Error(`attribute ${name} is not allowed; add it to ATTRIBUTES`);
     else if (name === "href" && !ADDRESS.test(value)) throw new Error(`link to ${value} is not allowed; see ADDRESS`);
-    else element.setAttribute(name, value === true ? "" : String(value));
+    else element.setAttribute(name, value === true ? "" : SHOWN.test(name) ? plain(value) : String(value));
   }
-  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...nodes(children));
   return element;
 }
 
@@ -42,33 +45,59 @@ export function part(make) {
   }
 }
 
+function nodes(children) {
+  return children.flat(9).flatMap((child) => (child === null || child === undefined || child === false ? [] : child instanceof Node ? [child] : visible(child)));
+}
+
 /** Replace the children of an element. */
 export function show(element, ...children) {
-  element.replaceChildren(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  element.replaceChildren(...nodes(children));
 }
 
 /** Announce a change to screen readers. */
 export function announce(message) {
-  document.getElementById("live").textContent = message;
+  document.getElementById("live").textContent = plain(message);
 }
 
-// Control characters, and characters that are invisible or change the text direction.
-const CONTROL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]/;
+// Control characters, and characters that are invisible or change the text direction; as in
+// ray_detox/runs/printable.py. Ends of lines and tabs stay.
+const INVISIBLE = /(?![\n\t])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]/u;
+// Say whether a symbol is drawn in colour; dropped.
+const EMOJI_STYLE = /[\ufe0e\ufe0f]/gu;
+
+const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
 /** Untrusted text as nodes; control and invisible characters appear as their code point. */
-export function visible(text) {
-  const nodes = [];
+function visible(text) {
+  const found = [];
   let plain = "";
-  for (const character of String(text ?? "").replaceAll("\r\n", "\n")) {
-    if (!CONTROL.test(character)) {
+  for (const character of cleaned(text)) {
+    if (!INVISIBLE.test(character)) {
       plain += character;
       continue;
     }
-    const code = character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    nodes.push(plain, h("span", { class: "control-character", title: "Control or invisible character" }, `U+${code}`));
+    const mark = document.createElement("span");
+    mark.className = "control-character";
+    mark.title = "Control or invisible character";
+    mark.append(codePoint(character));
+    found.push(plain, mark);
     plain = "";
   }
-  return [...nodes, plain].filter((node) => node !== "");
+  return [...found, plain].filter((node) => node !== "");
+}
+
+/** Untrusted text for a place that holds only text, such as the title of the window. */
+export function plain(text) {
+  return Array.from(cleaned(text), (character) => (INVISIBLE.test(character) ? codePoint(character) : character)).join("");
+}
+
+function cleaned(text) {
+  return String(text ?? "").replaceAll("\r\n", "\n").replace(EMOJI_STYLE, "");
+}
+
+/** Whether a spreadsheet could run a text as a formula, whatever invisible characters precede it. */
+export function isFormula(text) {
+  return /^[\s\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Default_Ignorable_Code_Point}]*[=+\-@\u2212]/u.test(text.normalize("NFKC")) || /^[\t\r]/.test(text);
 }
 
 export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);

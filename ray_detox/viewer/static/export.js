@@ -1,6 +1,6 @@
 // Save all samples that match the filters as a CSV or JSON file.
 
-import { announce, count, h } from "./dom.js";
+import { announce, count, h, isFormula, plain } from "./dom.js";
 
 const PER_PAGE = 100;
 
@@ -29,7 +29,7 @@ export function exportButtons({ source, signal }, report, query) {
       `Save ${name}`,
     );
   const showStatus = (message) => {
-    status.textContent = message;
+    status.textContent = plain(message);
     announce(message);
   };
 
@@ -60,7 +60,7 @@ function cell(value) {
   if (typeof value === "number" || typeof value === "boolean") return String(value);
   let text = typeof value === "string" ? value : JSON.stringify(value);
   // Quote text that a spreadsheet would run as a formula.
-  if (/^[\s]*[=+\-@\t\r]/.test(text)) text = `'${text}`;
+  if (isFormula(text)) text = `'${text}`;
   return `"${text.replaceAll('"', '""')}"`;
 }
 

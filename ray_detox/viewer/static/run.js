@@ -1,6 +1,6 @@
 // One run: overview, training history, then samples.
 
-import { count, h, isNumber, listedMoment, mean, number, part, percent, show, signed, visible } from "./dom.js";
+import { count, h, isNumber, listedMoment, mean, number, part, percent, plain, show, signed } from "./dom.js";
 import { historyPanel, histogramPanel } from "./charts.js";
 import { showComparison } from "./compare.js";
 import { verdictClass } from "./runs.js";
@@ -9,7 +9,7 @@ import { showSamples } from "./samples.js";
 export async function showRun(view, id) {
   const { main, source, signal, parameters, errorBox } = view;
   const report = await source.run(id, signal);
-  document.title = `${report.run_id} · ray-detox`;
+  document.title = plain(`${report.run_id} · ray-detox`);
   const comparison = h("div", {});
   const history = h("div", { class: "panel" }, h("h2", {}, "Training"), h("p", { class: "loading" }, "Loading…"));
   const samples = h("section", { id: "samples", "aria-label": "Samples" });
@@ -61,8 +61,8 @@ function verdict({ verdict: given, status }) {
       "div",
       {},
       h("h2", {}, name.charAt(0).toUpperCase() + name.slice(1)),
-      h("p", {}, visible(sentence)),
-      reasons.length ? h("ul", {}, reasons.map((reason) => h("li", {}, visible(reason)))) : null,
+      h("p", {}, sentence),
+      reasons.length ? h("ul", {}, reasons.map((reason) => h("li", {}, reason))) : null,
     ),
   );
 }
@@ -142,7 +142,7 @@ function quality(report) {
 function notes({ notes: given }) {
   const sentences = typeof given === "string" ? [given] : (given ?? []);
   if (sentences.length === 0) return null;
-  return h("section", { class: "notes" }, h("h2", {}, "Caveats"), h("ul", {}, sentences.map((sentence) => h("li", {}, visible(sentence)))));
+  return h("section", { class: "notes" }, h("h2", {}, "Caveats"), h("ul", {}, sentences.map((sentence) => h("li", {}, sentence))));
 }
 
 /** Settings, versions, fingerprints and durations of a run, as names and values. */
@@ -152,7 +152,7 @@ function settings(report) {
     "details",
     { class: "settings" },
     h("summary", {}, "Settings, versions and fingerprints"),
-    h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, visible(name)), h("dd", {}, visible(typeof value === "string" && !value.includes("\n") ? value : JSON.stringify(value)))))),
+    h("dl", {}, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "string" && !value.includes("\n") ? value : JSON.stringify(value))))),
   );
 }
 

@@ -1,6 +1,6 @@
 // One sample: two responses side by side with their differences; toxic text is hidden at first.
 
-import { h, isNumber, number, show, signed, visible } from "./dom.js";
+import { h, isNumber, number, show, signed } from "./dom.js";
 import { diffArrays } from "./vendor/jsdiff.js";
 
 const LONGEST_DIFF = 8000;
@@ -27,7 +27,7 @@ export function sampleCard(report, sample, other, revealed) {
   );
   card.append(texts);
   if (isToxic) addToggle(card, texts, name, revealed);
-  if (sample.invalid?.length) card.append(h("p", { class: "note" }, "Stored as missing because not finite: ", visible(sample.invalid.join(", "))));
+  if (sample.invalid?.length) card.append(h("p", { class: "note" }, "Stored as missing because not finite: ", sample.invalid.join(", ")));
   if (sample.overflow?.length) card.append(h("p", { class: "note" }, ...truncationNote(link)));
   return card;
 }
@@ -114,8 +114,8 @@ function sideBySide(sides) {
 function response(text, changes, side) {
   if (text === null || text === undefined || text === "") return h("p", { class: "missing" }, "(empty)");
   const paragraph = h("p", { class: "response", dir: "auto" });
-  if (changes === null) show(paragraph, visible(text));
-  else show(paragraph, pieces(changes, side).map((piece) => (piece.changed ? marked(piece.text, side) : visible(piece.text))));
+  if (changes === null) show(paragraph, text);
+  else show(paragraph, pieces(changes, side).map((piece) => (piece.changed ? marked(piece.text, side) : piece.text)));
   return paragraph;
 }
 
@@ -135,11 +135,11 @@ function pieces(changes, side) {
 
 /** Mark a change as removed (left side) or inserted (right side), without the white space around it. */
 function marked(text, side) {
-  const mark = (some) => h(side === 0 ? "del" : "ins", {}, visible(some));
+  const mark = (some) => h(side === 0 ? "del" : "ins", {}, some);
   const words = text.trim();
   if (!words) return mark(text);
   const start = text.indexOf(words);
-  return [visible(text.slice(0, start)), mark(words), visible(text.slice(start + words.length))];
+  return [text.slice(0, start), mark(words), text.slice(start + words.length)];
 }
 
 function difference(before, after) {
@@ -154,8 +154,8 @@ function prompt(sample) {
     { class: "prompt" },
     h("summary", {}, "Prompt and reference"),
     h("h3", {}, "Prompt"),
-    h("p", { class: "response", dir: "auto" }, visible(String(sample.query ?? "").trim())),
-    sample.reference ? [h("h3", {}, "Reference"), h("p", { class: "response", dir: "auto" }, visible(sample.reference))] : null,
-    facts ? h("p", { class: "about" }, visible(facts)) : null,
+    h("p", { class: "response", dir: "auto" }, String(sample.query ?? "").trim()),
+    sample.reference ? [h("h3", {}, "Reference"), h("p", { class: "response", dir: "auto" }, sample.reference)] : null,
+    facts ? h("p", { class: "about" }, facts) : null,
   );
 }
