@@ -10,6 +10,7 @@ Tests whose tool is missing are skipped, with a message. Installs into FOLDER:
 
   dynalite    a second, stricter DynamoDB emulator (npm; needs node)
   ministack   a third one, which also deploys cluster/results.yaml (PyPI, in its own environment)
+  packages    the publishers' packages of the page's libraries (npm)
 
 and with apt, if they are missing, node and Chromium for the tests of the results page.
 USAGE
@@ -18,6 +19,7 @@ USAGE
 fi
 
 DYNALITE=4.0.0 MINISTACK=1.5.33
+vendor=$(dirname -- "${BASH_SOURCE[0]}")/../ray_detox/viewer/static/vendor
 folder=$1
 mkdir -p -- "$folder"
 folder=$(cd -- "$folder" && pwd -P)
@@ -53,7 +55,23 @@ ministack() {
       "ministack==$MINISTACK" boto3 cryptography >&2
 }
 
+packages() {
+  local names
+  mapfile -t names < <(python3 - "$vendor/MANIFEST.json" <<'PYTHON'
+import json
+import sys
+
+with open(sys.argv[1], encoding="utf-8") as file:
+    print(*(f"{each['name']}@{each['version']}" for each in json.load(file)), sep="\n")
+PYTHON
+  )
+  mkdir -p "$folder/packages.part"
+  timeout 180 npm pack --silent --ignore-scripts --pack-destination "$folder/packages.part" "${names[@]}" >&2 &&
+    mv -- "$folder/packages.part" "$folder/packages"
+}
+
 provide dynalite RAY_DETOX_DYNALITE "$folder/node_modules/dynalite/cli.js" dynalite
+provide "publishers' packages" RAY_DETOX_PACKAGES "$folder/packages" packages
 provide ministack RAY_DETOX_MINISTACK "$folder/ministack/bin/ministack" ministack
 provide Chromium RAY_DETOX_CHROMIUM "${RAY_DETOX_CHROMIUM:-/usr/bin/chromium}" \
   apt_install chromium fonts-liberation fonts-noto-cjk

@@ -5,7 +5,9 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +130,11 @@ def test_a_package_that_is_missing_is_named(tmp_path):
     found = supply_chain.differences(tmp_path)
 
     assert [line.endswith(".tgz is missing.") for line in found] == [True, True]
+
+
+def test_the_libraries_of_the_page_are_those_of_their_publishers():
+    packages = os.environ.get("RAY_DETOX_PACKAGES")
+    if packages is None:
+        pytest.skip("needs the packages of scripts/test_tools.sh (RAY_DETOX_PACKAGES)")
+
+    assert supply_chain.differences(Path(packages)) == []
