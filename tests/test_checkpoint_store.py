@@ -789,14 +789,14 @@ def test_checkpoints_that_cannot_be_read_for_a_moment_are_not_passed_over(
 ):
     for step in (1, 2):
         store.save(made(step))
-    later, read = CheckpointStore(Storage(str(folder))), Storage.read
+    later, read = CheckpointStore(Storage(str(folder))), Storage.read_start
 
-    def fails(storage, name):
+    def fails(storage, name, max_bytes):
         if name.startswith("checkpoints/step-00000002"):
             raise StorageError("The service is busy.")
-        return read(storage, name)
+        return read(storage, name, max_bytes)
 
-    monkeypatch.setattr(Storage, "read", fails)
+    monkeypatch.setattr(Storage, "read_start", fails)
     with pytest.raises(StorageError, match="busy"):
         later.newest(on_damage=lambda text: pytest.fail(text))
 

@@ -319,18 +319,23 @@ def test_every_use_of_a_bucket_requires_that_the_account_owns_it(deploy, head):
     for call in on_buckets:
         assert call[call.index("--expected-bucket-owner") + 1] == "123456789012", call
     kinds = [call[1] for call in on_buckets]
-    assert kinds[:3] == ["head-bucket", "put-public-access-block", "put-object"]
+    assert kinds[:4] == [
+        "head-bucket",
+        "put-public-access-block",
+        "put-bucket-versioning",
+        "put-object",
+    ]
     assert (["create-bucket"] in [call[1:2] for call in calls]) == (head != 0)
     # All files of the page, with their types.
     site = ROOT / "ray_detox/viewer/static"
-    sent = {call[call.index("--key") + 1] for call in on_buckets[3:]}
+    sent = {call[call.index("--key") + 1] for call in on_buckets[4:]}
     kept = {"LICENSE"}
     assert sent == {"config.json"} | {
         file.relative_to(site).as_posix()
         for file in site.rglob("*")
         if file.is_file() and file.suffix.strip(".") not in kept
     }
-    assert all("--content-type" in call for call in on_buckets[3:])
+    assert all("--content-type" in call for call in on_buckets[4:])
 
 
 def test_a_bucket_of_somebody_else_ends_the_deployment_before_any_upload(deploy):
