@@ -24,10 +24,11 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
 
 from ray_detox.addresses import credentials_in, has_credentials
 from ray_detox.errors import ConfigError as ConfigError  # also imported from here
@@ -143,6 +144,15 @@ class Section(BaseModel):
     # pydantic then builds the sections of a run without this method, so that their errors arrive
     # at the run with the whole path of the setting.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_half_characters(cls, value: object) -> object:
+        """Refuse text that no file can hold: pydantic finds it in some types of text only."""
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+                raise PydanticKnownError("string_unicode")
+        return value
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with changed settings, validated like a new section.
