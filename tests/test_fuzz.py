@@ -1,6 +1,10 @@
-"""Random files, cursors and events: only our own errors, nothing outside the folder, bounded time."""
+"""Random files, cursors and events: only our own errors, nothing outside the folder, bounded time.
+
+RAY_DETOX_FUZZ=100 tries a hundred times as many examples, and others in every run.
+"""
 
 import json
+import os
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,11 +31,14 @@ from ray_detox.viewer.standalone import render
 from tests.test_damage import CONFIG, EXAMPLES, REPORT, REPORT_BYTES, SAMPLES_BYTES
 
 
+FACTOR = int(os.environ.get("RAY_DETOX_FUZZ", "1"))
+
+
 def quick(count):
     """Return settings of a test that tries the same `count` examples in every run."""
     return settings(
-        max_examples=count,
-        derandomize=True,
+        max_examples=count * FACTOR,
+        derandomize=FACTOR == 1,
         database=None,
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
