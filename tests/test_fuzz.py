@@ -30,7 +30,6 @@ from ray_detox.viewer.handler import respond
 from ray_detox.viewer.standalone import render
 from tests.test_damage import CONFIG, EXAMPLES, REPORT, REPORT_BYTES, SAMPLES_BYTES
 
-
 FACTOR = int(os.environ.get("RAY_DETOX_FUZZ", "1"))
 
 
