@@ -30,7 +30,9 @@ _SECRET_PARTS = (
     "accountkey",
     "privatekey",
 )
-_SECRET_NAMES = frozenset({"sig", "key", "sas", "auth", "pass", "jwt"})
+_SECRET_NAMES = frozenset(
+    {"sig", "key", "sas", "auth", "pass", "pw", "jwt", "hmac", "sessionid", "jsessionid"}
+)
 _PUBLIC_USERS = ("anonymous",)
 """Users that need no password: pyarrow reads public buckets of gs:// as this one."""
 _CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")

@@ -37,6 +37,8 @@ WITH_CREDENTIALS = [
     f"https://example.com/?access_key={SECRET}",
     f"https://example.com/?token={SECRET}#x",
     f"https://example.com/?PASSWORD={SECRET}",
+    f"https://example.com/?user=me&pw={SECRET}",
+    f"https://example.com/x;jsessionid={SECRET}",
 ]
 WITHOUT = [
     "lab",

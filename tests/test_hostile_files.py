@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import boto3
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
@@ -36,6 +37,7 @@ from ray_detox.store import sqlite as sqlite_module
 from ray_detox.store.errors import StoreError
 from ray_detox.store.sqlite import SQLiteStore
 from ray_detox.viewer.handler import respond
+from tests.emulators import emulator
 from tests.test_damage import EXAMPLES, REPORT
 
 ESCAPES = (
@@ -136,6 +138,37 @@ def test_metrics_replace_a_link_instead_of_following_it(tmp_path):
 
     assert outside.read_bytes() == b""
     assert read_metrics(tmp_path / "run/metrics.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    "link", ["checkpoints", "checkpoints/step-00000001", "tensorboard", "ray-train"]
+)
+def test_a_run_with_a_link_to_a_folder_elsewhere_is_refused_in_one_sentence(tmp_path, capsys, link):
+    outside, run = tmp_path / "outside", tmp_path / "runs/first"
+    outside.mkdir()
+    (run / link).parent.mkdir(parents=True)
+    (run / link).symlink_to(outside)
+    (run / "config.json").write_text(json.dumps(load_config("lab").to_dict()))
+
+    for words in (["run", "--resume", "first"], ["evaluate", "first"], ["export", "first", "x"]):
+        assert cli.main([*words, "--output", str(tmp_path / "runs")]) == 2
+
+    said = capsys.readouterr().err.splitlines()
+    assert [line.count(f"{link} is a link out of the run's folder") for line in said] == [1, 1, 1]
+    assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "checkpoints/step-00000001"])
+def test_a_storage_writes_through_no_link_out_of_it(tmp_path, link):
+    outside, kept = tmp_path / "outside", tmp_path / "kept"
+    outside.mkdir()
+    (kept / link).parent.mkdir(parents=True)
+    (kept / link).symlink_to(outside)
+
+    with pytest.raises(StorageError, match="is a link out of it"):
+        CheckpointStore(Storage(str(kept))).save(Checkpoint(1, {"state.json": b"{}"}))
+
+    assert list(outside.iterdir()) == []
 
 
 def test_only_as_many_bytes_are_read_as_a_manifest_says(store, monkeypatch):
@@ -375,6 +408,62 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_sentence(model, name,
     assert "\n" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": "weights.bin"}}, "'weights.bin'"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "'../x"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "/x.safetensors"}}, "'/x"),
+        ("model.safetensors.index.json", {"weight_map": ["x"]}, "no weight_map"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "an adapter (adapter_config.json) is in"),
+    ],
+)
+def test_a_model_is_made_of_the_safetensors_in_its_folder_alone(model, name, content, reason):
+    folder = model(name, json.dumps(content).encode())
+
+    with pytest.raises(ConfigError) as error:
+        local_folder(str(folder), None, "policy.model")
+
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("generation_config.json", b"[1]", "its generation_config.json cannot be used"),
+        ("generation_config.json", {"watermarking_config": {"x": 1}}, "cannot be used"),
+        ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, "is RagTokenizer"),
+    ],
+)
+def test_generation_and_tokenizer_of_odd_kinds_are_refused(model, name, change, reason):
+    folder = model(name, change)
+
+    with pytest.raises(ConfigError, match=reason):
+        preflight.check_policy(RunConfig(policy=PolicyConfig(model=str(folder))))
+
+
+def test_a_key_of_a_bucket_leads_to_no_file_outside_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a/cache"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with emulator("moto") as endpoint:
+        s3 = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint)
+        s3.create_bucket(Bucket="bucket")
+        for key in ("model/config.json", "model/../../../../out.json"):
+            s3.put_object(Bucket="bucket", Key=key, Body=b"{}")
+        host = endpoint.removeprefix("http://")
+
+        folder = local_folder(
+            f"s3://bucket/model?region=us-east-1&endpoint_override={host}&scheme=http",
+            None,
+            "policy.model",
+        )
+
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    assert list(tmp_path.rglob("out.json")) == []
+
+
 @pytest.mark.timeout(60)
 def test_a_pipe_among_the_files_of_a_model_is_refused(model):
     folder = model("config.json", {})
@@ -444,6 +533,8 @@ def test_an_expression_that_takes_years_is_refused(adapter, monkeypatch, change)
         ({"target_modules": "("}, "unterminated subpattern"),
         ({"target_modules": "(q|v)*" * 9_999}, "more than 20,000 characters"),
         ({"layers_to_transform": "x"}, "does not fit"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "only LoRA is supported"),
+        ({"monteclora_config": {"n": 1}}, "only LoRA is supported"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path=5; expected a name"),
         (b"[" * 100_000, "nested too deeply"),
         (b"5", "expected an object"),
@@ -515,6 +606,16 @@ def test_a_file_with_a_foreign_schema_is_refused(results, kind):
     ):
         with pytest.raises(StoreError, match="is not a results file"):
             use()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("suffix", ["-journal", "-wal"])
+def test_a_pipe_beside_the_results_is_refused(results, suffix):
+    store = results("PRAGMA journal_mode = DELETE")
+    os.mkfifo(f"{store.path}{suffix}")
+
+    with pytest.raises(StoreError, match=rf"results.sqlite{suffix} is not a file"):
+        store.list_runs()
 
 
 def test_statistics_of_sqlite_are_no_foreign_schema(results):

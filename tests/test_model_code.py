@@ -84,6 +84,18 @@ def test_a_model_with_code_of_its_own_is_refused_in_one_sentence(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("value", ["owner/kernel", {"decoder": "owner/kernel@main:name"}])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_model_that_names_a_kernel_of_the_hub_is_refused(hostile, key, value):
+    from ray_detox.errors import ConfigError
+    from ray_detox.models.sources import local_folder
+
+    folder = hostile(lab.T5, "config.json", [], **{key: value})
+
+    with pytest.raises(ConfigError, match=rf"names code of the hub \({key}\)"):
+        local_folder(str(folder), None, "policy.model")
+
+
 @pytest.mark.parametrize("classes", [["AutoConfig"], ["AutoModelForSeq2SeqLM"]])
 def test_even_past_the_check_transformers_runs_no_code(hostile, tmp_path, monkeypatch, classes):
     from ray_detox.models import loading, sources

@@ -149,6 +149,15 @@ def test_a_folder_in_which_others_can_rename_ours_is_not_used(parent):
         assert folder.is_relative_to("/tmp")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_a_sticky_folder_whose_owner_is_another_user_is_not_used(parent):
+    parent.chmod(0o1777)
+    os.chown(parent, NOBODY, -1)
+
+    with private.private_folder() as folder:
+        assert not folder.is_relative_to(parent)
+
+
 def test_a_path_that_is_too_long_for_rays_sockets_is_not_used(parent, monkeypatch):
     long = parent / ("x" * private.MAX_BYTES)
     long.mkdir()

@@ -25,6 +25,20 @@ from ray_detox.errors import ConfigError
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of `init_lora_weights` that leave the base weights as they are."""
+UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "kasa_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Settings of peft for other methods than LoRA: they import packages, read more files,
+recurse without end, or cannot be merged into the model."""
 MAX_RANK = 4_096
 MAX_PATTERN_CHARACTERS = 20_000
 """Maximum length of all regular expressions of an adapter together."""
@@ -86,6 +100,7 @@ def read_adapter(folder: Path, name: str) -> None:
             (key, _are_names(settings.get(key)), "a name or a list of names")
             for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
         ),
+        *((key, not settings.get(key), "nothing: only LoRA is supported") for key in UNSUPPORTED),
     ]
     for key, is_valid, expected in checks:
         if not is_valid:

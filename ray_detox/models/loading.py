@@ -3,13 +3,14 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_detox.config import PolicyConfig, SamplingConfig
+from ray_detox.errors import ConfigError, first_line
 from ray_detox.models.adapters import (
     check_adapter_settings,
     check_not_shared,
@@ -134,14 +135,8 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
     base = AutoModelForSeq2SeqLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    read_adapter(adapter, str(adapter))
-    check_patterns(LoraConfig.from_pretrained(str(adapter)), base, str(adapter))
     ties = getattr(base.config, "tie_word_embeddings", None)
-    with warnings.catch_warnings():
-        # Warnings that do not concern the user: peft's on untied embeddings, although this head
-        # was never tied, and deprecations inside the libraries.
-        warnings.simplefilter("ignore")
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged = _merge(base, str(adapter), config.model)
     head_is_tied = is_shared(merged, find_head(merged).weight)
     if head_is_tied and ties is not None:
         # peft compares head and encoder embedding, and takes the head of T5Gemma, which is tied to
@@ -160,3 +155,33 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         settings["tie_word_embeddings"] = False
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merge(base: Any, adapter: str, name: str) -> Any:
+    """Return a base model with an adapter merged into it.
+
+    Args:
+        base: is changed.
+        adapter: folder, which may come from elsewhere.
+        name: of the base model, for messages.
+
+    Raises:
+        ConfigError: the adapter is not valid, or does not fit.
+    """
+    read_adapter(Path(adapter), adapter)
+    try:
+        settings = LoraConfig.from_pretrained(adapter)
+        check_adapter_settings(settings, adapter)
+        check_patterns(settings, base, adapter)
+        with warnings.catch_warnings():
+            # Warnings that do not concern the user: peft's on untied embeddings, although this head
+            # was never tied, and deprecations inside the libraries.
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind, for values that peft does not expect
+        raise ConfigError(
+            f"The adapter of the run cannot be merged into {name!r}: {first_line(error)}. Train it again, "
+            "or take another checkpoint of the run with --checkpoint."
+        ) from error

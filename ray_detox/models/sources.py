@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import re
+import reprlib
 import shutil
 import stat
 import tempfile
@@ -23,6 +24,13 @@ DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
 CODE_FILES = ["config.json", "tokenizer_config.json"]
 """Files of a model whose `auto_map` can name Python code of the model's repository."""
+KERNEL_SETTINGS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+"""Settings of config.json that can name compiled code of the hub, such as `owner/kernel`."""
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 MAX_NUMBERS = {"layer": 1_000, "label": 100_000, "": 1 << 26}
 """Maximum of the whole numbers in a config.json, by a part of their name, the first that fits.
@@ -48,7 +56,19 @@ def local_folder(name: str, revision: str | None, setting: str, *, weights: bool
     folder = _find_folder(name, revision, setting, weights)
     _check_files(folder, name, setting)
     _refuse_code(folder, name, setting)
+    if setting.endswith(".model"):
+        _refuse_adapter(folder, name, setting)
     return folder
+
+
+def _refuse_adapter(folder: Path, name: str, setting: str) -> None:
+    """Check that a model's folder has no adapter, which transformers would attach to it unasked."""
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{setting} is {name!r}, and an adapter (adapter_config.json) is in the folder of that model. "
+            "Merge it into the model, or move it into a folder of its own (a policy's is then set with "
+            "policy.adapter)."
+        )
 
 
 def _refuse_code(folder: Path, name: str, setting: str) -> None:
@@ -66,6 +86,12 @@ def _refuse_code(folder: Path, name: str, setting: str) -> None:
                 "which ray-detox does not run. Set it to a model whose classes are part of "
                 "transformers; if this one's are, remove auto_map in a local copy of it."
             )
+        for key in KERNEL_SETTINGS:
+            if isinstance(content, dict) and "/" in str(content.get(key)):
+                raise ConfigError(
+                    f"{setting} is {name!r}, and its {file} names code of the hub ({key}), which ray-detox "
+                    f"does not run. Remove {key} in a local copy of the model."
+                )
 
 
 def _check_files(folder: Path, name: str, setting: str) -> None:
@@ -104,6 +130,23 @@ def _check_json(file: Path, state: tuple[int, ...]) -> None:
         if not isinstance(content, dict):
             raise DamagedError("it does not have an object with names and values")
         _check_numbers(content)
+    elif file.name.endswith(".index.json"):
+        _check_index(content)
+
+
+def _check_index(index: Any) -> None:
+    """Check that the index of a model in parts names safetensors of the same folder and nothing else.
+
+    transformers would read a file of another kind with `torch.load`, wherever it is.
+    """
+    parts = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(parts, dict):
+        raise DamagedError("it has no weight_map with the files of the weights")
+    for part in parts.values():
+        if not (isinstance(part, str) and re.fullmatch(r"[\w.-]+\.safetensors", part)):
+            raise DamagedError(
+                f"it names {reprlib.repr(part)}, expected a .safetensors file in the same folder"
+            )
 
 
 def _check_numbers(settings: Any) -> None:
@@ -225,8 +268,12 @@ def _from_s3(address: str, setting: str) -> Path:
             "address, the region and the credentials."
         ) from error
     files = [info for info in infos if info.type == fs.FileType.File]
+    # Keys of a bucket may have `..` in them, which would lead out of the cache.
     wanted = [
-        f for f in files if any(Path(f.path).match(p) for p in DESCRIPTION_FILES + WEIGHT_FILES)
+        f
+        for f in files
+        if any(Path(f.path).match(p) for p in DESCRIPTION_FILES + WEIGHT_FILES)
+        and ".." not in Path(f.path).relative_to(root).parts
     ]
     if not wanted:
         raise ConfigError(

@@ -9,6 +9,7 @@ The result is written here before it goes to a store, so a store that fails lose
 """
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -94,9 +95,11 @@ class RunFolder:
         """The settings that the run was started with.
 
         Raises:
-            ConfigError: there is no such run, or its settings cannot be read.
+            ConfigError: there is no such run, or its settings cannot be read, or it has a link to a
+                folder elsewhere, into which a command would write.
         """
         file = self.path / "config.json"
+        self._refuse_links()
         try:
             content = read_if_there(file, MAX_JSON_BYTES)
         except DamagedError as error:
@@ -106,6 +109,16 @@ class RunFolder:
             known = f"the runs there are {', '.join(runs[-8:])}" if runs else "no run is there"
             raise ConfigError(f"No run {self.run_id!r} in {self.output}; {known}.")
         return settings_from_json(content, file)
+
+    def _refuse_links(self) -> None:
+        inside = self.path.resolve()
+        for parent, folders, _ in os.walk(self.path):
+            for folder in (Path(parent, name) for name in folders):
+                if folder.is_symlink() and not folder.resolve().is_relative_to(inside):
+                    raise ConfigError(
+                        f"{folder} is a link out of the run's folder. Put the folder it leads to in its "
+                        "place; to keep checkpoints elsewhere, a new run has train.storage."
+                    )
 
     def read_history(self) -> list[dict[str, Any]]:
         """The metrics of every training step so far.

@@ -140,7 +140,13 @@ class Storage:
         if self._opened is None:
             self._opened = open_address(self.address)
         system, root = self._opened
-        return system, f"{root.rstrip('/')}/{name}" if name else root
+        path = f"{root.rstrip('/')}/{name}" if name else root
+        # A run that came from elsewhere may have links in its folder.
+        if system.type_name == "local" and name:
+            folder = Path(path).parent
+            if not folder.resolve().is_relative_to(Path(root).resolve()):
+                raise OSError(f"{folder} is a link out of it")
+        return system, path
 
     @contextmanager
     def _as_storage_error(self, verb: str) -> Iterator[None]:

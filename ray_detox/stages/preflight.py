@@ -169,7 +169,13 @@ def _check_generation(
     from ray_detox.models.output_head import find_head, vocabulary_size
 
     policy, sampling, settings = config.policy, config.sampling, model.config
-    generation = constraints.generation_config(folder)
+    try:
+        generation = constraints.generation_config(folder)
+    except Exception as error:  # of any kind, for values that transformers does not expect
+        raise ConfigError(
+            f"policy.model is {policy.model!r}, and its generation_config.json cannot be used: "
+            f"{first_line(error)}. Correct the file, or copy the model again."
+        ) from error
     first = constraints.forced_bos_id(tokenizer, policy)
     vocabulary = vocabulary_size(find_head(model))
     rules = constraints.generation_rules(generation, settings, sampling, first, vocabulary)
@@ -239,7 +245,7 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
 
 def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
     """Check that a tokenizer is in the folder, and return it."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     # Without these files transformers 5 does not fail: it returns a tokenizer with no vocabulary.
     if not any(file for pattern in VOCABULARIES for file in folder.glob(pattern)):
@@ -248,11 +254,17 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
             "Save the tokenizer into the same folder with save_pretrained."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself
         raise ConfigError(
             f"{setting} is {name!r}, and no tokenizer can be loaded from it: {first_line(error)}."
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"{setting} is {name!r}, and its tokenizer_class is {type(tokenizer).__name__}, which does "
+            "not turn texts into tokens by itself. Use a model with a plain tokenizer."
+        )
+    return tokenizer
 
 
 def _check_adapter(model: Any, config: RunConfig) -> Any:

@@ -345,6 +345,14 @@ class SQLiteStore:
             db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            file = Path(f"{self.path}{suffix}")
+            if (
+                file.exists() and not file.is_file()
+            ):  # SQLite would wait for the other end of a pipe
+                raise StoreError(
+                    f"{file} is not a file. Move it away, or choose another output folder."
+                )
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         # isolation_level None: the code begins and ends transactions explicitly.
         # check_same_thread False: a generator of samples may end on another thread.
