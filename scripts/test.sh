@@ -26,6 +26,7 @@ export RAY_AUTH_MODE=disabled                # a cluster for one test needs no t
 export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2 # saves seconds per report
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$ROOT/tests/startup${PYTHONPATH:+:$PYTHONPATH}" # a sixth less CPU time
 
 timings="" failed=""
 

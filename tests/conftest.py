@@ -6,6 +6,7 @@ have no effect. The RoBERTa tokenises bytes and has the labels `nothate` and `ha
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import tests.startup.sitecustomize  # noqa: F401  for this process
 from ray_detox import draws
 from ray_detox.config import PolicyConfig, SamplingConfig
 from ray_detox.data import prompts
@@ -32,11 +34,17 @@ from ray_detox.data.shards import pad_rows
 from ray_detox.models.loading import load_policy
 from ray_detox.models.policy import Policy
 from ray_detox.records import PromptBatch, Rollout
+from tests.environment import STARTUP
 from tests.groups import (  # noqa: F401  pytest finds its hooks here
     pytest_collection_modifyitems,
     pytest_xdist_make_scheduler,
 )
 
+# For the processes that tests start.
+if str(STARTUP) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 torch.set_num_threads(1)
 # The same examples in every run, and no deadline: a slow machine must not fail a test.
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)

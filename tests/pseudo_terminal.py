@@ -10,6 +10,8 @@ import sys
 import termios
 from pathlib import Path
 
+from tests.environment import python_path
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -18,7 +20,11 @@ def on_terminal(*words: str, columns: int = 80, **environment: str) -> str:
     head, tail = pty.openpty()
     fcntl.ioctl(tail, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     inherited = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
-    settings = {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    settings = {
+        "TERM": "xterm-256color",
+        "PYTHONPATH": python_path(ROOT),
+        "PYTHONIOENCODING": "utf-8",
+    }
     process = subprocess.Popen(
         [sys.executable, *words],
         stdin=tail,

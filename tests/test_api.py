@@ -14,6 +14,7 @@ import ray_detox
 from ray_detox import pipeline
 from ray_detox.runs.folder import RunFolder
 from ray_detox.store.sqlite import SQLiteStore
+from tests.environment import python_path
 
 HEAVY = "{'torch', 'ray', 'pandas', 'numpy', 'transformers', 'pydantic', 'yaml', 'rich', 'tqdm'}"
 
@@ -66,7 +67,7 @@ def test_importing_the_package_loads_nothing_heavy():
             "from ray_detox import train, evaluate, results; "
             f"assert not {HEAVY} & set(sys.modules), set(sys.modules)",
         ],
-        env=os.environ | {"PYTHONPATH": str(Path(ray_detox.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": python_path(Path(ray_detox.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=120,

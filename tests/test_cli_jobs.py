@@ -25,6 +25,7 @@ import pytest
 
 from ray_detox.cli import jobs as cli_jobs
 from ray_detox.cli import main as cli
+from tests.environment import python_path
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["train.steps=4", "ppo.prompts_per_step=16", "evaluate.prompts=8"]
@@ -243,6 +244,7 @@ class Head:
         names = ("RAY_", "AWS_", "PYTEST_", "PYTHONPATH", "TMPDIR")
         env = {key: value for key, value in os.environ.items() if not key.startswith(names)}
         self.env = env | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.env["PYTHONPATH"] = python_path()
         ports = [free_port() for _ in range(3)]
         self.env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[0]}"
         options = [f"--dashboard-port={ports[0]}", f"--port={ports[1]}"]

@@ -14,6 +14,7 @@ import pytest
 from ray_detox.records import UpdateStats
 from ray_detox.runs.console import Console, step_line, terminal_width
 from ray_detox.runs.metrics_log import MetricsLog, read_metrics
+from tests.environment import python_path
 from tests.pseudo_terminal import on_terminal, screen
 
 
@@ -203,7 +204,7 @@ def test_a_terminal_with_an_ascii_encoding_gets_an_ascii_bar():
 def test_a_pipe_gets_plain_lines_and_no_rich():
     done = subprocess.run(
         [sys.executable, "-c", RUN],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        env=os.environ | {"PYTHONPATH": python_path(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         timeout=60,
     )

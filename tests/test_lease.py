@@ -22,6 +22,7 @@ from ray_detox.runs.lease import GuardedStorage, LeaseLost, create, read_record,
 from ray_detox.runs.record import Taking, record_from_json
 from ray_detox.runs.storage import Storage, StorageError
 from tests.emulators import emulator
+from tests.environment import python_path
 
 STALE_S = 0.5
 
@@ -284,7 +285,7 @@ def writer(tmp_path):
         [sys.executable, "-c", WRITER, str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": python_path(Path(__file__).parents[1])},
     )
     assert process.stdout.readline() == "begun\n"
     yield process, Storage(str(tmp_path / "run"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ray_detox import lab
+from tests.environment import python_path
 
 ROOT = Path(__file__).parents[1]
 ANSWERS = {"closed": "exec <&-; ", "yes": "yes | "}
@@ -72,7 +73,7 @@ def test_a_model_with_code_of_its_own_is_refused_in_one_sentence(
     done = subprocess.run(
         ["bash", "-c", f"{ANSWERS[answers]}{sys.executable} -m ray_detox {words}"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": python_path(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,

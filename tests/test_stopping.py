@@ -13,6 +13,7 @@ import pytest
 
 from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.storage import Storage
+from tests.environment import python_path
 
 SHORT = [
     "train.steps=500",  # more than there is time for
@@ -25,7 +26,7 @@ SHORT = [
     "evaluate.prompts=8",
 ]
 ENVIRONMENT = {
-    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "PYTHONPATH": python_path(Path(__file__).parents[1]),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.environment import python_path
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -27,6 +27,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from tests.chaos.schedule import DRIVERS, Fault
+from tests.environment import python_path
 
 STEPS, PROMPTS, MEASURED = 8, 32, 24
 SETTINGS = [
@@ -58,7 +59,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "PYTHONPATH": python_path(Path(__file__).parents[2]),
 }
 NODE_ENVIRONMENT = {
     # No process is started in advance, for each CPU and each driver.
@@ -250,11 +251,13 @@ class Chaos:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
             return f"pid {victim.pid}"
-        if kind in ("node", "actor_node", "raylet", "drain"):
-            node = self._random.choice(sorted(self.cluster.worker_nodes, key=lambda n: n.node_id))
-            if kind == "actor_node":
-                raylets = {a.ppid() for a in self.processes(TITLES["actor"])}
-                (node,) = [n for n in self.cluster.worker_nodes if _raylets(n) & raylets]
+        if kind in ("node", "actor_node", "worker_node", "raylet", "drain"):
+            found = sorted(self.cluster.worker_nodes, key=lambda n: n.node_id)
+            if kind in ("actor_node", "worker_node"):
+                title = TITLES[kind.removesuffix("_node")]
+                raylets = {process.ppid() for process in self.processes(title)}
+                found = [node for node in found if _raylets(node) & raylets]
+            node = self._random.choice(found)
             if kind == "drain":
                 self._drain(node)
                 self._recoveries.append((time.monotonic() + DRAIN_S, node.node_id))

@@ -18,8 +18,9 @@ class Fault:
     that get SIGKILL. `node` kills all processes of a node; `drain` announces this some seconds
     before. `driver` gets SIGKILL and `stop` SIGTERM; `damage` also truncates the newest checkpoint,
     and `cluster` also stops all of Ray. `head` kills the head node, which the driver must
-    detect. `full` and `slow` break storage for a while. Two kinds are not drawn at random:
-    `actor_node` kills a node with a reward actor, and `return` ends all temporary faults.
+    detect. `full` and `slow` break storage for a while. Three kinds are not drawn at random:
+    `actor_node` kills the node with the reward actor, `worker_node` one with a training worker, and
+    `return` ends all temporary faults.
     """
 
     kind: str

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.environment import python_path
 from tests.many_nodes.network import GATEWAY, GATEWAY_ADDRESS, Network
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ class Cluster:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": python_path(ROOT),
             "AWS_ENDPOINT_URL": f"http://{GATEWAY_ADDRESS}:{AWS_PORT}",
             "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
             "AWS_SECRET_ACCESS_KEY": "secret",

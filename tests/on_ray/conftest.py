@@ -17,6 +17,8 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 import pytest
 
+from tests.environment import python_path
+
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -24,7 +26,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "WR_ENGINE": "python",
     # Workers import the reward functions in `on_ray`.
-    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "PYTHONPATH": python_path(Path(__file__).parents[1]),
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
     "AWS_SECRET_ACCESS_KEY": "secret",
     "AWS_DEFAULT_REGION": "eu-central-1",

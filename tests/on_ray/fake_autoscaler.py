@@ -49,6 +49,7 @@ from ray_detox.stages.cluster import admission
 from ray_detox.stages.cluster.nodes import place_actors
 from ray_detox.stages.rewards.client import RewardClient
 from ray_detox.stages.rewards.pool import RewardPool
+from tests.environment import python_path
 from tests.on_ray.fake_ec2 import OBJECTS, ROOT, autoscaling_config, sweep, wait_for_raylets
 
 README_SETTINGS = [
@@ -96,7 +97,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": python_path(ROOT),
 }
 
 

@@ -15,6 +15,7 @@ import ray
 from ray_detox.config import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.stages.cluster import admission, nodes, probe
+from tests.environment import python_path
 
 pytestmark = pytest.mark.ray
 
@@ -137,7 +138,7 @@ def checked(tmp_path_factory):
     words = json.dumps([common + settings for settings in commands.values()])
     done = subprocess.run(
         [sys.executable, HERE / "fake_nodes.py", words],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": python_path(*sys.path)},
         capture_output=True,
         text=True,
         timeout=200,

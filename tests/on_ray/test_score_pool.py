@@ -202,22 +202,50 @@ def test_an_actor_holds_at_most_two_chunks_of_a_client(config, pool):
 # ---- failures of actors ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_actors_that_die_after_some_chunks_lose_no_scores(config, pool, expected, tmp_path, count):
+def deaths(folder, count):
+    """The column `marker` of texts in `count` chunks, each of which kills the actor that scores it."""
     order = np.argsort([len(text) for text in batch().responses], kind="stable")
     marks = [""] * TEXTS
     for i in range(count):
-        marks[order[2 * i * CHUNK]] = str(tmp_path / f"died {i}")
+        marks[order[2 * i * CHUNK]] = str(folder / f"died {i}")
+    return marks
+
+
+def test_an_only_actor_that_dies_after_some_chunks_loses_no_scores(
+    config, pool, expected, tmp_path
+):
     before = pool.metrics()
 
-    with directory_of(pool, range(count)) as directory:
-        found = score(directory, config, batch(marker=marks))
+    with directory_of(pool, [0]) as directory:
+        found = score(directory, config, batch(marker=deaths(tmp_path, 1)))
 
-    assert {path.name for path in tmp_path.iterdir()} == {f"died {i}" for i in range(count)}
+    assert [path.name for path in tmp_path.iterdir()] == ["died 0"]
     assert_equal(found, expected)
     wait_until(lambda: all_up(pool))
     assert pool.metrics().restarts > before.restarts
-    pool.check_scoring()  # the actors died with scores in between
+    pool.check_scoring()  # the actor died with scores in between
+
+
+def test_actors_that_die_lose_no_scores_and_metrics_count_chunks_that_were_sent_again(
+    config, pool, expected, tmp_path
+):
+    wait_until(lambda: all_up(pool))
+    before = pool.metrics()
+
+    with contextlib.closing(RewardClient(pool.directory, config)) as client:
+        found = client.submit(batch(marker=deaths(tmp_path, 3))).result()
+        wait_until(lambda: pool.metrics().resent > before.resent)
+
+    assert {path.name for path in tmp_path.iterdir()} == {f"died {i}" for i in range(3)}
+    assert_equal(found, expected)
+    # The directory keeps the last report of a client for some seconds.
+    wait_until(lambda: all_up(pool) and pool.metrics().waiting == 0)
+    metrics = pool.metrics()
+    names = set("actors wanted waiting in_flight resent restarts lost".split())
+    assert set(dataclasses.asdict(metrics)) == names
+    assert (metrics.actors, metrics.wanted, metrics.waiting) == (3, 3, 0)
+    assert metrics.restarts > before.restarts
+    pool.check_scoring()
 
 
 def test_texts_that_kill_each_actor_end_scoring_with_a_one_line_error(config, tmp_path):
@@ -280,24 +308,6 @@ def test_chunks_of_an_actor_that_hangs_are_scored_elsewhere_or_after_its_restart
     assert_equal(found, expected)
     if count == 1:
         assert pool.metrics().restarts > before.restarts
-
-
-def test_metrics_count_chunks_that_were_sent_again(config, pool, expected, tmp_path):
-    wait_until(lambda: all_up(pool))
-    before = pool.metrics()
-    marks = [str(tmp_path / "died") if i == 20 else "" for i in range(TEXTS)]
-
-    with contextlib.closing(RewardClient(pool.directory, config)) as client:
-        found = client.submit(batch(marker=marks)).result()
-        wait_until(lambda: pool.metrics().resent > before.resent)
-
-    assert_equal(found, expected)
-    wait_until(lambda: all_up(pool))
-    metrics = pool.metrics()
-    names = set("actors wanted waiting in_flight resent restarts lost".split())
-    assert set(dataclasses.asdict(metrics)) == names
-    assert (metrics.actors, metrics.wanted, metrics.waiting) == (3, 3, 0)
-    assert metrics.restarts > before.restarts
 
 
 def test_an_error_of_a_term_reaches_the_caller_unchanged(config, pool):
@@ -394,24 +404,31 @@ def test_shrink_removes_actors_that_have_not_started_at_once(config):
         assert pool.metrics().wanted == 1
 
 
-def test_an_actor_whose_node_is_gone_starts_on_another(config):
-    one = changed(config, actors=1)
-    with contextlib.closing(RewardPool(one, 0.0, [ray.NodeID.from_random().hex()])) as pool:
-        (report,) = pool.wait(timeout_s=240)
+@pytest.fixture(scope="module")
+def sharing(config):
+    """A pool of one actor with batches of several chunks, to start on a node that no longer exists."""
+    settings = changed(
+        config, actors=1, batch_across_workers=True, batch_wait_ms=500.0, max_batch_tokens=10_000
+    )
+    gone = ray.NodeID.from_random().hex()
+    with contextlib.closing(RewardPool(settings, 0.0, [gone])) as pool:
+        yield settings, pool
+
+
+def test_an_actor_whose_node_is_gone_starts_on_another(sharing):
+    (report,) = sharing[1].wait(timeout_s=240)
 
     assert report.node == ray.get_runtime_context().get_node_id()[:8]
 
 
-def test_texts_share_forward_passes_with_batch_across_workers(config, expected):
-    shared = changed(
-        config, actors=1, batch_across_workers=True, batch_wait_ms=500.0, max_batch_tokens=10_000
-    )
-    with contextlib.closing(RewardPool(shared, 0.0)) as pool:
-        pool.wait(timeout_s=240)
+def test_texts_share_forward_passes_with_batch_across_workers(sharing, expected):
+    settings, pool = sharing
+    pool.wait(timeout_s=240)
+    before = pool.describe()[0].state.passes
 
-        found = score(pool.directory, shared, batch())
+    found = score(pool.directory, settings, batch())
 
-        passes = pool.describe()[0].state.passes
+    passes = pool.describe()[0].state.passes - before
     np.testing.assert_allclose(found.rewards, expected.rewards, atol=1e-5)
     np.testing.assert_allclose(found.toxicity, expected.toxicity, atol=1e-5)
-    assert passes < -(-TEXTS // CHUNK)
+    assert 0 < passes < -(-TEXTS // CHUNK)
