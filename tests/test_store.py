@@ -594,7 +594,7 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path):
 
     with pytest.raises(StoreError, match="cannot be created"):
         SQLiteStore(tmp_path / "file" / "results.db").check()
-    with pytest.raises(StoreError, match="unable to open database file"):
+    with pytest.raises(StoreError, match="is not a file"):
         SQLiteStore(tmp_path).check()
 
 

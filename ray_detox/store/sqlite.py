@@ -6,6 +6,7 @@ processes. Writers wait for each other (one transaction per run); readers never 
 
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -347,9 +348,11 @@ class SQLiteStore:
     def _connect(self, mode: str) -> sqlite3.Connection:
         for suffix in ("", "-journal", "-wal", "-shm"):
             file = Path(f"{self.path}{suffix}")
-            if (
-                file.exists() and not file.is_file()
-            ):  # SQLite would wait for the other end of a pipe
+            try:
+                is_file = stat.S_ISREG(file.stat().st_mode)
+            except OSError:  # absent, or SQLite says what keeps it from the file
+                continue
+            if not is_file:  # SQLite would wait for the other end of a pipe
                 raise StoreError(
                     f"{file} is not a file. Move it away, or choose another output folder."
                 )

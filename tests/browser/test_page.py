@@ -2,8 +2,6 @@ import csv
 import io
 import json
 import re
-import threading
-import time
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -510,20 +508,16 @@ def test_a_history_that_fails_leaves_everything_else(open_page, address):
 def test_a_slow_response_to_an_earlier_request_is_not_shown(open_page, address):
     page = open_page(f"{address}#/run/first?sort=index+asc")
     expect(samples_of(page)).to_have_count(25)
-    held = threading.Event()
+    held = []
 
-    def hold(route):
-        held.set()
-        time.sleep(0.5)
-        route.continue_()
-
-    page.route("**/samples?*show=unscored*", hold)
-    page.locator("select[name=show]").select_option("unscored")
+    page.route("**/samples?*show=unscored*", lambda route: held.append(route))
+    with page.expect_request("**/samples?*show=unscored*"):
+        page.locator("select[name=show]").select_option("unscored")
     page.locator("select[name=show]").select_option("worse")
     expect(samples_of(page)).to_have_count(15)
+    held[0].continue_()
     page.wait_for_timeout(800)
 
-    assert held.is_set()
     expect(samples_of(page)).to_have_count(15)
 
 
