@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from ray_detox import __version__
 from ray_detox.cli import jobs as cli_jobs
 from ray_detox.cli import results as cli_results
-from ray_detox.cli.output import is_unicode, print_error, replace_unencodable
+from ray_detox.cli.output import is_unicode, path, print_error, replace_unencodable
 from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import load_config, recipe_names, split_words
+from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.folder import RunFolder, new_run_id
 from ray_detox.runs.printable import printable
 from ray_detox.store.errors import StoreError
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_output(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--output",
-            type=Path,
+            type=path,
             default=Path("runs"),
             metavar="DIR",
             help="folder where runs are kept; default: runs",
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("export", _export, "Merge a run's adapter into its model and save a plain model.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")
     sub.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="folder for the model, new or empty"
+        "folder", type=path, metavar="FOLDER", help="folder for the model, new or empty"
     )
     add_checkpoint(sub)
     add_output(sub)
@@ -188,13 +189,14 @@ def _check(args: argparse.Namespace) -> int:
     from ray_detox.runs.console import terminal_width
     from ray_detox.stages import preflight
 
-    config = _load(args.words)
+    written = _load(args.words)
+    config = absolute_names(written)
     if args.live:
         return _check_live(config, args.output, args.try_functions)
     fetched = preflight.check_without_fetching(config, functions=args.try_functions)
     notes = preflight.reward_notes(config, functions=args.try_functions)
     need = needs(config, cluster_gpus=0)
-    settings = config.to_dict()
+    settings = written.to_dict()
     # An encoding without all characters gets YAML's escapes: what is shown stays a recipe.
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=is_unicode()).rstrip())
     print("---")
@@ -284,7 +286,7 @@ def _run(args: argparse.Namespace) -> int:
         require_own(stored)
         config = resumed_settings(stored, args.words, folder.run_id)
     else:
-        config = _load(args.words)
+        config = absolute_names(_load(args.words))
         run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
         folder = RunFolder(args.output, run_id)
     output = f" --output {shlex.quote(str(args.output))}" if args.output != Path("runs") else ""

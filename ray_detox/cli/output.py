@@ -1,8 +1,12 @@
 """Terminal output of commands: it cannot steer the terminal or fail on its encoding."""
 
+import argparse
 import io
 import sys
+from pathlib import Path
 
+from ray_detox.errors import ConfigError
+from ray_detox.recipes.names import expand
 from ray_detox.runs.printable import escape_control
 
 
@@ -22,3 +26,15 @@ def is_unicode() -> bool:
     """Return whether the standard output can encode every character."""
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     return encoding.replace("-", "").startswith("utf")
+
+
+def path(text: str) -> Path:
+    """Return the path that an option names; a shell leaves `~` in `--output=~/runs` as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no home folder.
+    """
+    try:
+        return expand(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

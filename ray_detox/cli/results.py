@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox import api
+from ray_detox.cli.output import path
 from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs.folder import RunFolder
@@ -51,7 +52,7 @@ def add_verbs(add: Add, add_output: Callable[[argparse.ArgumentParser], None]) -
     sub = add("report", _report, "Write a run as one HTML file that you can send to somebody.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")
     add_words(sub)
-    sub.add_argument("--html", type=Path, metavar="FILE", help="file to write; default: RUN.html")
+    sub.add_argument("--html", type=path, metavar="FILE", help="file to write; default: RUN.html")
     add_output(sub)
     sub = add("publish", _publish, "Store a finished run from its folder, again or elsewhere.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")

@@ -30,6 +30,7 @@ from ray_detox.bounded import (
 from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
+from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.checkpoint_store import adapter_files, write_files
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
@@ -175,7 +176,7 @@ def settings_from_json(content: bytes, where: object) -> "RunConfig":
         ConfigError: it is damaged, or has settings that this version does not know.
     """
     try:
-        return config_from_dict(parse_object(content))
+        return absolute_names(config_from_dict(parse_object(content)))
     except DamagedError as error:
         raise _damaged_settings(where, error) from None
     except ConfigError as error:
