@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, overload
 
 from ray_detox.addresses import redact_tree
 from ray_detox.errors import ConfigError
+from ray_detox.machine import prepare_environment
 from ray_detox.recipes.loading import (
     apply_override,
     config_from_dict,
@@ -78,6 +79,7 @@ def train(
     """
     folder = RunFolder(expand(output), _run_id(config, run_id, resume))
     check_run_id(folder.run_id)
+    prepare_environment()
     from ray_detox import pipeline
     from ray_detox.runs import trusted
     from ray_detox.runs.console import Console

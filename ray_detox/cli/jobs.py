@@ -26,6 +26,7 @@ import ray_detox
 from ray_detox.addresses import credentials_in, has_credentials
 from ray_detox.cli.output import path, print_error
 from ray_detox.errors import ConfigError
+from ray_detox.machine import is_private, proxy_in_use, reach_directly
 from ray_detox.recipes.loading import (
     apply_override,
     is_recipe_file,
@@ -242,18 +243,25 @@ def _reach(address: str) -> "JobSubmissionClient":
         )
     import logging
     import urllib.error
+    import urllib.parse
     import urllib.request
 
     hint = (
         "Start a head with scripts/head.sh, or leave `ray dashboard cluster/aws.yaml` open "
         "in another terminal."
     )
+    host = urllib.parse.urlsplit(address).hostname or ""
+    if is_private(host):  # no proxy reaches it: this machine, or one of the own network
+        reach_directly(host)
     try:
         # Ray's client has no timeout: it waits for ever for a server that never answers.
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=HTTP_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         pass  # it answers, and requires a token
     except (OSError, ValueError):
+        proxy = proxy_in_use()
+        if proxy is not None and not is_private(host):
+            hint = f"It was asked through {proxy}; if it is reached without, add {host} to no_proxy. {hint}"
         raise ConfigError(f"No job server answers at {address}. {hint}") from None
 
     token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ

@@ -23,6 +23,7 @@ from ray_detox.cli import jobs as cli_jobs
 from ray_detox.cli import results as cli_results
 from ray_detox.cli.output import is_unicode, path, print_error, replace_unencodable
 from ray_detox.errors import ConfigError
+from ray_detox.machine import built_without, cpu_count, missing_modules, prepare_environment
 from ray_detox.recipes.loading import load_config, recipe_names, split_words
 from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.folder import RunFolder, new_run_id
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ray_detox.config import RunConfig
 
 FAILED, MISTAKE = 1, 2
+RUNNING = ("run", "check", "evaluate", "export")
+"""Commands that load models and data."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `ray-detox`; None takes those of the process.
     """
     replace_unencodable()
+    prepare_environment()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # Settings may stand before or after options; argparse would refuse the latter.
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.words = [*args.words, *rest]
     try:
+        if args.command in RUNNING and (missing := missing_modules()):
+            raise ConfigError(built_without(missing[0]))
         code: int = args.verb(args)
         return code
     except (ConfigError, StoreError) as error:
@@ -63,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package == "ray_detox":
             raise
+        if package in sys.stdlib_module_names:
+            print_error(built_without(package))
+            return MISTAKE
         print_error(
             f"{package} is missing in {sys.executable}. Install the package there: "
             "pip install -c constraints.txt ."
@@ -230,6 +239,7 @@ def _check_live(config: "RunConfig", output: Path, try_functions: bool) -> int:
     console = Console()
     if is_local(config):
         preflight.check_local_gpus(config, count_gpus)
+        preflight.check_local_cpus(config, cpu_count())
     with connected(config, console):
         from ray_detox.stages.cluster import admission
         from ray_detox.stages.cluster.nodes import free_nodes

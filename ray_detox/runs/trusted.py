@@ -77,7 +77,11 @@ def require_own(config: RunConfig, run_id: str, *, trust: bool, say: Callable[[s
 
 def _files(config: RunConfig, run_id: str) -> list[Path]:
     """Return the file that notes each function of a run."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(
+        state
+    ):  # a relative one counts as not set (XDG Base Directory Specification)
+        state = os.path.expanduser("~/.local/state")
     folder = Path(state) / "ray-detox" / "functions"
     keys = (
         json.dumps([run_id, term.function, term.arguments], sort_keys=True)
