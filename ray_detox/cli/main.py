@@ -4,7 +4,7 @@ The other commands are in `jobs.py` (submit) and `results.py` (results, view, re
 tables). A mistake of the user ends with one line and exit code 2 before anything has started.
 Commands import what they need when they run, so that `--help` and `results` answer at once.
 
-Exit codes: 0 done, 1 failed while running, 2 a mistake in the command, 130 or 143 stopped.
+Exit codes: 0 done, 1 failed while running, 2 a mistake in the command, 129, 130 or 143 stopped.
 """
 
 import argparse
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command in RUNNING and (missing := missing_modules()):
             raise ConfigError(built_without(missing[0]))
         code: int = args.verb(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except (ConfigError, StoreError) as error:
         print_error(error)

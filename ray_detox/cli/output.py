@@ -3,6 +3,7 @@
 import argparse
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ray_detox.errors import ConfigError
@@ -19,7 +20,8 @@ def replace_unencodable() -> None:
 
 def print_error(message: object) -> None:
     """Print an error of a command to the standard error stream."""
-    print(f"ray-detox: {escape_control(str(message))}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may have been closed; the exit code still tells
+        print(f"ray-detox: {escape_control(str(message))}", file=sys.stderr, flush=True)
 
 
 def is_unicode() -> bool:

@@ -9,16 +9,22 @@ that it names, and all of them if it has `**kwargs`. Prompts and completions are
 import asyncio
 import importlib
 import inspect
+import re
 import threading
+import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ray_detox.config import ConfigError, RewardTerm
 from ray_detox.records import ScoreRequest
+
+PACKAGE = Path(__file__).parents[1]
 
 RewardFunction = Callable[..., Any]
 """TRL's protocol: keywords `prompts`, `completions`, `completion_ids` and the data's columns, each
@@ -155,10 +161,11 @@ class FunctionCaller:
             done = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop).result()
             for i, output in zip(pending, done, strict=True):
                 outputs[i] = output
-        return [
-            _as_array(term, output, len(request))
-            for (term, _), output in zip(functions, outputs, strict=True)
-        ]
+        values = []
+        for (term, _), output in zip(functions, outputs, strict=True):
+            with _noting(term):
+                values.append(_as_array(term, output, len(request)))
+        return values
 
 
 def _start_loop() -> asyncio.AbstractEventLoop:
@@ -177,12 +184,35 @@ def _start_loop() -> asyncio.AbstractEventLoop:
 
 @contextmanager
 def _noting(term: RewardTerm) -> Iterator[None]:
-    """Add the term's name to an error as a note."""
+    """Add the term's name and the traceback to an error as notes, which it keeps on its way to the driver."""
     try:
         yield
     except Exception as error:
+        text = "".join(traceback.format_exception(error))
         error.add_note(term.name)
+        error.add_note(text)
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionFailure:
+    """What is known of an error that a reward function raised."""
+
+    term: str
+    """Name of the reward term."""
+    traceback: str
+    where: str
+    """File and line in the user's code, such as `/home/me/my_rewards.py, line 7`; empty if unknown."""
+
+
+def failure_of(error: BaseException) -> FunctionFailure | None:
+    """Return what the notes of an error say of the reward function that raised it; None if none did."""
+    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str)]
+    if len(notes) < 2 or "Traceback" not in notes[1]:
+        return None
+    frames = re.findall(r'^ +File "(.+)", (line \d+)', notes[1], re.MULTILINE)
+    own = [(file, line) for file, line in frames if Path(file).parents[1] != PACKAGE]
+    return FunctionFailure(notes[0], notes[1], ", ".join(own[-1]) if own else "")
 
 
 async def _await(term: RewardTerm, output: Awaitable[Any]) -> Any:

@@ -24,7 +24,7 @@ from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.machine import cpu_count
 from ray_detox.runs.console import Console
-from ray_detox.signals import defer_sigterm, end_on_sigterm
+from ray_detox.signals import defer_signals, end_on_signal
 from ray_detox.stages.cluster.private import (
     LOOPBACK,
     loopback_allowed,
@@ -55,7 +55,7 @@ def cluster(config: RunConfig, console: Console) -> Iterator[resources.Needs]:
 def connected(config: RunConfig, console: Console) -> Iterator[None]:
     """Inside, Ray is connected; keeps a connection that existed before.
 
-    SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+    SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
 
     Raises:
         ConfigError: the cluster cannot be reached.
@@ -81,7 +81,7 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     # The run itself reports a dead process in one line. Ray would print a page for each, past our
     # console and into the JSON of `--json`, and replacing this function is the only way to stop it.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    with end_on_sigterm():
+    with end_on_signal():
         if ray.is_initialized():
             yield
             return
@@ -89,10 +89,10 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
         with private_folder() if is_local(config) else nullcontext() as folder:
             try:
                 with console.stage("cluster", address) as made:
-                    # Ray's own processes ignore SIGTERM then, as they ignore SIGINT. A shell,
+                    # Ray's own processes ignore both then, as they ignore SIGINT. A shell,
                     # `timeout`, Slurm and systemd send it to all processes of a job, and Ray must not
                     # end before the driver has a checkpoint.
-                    with defer_sigterm():
+                    with defer_signals():
                         _connect(config, folder)
                     total = ray.cluster_resources()
                     made.append(
