@@ -83,12 +83,16 @@ def train(
     from ray_detox import pipeline
     from ray_detox.runs import trusted
     from ray_detox.runs.console import Console
+    from ray_detox.runs.publish import finished_report
 
     console = Console(stream, quiet=quiet)
     if resume:
         config = _resumed(config, folder, trust_functions, console.line)
     assert config is not None, "_run_id refuses a new run without settings"
     config = absolute_names(config)
+    if resume and (report := finished_report(config, folder)) is not None:
+        console.line(f"run {folder.run_id} is finished, and stays as it is")
+        return report
     trusted.remember(config, folder.run_id)
     return pipeline.run(
         config,
@@ -268,8 +272,8 @@ def stored_report(store: ResultStore, run_id: str) -> dict[str, Any]:
     report = store.get_run(run_id)
     if report is None:
         raise StoreError(
-            f"No result of a run {run_id!r} is stored; `ray-detox results` lists those that are. "
-            "A run that was stopped goes on with ray-detox run --resume."
+            f"No result of a run {run_id!r} is stored; `ray-detox results`, with the same options, lists "
+            "those that are. A run that was stopped goes on with ray-detox run --resume."
         )
     redacted: dict[str, Any] = redact_tree(report)
     return redacted

@@ -889,6 +889,11 @@ def is_optional_text(dotted: str) -> bool:
     return _value_types(dotted) == {str, type(None)}
 
 
+def setting_exists(dotted: str) -> bool:
+    """Return whether there is a setting of this name."""
+    return _value_types(dotted) is not None
+
+
 def _value_types(dotted: str) -> set[type] | None:
     """Return the types of a setting's values; None if there is no such setting."""
     _, field = _resolve(RunConfig, dotted.split("."))

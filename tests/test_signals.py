@@ -10,7 +10,6 @@ import pytest
 from ray_detox import signals
 from ray_detox.runs.console import Console
 
-
 ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 
 

@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 failed while running, 2 a mistake in the command, 129, 130
 """
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -24,7 +25,7 @@ from ray_detox.cli import results as cli_results
 from ray_detox.cli.output import is_unicode, path, print_error, replace_unencodable
 from ray_detox.errors import ConfigError
 from ray_detox.machine import built_without, cpu_count, missing_modules, prepare_environment
-from ray_detox.recipes.loading import load_config, recipe_names, split_words
+from ray_detox.recipes.loading import load_config, make_importable, recipe_names, split_words
 from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.folder import RunFolder, new_run_id
 from ray_detox.runs.printable import printable
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from ray_detox.config import RunConfig
 
 FAILED, MISTAKE = 1, 2
+COMMANDS = (
+    "check run submit evaluate results view report publish table export-table schema export".split()
+)
 RUNNING = ("run", "check", "evaluate", "export")
 """Commands that load models and data."""
 
@@ -48,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     replace_unencodable()
     prepare_environment()
     parser = _parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    first = words[0] if words else ""
+    near = difflib.get_close_matches(first, COMMANDS, n=1)
+    if near and first not in COMMANDS:
+        parser.error(f"unknown command {first!r}; did you mean {near[0]!r}?")
     args, rest = parser.parse_known_args(argv)
     # Settings may stand before or after options; argparse would refuse the latter.
     unknown = [word for word in rest if word.startswith("-")]
@@ -189,8 +198,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(words: Sequence[str]) -> "RunConfig":
-    """Load the run that words such as `lab train.steps=2` describe."""
-    return load_config(*split_words(words))
+    """Load the run that words such as `lab train.steps=2` describe.
+
+    Modules with reward functions are found beside the recipe, and in the current folder.
+    """
+    recipe, settings = split_words(words)
+    make_importable(Path.cwd())
+    return load_config(recipe, settings)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -287,6 +301,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = RunFolder(args.output, args.resume)
+        make_importable(Path.cwd())
 
         def require_own(stored: "RunConfig") -> None:
             trusted.require_own(stored, folder.run_id, trust=args.trust_functions, say=console.line)
@@ -301,8 +316,7 @@ def _run(args: argparse.Namespace) -> int:
         config = absolute_names(_load(args.words))
         run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
         folder = RunFolder(args.output, run_id)
-    output = f" --output {shlex.quote(str(args.output))}" if args.output != Path("runs") else ""
-    go_on = f"ray-detox run --resume {folder.run_id}{output}"
+    go_on = folder.command("run --resume")
     try:
         report = api.train(
             config,
@@ -324,7 +338,7 @@ def _run(args: argparse.Namespace) -> int:
         which = "best" if config.train.probe_prompts else "newest"
         print_error(
             f"its {which} checkpoint before that can be measured with: "
-            f"ray-detox evaluate {folder.run_id} --checkpoint {which}{output}"
+            f"{folder.command('evaluate')} --checkpoint {which}"
         )
         print_error(
             "another learning rate or KL coefficient needs a new run; with another ppo.max_kl, or "
@@ -345,7 +359,7 @@ def _run(args: argparse.Namespace) -> int:
     console.line()
     console.line(f"Everything about it is in {folder.path}; the adapter is {folder.adapter}.")
     console.line(
-        f"Again:  ray-detox results {folder.run_id}{output}    "
+        f"Again:  {folder.command('results')}    "
         f"Curves:  tensorboard --logdir {shlex.quote(str(args.output))}"
     )
     return 0
@@ -377,6 +391,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _readable_files(folder: Path) -> None:
+    """Give the files of an exported model the ordinary mode, which the umask limits."""
+    os.umask(mask := os.umask(0o077))
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
 def _schema(args: argparse.Namespace) -> int:
     from ray_detox.recipes.loading import schema
 
@@ -400,6 +421,7 @@ def _export(args: argparse.Namespace) -> int:
     from ray_detox.models.loading import export_model
 
     unpack_folder(adapter, lambda files: export_model(config.policy, files, args.folder))
+    _readable_files(args.folder)  # safetensors writes files that only their owner can read
     print(
         f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."
     )

@@ -5,6 +5,7 @@ pydantic and yaml are imported inside the functions: `ray-detox --help` only lis
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from ray_detox.recipes.names import expand
 
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
+
+FOLDERS_VARIABLE = "RAY_DETOX_IMPORT_FROM"
+"""Folders in which processes of a run look for modules with reward functions, besides `sys.path`."""
 
 RECIPES = Path(__file__).parent
 
@@ -42,6 +46,8 @@ def load_config(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     tree = _read_recipe(recipe)
     for override in overrides:
         apply_override(tree, override)
+    if is_recipe_file(recipe):
+        make_importable(expand(recipe).resolve().parent)
     tree["recipe"] = Path(recipe).stem if is_recipe_file(recipe) else recipe
     return config_from_dict(tree)
 
@@ -60,12 +66,33 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     recipes = [
         word for word in words if "=" not in word or (is_recipe_file(word) and _is_file(Path(word)))
     ]
+    if len(recipes) > 1 and (names := [word for word in recipes if is_setting(word)]):
+        raise ConfigError(f"{names[0]!r} is a setting without a value; write {names[0]}=value.")
     if len(recipes) > 1:
         raise ConfigError(
             f"Two recipes, {recipes[0]!r} and {recipes[1]!r}; give one. "
             "Settings have the form section.name=value."
         )
     return recipes[0] if recipes else "lab", [word for word in words if word not in recipes]
+
+
+def is_setting(word: str) -> bool:
+    """Return whether a word is the whole name of a setting, such as `ppo.kl_coef`."""
+    from ray_detox.config import setting_exists
+
+    return "." in word and setting_exists(word)
+
+
+def make_importable(folder: Path) -> None:
+    """Let this process, and those that Ray starts from it, import modules with reward functions in a folder.
+
+    The folder comes after all others, so that a module in it does not replace one of a library.
+    """
+    name = str(folder.absolute())
+    if name not in sys.path:
+        sys.path.append(name)
+    known = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
+    os.environ[FOLDERS_VARIABLE] = os.pathsep.join(dict.fromkeys(filter(None, [*known, name])))
 
 
 def schema() -> dict[str, Any]:

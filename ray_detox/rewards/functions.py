@@ -9,6 +9,7 @@ that it names, and all of them if it has `**kwargs`. Prompts and completions are
 import asyncio
 import importlib
 import inspect
+import os
 import re
 import threading
 import traceback
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ray_detox.config import ConfigError, RewardTerm
+from ray_detox.recipes.loading import FOLDERS_VARIABLE, make_importable
 from ray_detox.records import ScoreRequest
 
 PACKAGE = Path(__file__).parents[1]
@@ -48,13 +50,19 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
             that only TRL's trainers have.
     """
     assert term.function is not None, "the term is a classifier"
+    for folder in os.environ.get(FOLDERS_VARIABLE, "").split(
+        os.pathsep
+    ):  # in a process that Ray started
+        if folder:
+            make_importable(Path(folder))
     module, _, name = term.function.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a person's module raises
         raise ConfigError(
             f"reward.terms: {term.function} cannot be imported ({_describe(error)}). Give the import "
-            "path of a function that every node can import."
+            "path of a function that every node can import: of a module beside the recipe, in the current "
+            "folder or in PYTHONPATH; submit sends it with --with."
         ) from error
     if term.arguments is None:
         if inspect.isclass(found):

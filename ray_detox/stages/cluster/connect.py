@@ -19,10 +19,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.machine import cpu_count
+from ray_detox.recipes.loading import FOLDERS_VARIABLE
+from ray_detox.recipes.names import JOB_VARIABLE
 from ray_detox.runs.console import Console
 from ray_detox.signals import defer_signals, end_on_signal
 from ray_detox.stages.cluster.private import (
@@ -162,7 +165,7 @@ def _connect(config: RunConfig, folder: Path | None) -> None:
     if address != "auto":
         _probe_gcs(address, setting)
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, runtime_env=_import_folders(), **quiet)
     except Exception as error:  # Ray raises Exception itself, beside its own errors
         # For example another version of Python, or no node of that cluster on this machine. Ray's
         # message says which, but on several lines.
@@ -182,6 +185,17 @@ def _disconnect() -> None:
         for end in (node.kill_dashboard, node.kill_log_monitor, node.kill_monitor):
             end(check_alive=False)
     ray.shutdown()
+
+
+def _import_folders() -> dict[str, Any]:
+    """Return a runtime environment in which a cluster's processes look where this one looks for functions.
+
+    A submitted job has one already: all of its processes start in the folder of what was sent.
+    """
+    folders = os.environ.get(FOLDERS_VARIABLE)
+    if not folders or os.environ.get(JOB_VARIABLE):
+        return {}
+    return {"env_vars": {FOLDERS_VARIABLE: folders}}
 
 
 def one_line(error: Exception) -> str:
