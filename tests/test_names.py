@@ -100,7 +100,18 @@ def test_without_a_home_folder_a_tilde_is_refused(monkeypatch):
 
     with pytest.raises(ConfigError, match="'~/x' begins with ~, and this user has no home folder"):
         expand("~/x")
+    with pytest.raises(ConfigError, match="and a user 'nobody-here' has no home folder"):
+        expand("~nobody-here/x")
     assert expand("~x") == Path("~x"), "a file may have this name"
+
+
+def test_an_option_that_is_empty_is_refused_and_not_taken_for_the_current_folder(home, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "lab", "--output="])
+
+    assert "argument --output: it is empty; expected the path" in capsys.readouterr().err
+    assert main(["run", "lab", ""]) == cli.MISTAKE
+    assert "An argument is empty" in capsys.readouterr().err
 
 
 @pytest.fixture

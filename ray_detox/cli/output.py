@@ -34,8 +34,10 @@ def path(text: str) -> Path:
     """Return the path that an option names; a shell leaves `~` in `--output=~/runs` as it is.
 
     Raises:
-        argparse.ArgumentTypeError: there is no home folder.
+        argparse.ArgumentTypeError: there is no home folder, or the text is empty.
     """
+    if not text:  # such as "$OUTPUT" with a variable that is not set
+        raise argparse.ArgumentTypeError("it is empty; expected the path of a file or folder")
     try:
         return expand(text)
     except ConfigError as error:

@@ -63,6 +63,11 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         ConfigError: there are two recipes.
     """
+    if "" in words:
+        raise ConfigError(
+            "An argument is empty; is a variable of the command not set? Give a recipe and settings of "
+            "the form section.name=value."
+        )
     recipes = [
         word for word in words if "=" not in word or (is_recipe_file(word) and _is_file(Path(word)))
     ]

@@ -28,10 +28,12 @@ def expand(name: str | os.PathLike[str]) -> Path:
         ConfigError: there is no such home folder.
     """
     path = os.path.expanduser(os.fspath(name))
-    if path.startswith("~") and (path == "~" or path.startswith("~/")):
+    user, slash, _ = path.partition("/")
+    if path == "~" or (path.startswith("~") and slash and not os.path.exists(user)):
+        who = "this user" if user == "~" else f"a user {user[1:]!r}"
         raise ConfigError(
-            f"{os.fspath(name)!r} begins with ~, and this user has no home folder. Write the whole path, "
-            "or set HOME."
+            f"{os.fspath(name)!r} begins with ~, and {who} has no home folder here. Write the whole path"
+            f"{', or set HOME' if user == '~' else ''}."
         )
     return Path(path)
 

@@ -131,9 +131,8 @@ def read_metrics(file: Path) -> list[Row]:
         reason = next(iter(damaged.values()))
         more = f" ({len(damaged)} lines are damaged)" if len(damaged) > 1 else ""
         raise ConfigError(
-            f'{file}: {reason}{more}; expected the metrics of a step, such as {{"step": 1}}. The run '
-            "takes them from its newest checkpoint when it is resumed with "
-            f"`{_resume(file)}`."
+            f"{file}: {reason}{more}; expected the metrics of a step. The run takes them from its newest "
+            f"checkpoint when it is resumed with `{_resume(file)}`."
         )
     return rows
 
