@@ -5,7 +5,6 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions
 
-from ray_detox.errors import first_line
 from ray_detox.store.errors import StoreError
 
 _NO_CREDENTIALS = (
@@ -59,11 +58,16 @@ def to_store_error(
             "results.endpoint_url."
         )
     if isinstance(error, ValueError):
-        # boto3 makes the address from the region, unless a setting or a variable has one.
+        if endpoint_url is not None:
+            return StoreError(
+                f"results.endpoint_url is not a valid address{_at(endpoint_url)}; "
+                "expected one such as http://127.0.0.1:8000."
+            )
+        # boto3 makes the address from the region, unless a variable has one.
         return StoreError(
-            f"The address of DynamoDB is not valid{_at(endpoint_url)} ({first_line(error)}). It comes from "
-            "results.endpoint_url, else AWS_ENDPOINT_URL, else results.region or AWS_REGION; expected an "
-            "address such as http://127.0.0.1:8000, and a region such as us-east-1."
+            "The address of DynamoDB is not valid. It comes from AWS_ENDPOINT_URL, else from "
+            "results.region or AWS_REGION; expected an address such as http://127.0.0.1:8000, and a "
+            "region such as us-east-1."
         )
     return StoreError(f"DynamoDB could not be used ({operation}: {type(error).__name__}).")
 
