@@ -338,7 +338,7 @@ def _run(args: argparse.Namespace) -> int:
         which = "best" if config.train.probe_prompts else "newest"
         print_error(
             f"its {which} checkpoint before that can be measured with: "
-            f"{folder.command('evaluate')} --checkpoint {which}"
+            f"{folder.command('evaluate', '--checkpoint', which)}"
         )
         print_error(
             "another learning rate or KL coefficient needs a new run; with another ppo.max_kl, or "

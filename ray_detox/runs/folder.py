@@ -67,9 +67,9 @@ class RunFolder:
         """The trained adapter, as plain peft loads it."""
         return self.path / "adapter"
 
-    def command(self, verb: str) -> str:
+    def command(self, verb: str, *options: str) -> str:
         """Return a command about this run, such as `ray-detox run --resume first`."""
-        return command(verb, self.output, self.run_id)
+        return command(verb, self.output, self.run_id, *options)
 
     def has_settings(self) -> bool:
         """Return whether the run was started here; a start that was cut off leaves a folder without them."""
