@@ -74,10 +74,6 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     # An actor for each worker group that watches for draining nodes, as `stages/train.py` does.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if is_local(config):
-        # If the driver is killed, Ray's agents wait this long for the GCS, which has ended with it. Its own
-        # default is a minute. A GCS on the same machine that cannot be connected to has ended.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     if is_local(config) and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # Other users of this machine can reach the ports of a local cluster, so it gets a token that
         # only its own processes know. Ray reads it once, when it is imported.
