@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from ray_detox.addresses import credentials_in, has_credentials, redact
 from ray_detox.bounded import MAX_JSON_BYTES, open_regular, read_start
 from ray_detox.errors import ConfigError, first_line
+from ray_detox.recipes.names import expand
 from ray_detox.store.private import make_folder
 
 MIN_FREE_MB = 200
@@ -235,7 +236,7 @@ def check_storage(address: str) -> None:
     if "://" in address:
         reason = _reason_not_reachable(address)
     else:
-        folder = Path(address)
+        folder = expand(address)
         reason = reason_not_writable(folder) or reason_disk_full(folder)
     if reason:
         raise ConfigError(

@@ -598,6 +598,30 @@ def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
             raise ConfigError(short)
 
 
+def check_local_cpus(config: RunConfig, have: int) -> None:
+    """Check that no process of a run on this machine asks for more CPUs than the machine has.
+
+    Ray only counts CPUs, so more processes than CPUs can share them. A process with more threads than
+    CPUs would be slower than with fewer.
+
+    Args:
+        config: of the run.
+        have: CPUs that this process may use.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for setting, asked in (
+        ("cluster.cpus_per_worker", config.cluster.cpus_per_worker),
+        ("serving.cpus_per_actor", config.serving.cpus_per_actor),
+    ):
+        if asked > max(have, 1):
+            raise ConfigError(
+                f"{setting} is {asked:g}, and this machine has {have} CPU{'s' * (have != 1)} for this "
+                f"process, as affinity, container or SLURM allow. Set {setting} to at most {have}."
+            )
+
+
 def check_output(folder: Path) -> None:
     """Check that the output folder can be created and written to, without creating it.
 

@@ -58,9 +58,16 @@ def to_store_error(
             "results.endpoint_url."
         )
     if isinstance(error, ValueError):
+        if endpoint_url is not None:
+            return StoreError(
+                f"results.endpoint_url is not a valid address{_at(endpoint_url)}; "
+                "expected one such as http://127.0.0.1:8000."
+            )
+        # boto3 makes the address from the region, unless a variable has one.
         return StoreError(
-            f"results.endpoint_url is not a valid address{_at(endpoint_url)}; "
-            "expected one such as http://127.0.0.1:8000."
+            "The address of DynamoDB is not valid. It comes from AWS_ENDPOINT_URL, else from "
+            "results.region or AWS_REGION; expected an address such as http://127.0.0.1:8000, and a "
+            "region such as us-east-1."
         )
     return StoreError(f"DynamoDB could not be used ({operation}: {type(error).__name__}).")
 
