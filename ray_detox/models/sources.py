@@ -18,6 +18,7 @@ from typing import Any
 from ray_detox import lab
 from ray_detox.bounded import MAX_JSON_BYTES, DamagedError, parse, read_regular
 from ray_detox.errors import ConfigError, first_line
+from ray_detox.models.s3 import advice, open_s3
 
 DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -214,15 +215,16 @@ def hub_has_safetensors(name: str, revision: str | None) -> bool:
 
 def _from_s3(address: str, setting: str) -> Path:
     """Copy the model files under `address` into a local cache, keyed by their names and times."""
-    filesystem, root = s3_filesystem(address, setting)
     from pyarrow import fs
+
+    filesystem, root = open_s3(address)
 
     try:
         infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise ConfigError(
-            f"{setting} is {address!r}, and listing it failed: {first_line(error)}. Check the "
-            "address, the region and the credentials."
+            f"{setting} is {address!r}, and listing it failed: {first_line(error)}. "
+            f"{advice(error)}."
         ) from error
     files = [info for info in infos if info.type == fs.FileType.File]
     wanted = [
@@ -254,16 +256,3 @@ def _from_s3(address: str, setting: str) -> Path:
     except OSError:  # another process has finished the same download
         shutil.rmtree(part)
     return cache
-
-
-def s3_filesystem(address: str, setting: str) -> tuple[Any, str]:
-    """Return a pyarrow filesystem for an `s3://` address, and the path in it."""
-    from pyarrow import fs
-
-    try:
-        filesystem, root = fs.FileSystem.from_uri(address)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{setting} is {address!r}, and it cannot be opened: {first_line(error)}."
-        ) from error
-    return filesystem, root

@@ -534,6 +534,14 @@ def untried_functions(config: RunConfig) -> list[str]:
     ]
 
 
+def data_notes(config: RunConfig) -> list[str]:
+    """Return a remark if a local folder of data has splits that a run does not read."""
+    if config.data.path.startswith("s3://"):
+        return []
+    note = locate(config.data).note
+    return [note] if note else []
+
+
 def reward_notes(config: RunConfig, *, functions: bool = True) -> list[str]:
     """Return remarks on a valid reward that may not be meant.
 
