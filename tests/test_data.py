@@ -570,7 +570,9 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_refused_with_a_remedy(
 
     monkeypatch.setattr("datasets.load_dataset", fail)
 
-    assert expected in str(pytest.raises(ConfigError, load_hub, DataConfig(path="a/b")).value)
+    with pytest.raises(ConfigError) as caught:
+        load_hub(DataConfig(path="a/b"))
+    assert expected in str(caught.value)
 
 
 def test_ingest_reads_rows_of_any_types_from_any_file_of_a_folder(tmp_path):

@@ -107,7 +107,7 @@ def test_a_policy_that_lacks_some_weights_is_not_loaded(copy):
     del weights[name]
     save_file(weights, file, {"format": "pt"})
 
-    with pytest.raises(ConfigError, match="have no weights for decoder.block"):
+    with pytest.raises(ConfigError, match=r"have no weights for decoder\.block"):
         load_policy(PolicyConfig(model=str(folder)), SamplingConfig(), seed=0)
 
 

@@ -4,7 +4,9 @@ pyarrow reads and writes the objects; botocore finds endpoint, region and those 
 pyarrow's own library does not know (SSO, roles of profiles, programs).
 """
 
+import functools
 import os
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -97,13 +99,33 @@ def _from_botocore(address: str) -> dict[str, str]:
             found |= {"access_key": frozen.access_key, "secret_key": frozen.secret_key}
             if frozen.token:
                 found["session_token"] = frozen.token
-        client = session.create_client("s3", region_name=region or "us-east-1")
-        endpoint = client.meta.endpoint_url
+        endpoint = _endpoint(region or "us-east-1", _aws_settings())
     except (BotoCoreError, ClientError) as error:
         raise ConfigError(f"{address} cannot be opened: {in_words(error, profile)}.") from None
     if not (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
         found["endpoint_override"] = endpoint
     return found
+
+
+def _aws_settings() -> tuple[Any, ...]:
+    """Return what decides the endpoint: variables of the environment, and the state of ~/.aws/config."""
+    names = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
+    more = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CONFIG_FILE", "HOME")
+    file = Path(os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")).expanduser()
+    state = file.stat().st_mtime_ns if file.is_file() else 0
+    return (*(os.environ.get(name) for name in (*names, *more)), state)
+
+
+@functools.lru_cache(maxsize=16)
+def _endpoint(region: str, settings: tuple[Any, ...]) -> str:
+    """Return the address of S3 for these settings; kept, because a client takes a second to make."""
+    import botocore.session
+
+    # Without credentials: none are used to find the address.
+    client = botocore.session.get_session().create_client(
+        "s3", region_name=region, aws_access_key_id="none", aws_secret_access_key="none"
+    )
+    return str(client.meta.endpoint_url)
 
 
 def in_words(error: Exception, profile: str) -> str:
@@ -115,7 +137,10 @@ def in_words(error: Exception, profile: str) -> str:
             f"aws sso login --profile {profile}"
         )
     if kind == "ProfileNotFound":
-        return f"the AWS profile {profile!r} does not exist. Set AWS_PROFILE to one of `aws configure list-profiles`"
+        return (
+            f"the AWS profile {profile!r} does not exist. Set AWS_PROFILE to one of those that "
+            "`aws configure list-profiles` shows"
+        )
     response = getattr(error, "response", None)
     if response is not None:
         code = response.get("Error", {}).get("Code", "refused")
