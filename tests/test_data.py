@@ -587,3 +587,19 @@ def test_ingest_reads_rows_of_any_types_from_any_file_of_a_folder(tmp_path):
         {"dialogue": LONG, "day": "2024-02-29"},
         {"dialogue": LONG, "day": 3.5, "more": {"x": [None]}},
     ]
+
+
+def test_compressed_text_without_a_suffix_and_answers_of_the_hubs_server_are_read(tmp_path):
+    rows = make_rows(LONG, LONG + "!")
+    path = tmp_path / "rows.json"
+    answer = {"rows": [{"row_idx": i, "row": row} for i, row in enumerate(rows)]}
+    path.write_bytes(gzip.compress(json.dumps(answer).encode()))
+
+    assert read(path) == rows
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+
+    assert "git lfs pull" in error_of(DataConfig(path=str(path)))

@@ -28,12 +28,16 @@ KINDS = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 MAX_DOCUMENT_CHARACTERS = 256 << 20
 """Maximum length of a JSON text that is not one row per line, because it is parsed as a whole."""
 MAX_FIELD_CHARACTERS = 1 << 30
 DELIMITERS = ",\t;|"
+_POINTER = b"version https://git-lfs"
+_GZIP = b"\x1f\x8b"
+"""First bytes of gzip, which some servers send without the suffix."""
 _END = "\0end of the file\0"
 """A last line after those of a CSV file; it is part of a field if a quote is open."""
 
@@ -65,12 +69,20 @@ def read_file(path: str, kind: str, config: DataConfig) -> Iterator[dict[str, An
         )
         if filesystem.get_file_info(name).size == 0:
             return
+        with filesystem.open_input_file(name) as file:
+            start = file.read(len(_POINTER))
+        if start == _POINTER:
+            raise ConfigError(
+                f"data.path: {path} is a pointer of Git LFS and not the data. Fetch the data with: git "
+                "lfs pull"
+            )
         if kind in ("parquet", "arrow"):
             with filesystem.open_input_file(name) as file:
                 yield from _table_rows(file, kind, path)
         else:
             with filesystem.open_input_stream(name, compression=None) as file:
-                yield from read_rows(_decompressed(file, path), kind, config, path)
+                packed = ".gz" if start.startswith(_GZIP) else PurePosixPath(path.lower()).suffix
+                yield from read_rows(_decompressed(file, packed, path), kind, config, path)
     except ConfigError:
         raise
     except Exception as error:  # each library of compression has an error of its own
@@ -80,8 +92,7 @@ def read_file(path: str, kind: str, config: DataConfig) -> Iterator[dict[str, An
         ) from error
 
 
-def _decompressed(file: Any, path: str) -> Any:
-    suffix = PurePosixPath(path.lower()).suffix
+def _decompressed(file: Any, suffix: str, path: str) -> Any:
     try:
         if suffix == ".gz":
             import gzip
@@ -265,6 +276,8 @@ def _rows_of(found: list[Any], config: DataConfig, path: str) -> Iterable[dict[s
     """Return the rows of a whole file of JSON: a list of rows, lists by split, columns, or one row."""
     value = found[0] if len(found) == 1 else found
     if isinstance(value, list):
+        if value and all(isinstance(row, dict) and "row_idx" in row for row in value):
+            value = [row.get("row") for row in value]  # as the hub's server of rows answers
         return [row if isinstance(row, dict) else {} for row in value]
     if not isinstance(value, dict):
         return [{}]
@@ -284,7 +297,7 @@ def _rows_of(found: list[Any], config: DataConfig, path: str) -> Iterable[dict[s
             f"{config.split!r}. Set data.split to the one to read."
         )
     if tables:
-        return next(iter(tables.values()))
+        return _rows_of([next(iter(tables.values()))], config, path)
     if value and all(isinstance(row, dict) for row in value.values()):
         return list(value.values())  # rows by their names
     return [value]
