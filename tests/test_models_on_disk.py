@@ -38,12 +38,16 @@ def copy(tmp_path):
     return make
 
 
+def check_models(config):
+    check_policy(config)
+    for setting, each in config.reward.classifiers:
+        check_classifier(each, setting)
+
+
 def refusal(*settings):
     config = load_config("lab", list(settings))
     with pytest.raises(ConfigError) as caught:
-        check_policy(config)
-        for setting, each in config.reward.classifiers:
-            check_classifier(each, setting)
+        check_models(config)
     message = str(caught.value)
     assert "\n" not in message
     return message
