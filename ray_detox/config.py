@@ -166,7 +166,7 @@ class DataConfig(Section):
     path: Annotated[
         Address, Field(min_length=1), Remedy("give a file, a folder, a hub id or `lab`")
     ] = "lab"
-    """`lab` (the embedded corpus); a .jsonl, .json, .csv or .parquet file or folder, `s3://...` or a hub id."""
+    """`lab` (the embedded corpus), a .jsonl, .json, .csv or .parquet file or folder, `s3://` or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
     split: str = "train"
