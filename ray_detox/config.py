@@ -184,11 +184,11 @@ class DataConfig(Section):
     path: Annotated[
         Address, Field(min_length=1), Remedy("give a file, a folder, a hub id or `lab`")
     ] = "lab"
-    """`lab` (the embedded corpus), a .jsonl, .csv or .parquet file or folder, `s3://...`, or a hub id."""
+    """`lab` (the embedded corpus), a .jsonl, .json, .csv or .parquet file or folder, `s3://` or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
     split: NonEmpty = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a folder whose file names say their splits."""
     dialogue_column: NonEmpty = "dialogue"
     """Column with the text that goes into the prompt."""
     summary_column: str | None = "summary"

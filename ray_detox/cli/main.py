@@ -219,7 +219,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.live:
         return _check_live(config, args.output, args.try_functions)
     fetched = preflight.check_without_fetching(config, functions=args.try_functions)
-    notes = preflight.reward_notes(config, functions=args.try_functions)
+    notes = preflight.data_notes(config)
+    notes += preflight.reward_notes(config, functions=args.try_functions)
     need = needs(config, cluster_gpus=0)
     settings = written.to_dict()
     # An encoding without all characters gets YAML's escapes: what is shown stays a recipe.

@@ -1,5 +1,6 @@
 """Conversion of AWS and connection errors to a `StoreError` that says what to do."""
 
+import os
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,6 +36,21 @@ def to_store_error(
     if isinstance(error, exceptions.NoRegionError):
         return StoreError(
             "No AWS region is set. Set results.region, AWS_REGION or AWS_DEFAULT_REGION."
+        )
+    if isinstance(
+        error,
+        exceptions.SSOError | exceptions.SSOTokenLoadError | exceptions.TokenRetrievalError,
+    ):
+        profile = os.environ.get("AWS_PROFILE", "default")
+        return StoreError(
+            f"The sign-in of the AWS profile {profile!r} is missing or has expired. Sign in with: aws sso "
+            f"login --profile {profile}"
+        )
+    if isinstance(error, exceptions.ClientError) and error.operation_name == "AssumeRole":
+        return StoreError(
+            f"AWS refused AssumeRole ({error.response['Error']['Code']}) for the profile "
+            f"{os.environ.get('AWS_PROFILE', 'default')!r}. Allow it in the role's trust policy, or "
+            "choose another AWS_PROFILE."
         )
     if isinstance(
         error,
