@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TextIO, overload
 
 from ray_detox.addresses import redact_tree
 from ray_detox.errors import ConfigError
+from ray_detox.machine import prepare_environment
 from ray_detox.recipes.loading import (
     apply_override,
     config_from_dict,
     load_config,
     override_settings,
 )
+from ray_detox.recipes.names import absolute_names, expand
 from ray_detox.runs.folder import RunFolder, new_run_id
 from ray_detox.store.errors import StoreError
 from ray_detox.store.opening import open_store
@@ -75,16 +77,22 @@ def train(
         report = ray_detox.train(config, run_id="first")
         report["toxicity"]["before"]["mean"], report["toxicity"]["after"]["mean"]
     """
-    folder = RunFolder(Path(output), _run_id(config, run_id, resume))
+    folder = RunFolder(expand(output), _run_id(config, run_id, resume))
     check_run_id(folder.run_id)
+    prepare_environment()
     from ray_detox import pipeline
     from ray_detox.runs import trusted
     from ray_detox.runs.console import Console
+    from ray_detox.runs.publish import finished_report
 
     console = Console(stream, quiet=quiet)
     if resume:
         config = _resumed(config, folder, trust_functions, console.line)
     assert config is not None, "_run_id refuses a new run without settings"
+    config = absolute_names(config)
+    if resume and (report := finished_report(config, folder)) is not None:
+        console.line(f"run {folder.run_id} is finished, and stays as it is")
+        return report
     trusted.remember(config, folder.run_id)
     return pipeline.run(
         config,
@@ -110,7 +118,7 @@ def evaluate(
 
     Args:
         run_id: the run.
-        overrides: changed settings such as `evaluate.prompts=96`, values in YAML. Data, policy
+        overrides: changed settings such as `evaluate.prompts=96`, as for `load_config`. Data, policy
             and seed of a run cannot change.
         output: folder where runs are kept.
         checkpoint: measure a kept checkpoint instead of the final adapter: `best`, `newest` or
@@ -134,8 +142,8 @@ def evaluate(
         report = ray_detox.evaluate("first", ["evaluate.prompts=1024"])
         print(report["verdict"]["sentence"])
     """
-    folder = RunFolder(Path(output), check_run_id(run_id))
-    config = change_settings(folder.read_config(), overrides)
+    folder = RunFolder(expand(output), check_run_id(run_id))
+    config = absolute_names(change_settings(folder.read_config(), overrides))
     from ray_detox import pipeline
     from ray_detox.runs import trusted
     from ray_detox.runs.console import Console
@@ -224,7 +232,7 @@ def open_results(
     """
     from ray_detox.runs.publish import store_of
 
-    folder = RunFolder(Path(output), run_id or "")
+    folder = RunFolder(expand(output), run_id or "")
     results = results_settings(load_config("lab"), overrides) if overrides else None
     if results is not None and results.store != "sqlite":
         return store_of(results, folder, hurried=hurried)
@@ -264,8 +272,8 @@ def stored_report(store: ResultStore, run_id: str) -> dict[str, Any]:
     report = store.get_run(run_id)
     if report is None:
         raise StoreError(
-            f"No result of a run {run_id!r} is stored; `ray-detox results` lists those that are. "
-            "A run that was stopped goes on with ray-detox run --resume."
+            f"No result of a run {run_id!r} is stored; `ray-detox results`, with the same options, lists "
+            "those that are. A run that was stopped goes on with ray-detox run --resume."
         )
     redacted: dict[str, Any] = redact_tree(report)
     return redacted
@@ -302,11 +310,12 @@ def _resumed(
         trusted.require_own(config, folder.run_id, trust=trust_functions, say=say)
         return config
     if config.train.storage is not None and not folder.has_settings():
-        given = config
+        given = absolute_names(config)
         resume_from_storage(
             folder,
             config.train.storage,
             lambda stored: require_same_run(given, stored, folder.run_id),
         )
+    config = absolute_names(config)
     require_same_run(config, folder.read_config(), folder.run_id)
     return config

@@ -91,6 +91,13 @@ def count_range(value: object) -> tuple[int, int]:
     raise ValueError("a whole number of at least 1, or a range such as 1..4")
 
 
+def _check_unicode(value: str) -> str:
+    # pydantic itself checks this only for texts without a minimum length.
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise PydanticCustomError("string_unicode", "is not Unicode")
+    return value
+
+
 def _check_address(value: str) -> str:
     if has_credentials(value):
         raise PydanticCustomError("credentials", "has credentials")
@@ -110,7 +117,8 @@ Number = Annotated[float, _PARSE]
 Positive = Annotated[float, Field(gt=0), _PARSE]
 NonNegative = Annotated[float, Field(ge=0), _PARSE]
 Share = Annotated[float, Field(ge=0, le=1), _PARSE]
-Address = Annotated[str, AfterValidator(_check_address)]
+NonEmpty = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
+Address = Annotated[str, AfterValidator(_check_unicode), AfterValidator(_check_address)]
 """A folder, a hub id or a URL, without credentials: settings are stored and shown."""
 Host = Annotated[str, AfterValidator(_check_host)]
 """A URL or `host:port`, without credentials."""
@@ -176,12 +184,12 @@ class DataConfig(Section):
     path: Annotated[
         Address, Field(min_length=1), Remedy("give a file, a folder, a hub id or `lab`")
     ] = "lab"
-    """`lab` (the embedded corpus), a .jsonl, .csv or .parquet file or folder, `s3://...`, or a hub id."""
+    """`lab` (the embedded corpus), a .jsonl, .json, .csv or .parquet file or folder, `s3://` or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    dialogue_column: str = "dialogue"
+    split: NonEmpty = "train"
+    """Split of a hub dataset, or of a folder whose file names say their splits."""
+    dialogue_column: NonEmpty = "dialogue"
     """Column with the text that goes into the prompt."""
     summary_column: str | None = "summary"
     """Column with the reference summary, for ROUGE-L; null if there is none."""
@@ -310,13 +318,9 @@ class ClassifierConfig(Section):
     """`lab` (the embedded RoBERTa), a hub id, a local folder or `s3://...` of a sequence classifier."""
     revision: str | None = None
     """Commit or tag of a hub model."""
-    label: Annotated[str, Field(min_length=1), Remedy("name the label for not toxic")] | None = (
-        "nothate"
-    )
+    label: Annotated[NonEmpty, Remedy("name the label for not toxic")] | None = "nothate"
     """Label that means not toxic, looked up by name; its raw logit is the score."""
-    toxic_label: Annotated[str, Field(min_length=1), Remedy("name the label for toxic")] | None = (
-        None
-    )
+    toxic_label: Annotated[NonEmpty, Remedy("name the label for toxic")] | None = None
     """Label that means toxic, in place of `label`: the score then rises as its probability falls."""
     head: Literal["auto", "softmax", "sigmoid"] = "auto"
     """Probabilities from logits: `softmax` over all labels, `sigmoid` of each label, or `auto` (sigmoid
@@ -708,7 +712,7 @@ class ResultsConfig(Section):
 
     store: Literal["sqlite", "dynamodb"] = "sqlite"
     """`sqlite` (one file in the output folder) or `dynamodb`."""
-    table: Annotated[str, Field(min_length=1), Remedy("name the DynamoDB table")] = "ray-detox"
+    table: Annotated[NonEmpty, Remedy("name the DynamoDB table")] = "ray-detox"
     """DynamoDB table."""
     region: str | None = None
     """AWS region; null takes AWS_REGION or AWS_DEFAULT_REGION."""
@@ -879,6 +883,42 @@ def _types_in(annotation: Any) -> list[type]:
     if get_origin(annotation) in (Union, types.UnionType, tuple):
         return [t for inner in get_args(annotation) for t in _types_in(inner)]
     return [annotation] if isinstance(annotation, type) else []
+
+
+def is_text(dotted: str) -> bool:
+    """Return whether the value of a setting such as `data.template` can only be text.
+
+    So is that of an unknown setting, which is refused whatever its value is.
+    """
+    types = _value_types(dotted)
+    return types is None or types == {str}
+
+
+def is_optional_text(dotted: str) -> bool:
+    """Return whether the value of a setting such as `policy.revision` is text or null."""
+    return _value_types(dotted) == {str, type(None)}
+
+
+def setting_exists(dotted: str) -> bool:
+    """Return whether there is a setting of this name."""
+    return _value_types(dotted) is not None
+
+
+def _value_types(dotted: str) -> set[type] | None:
+    """Return the types of a setting's values; None if there is no such setting."""
+    _, field = _resolve(RunConfig, dotted.split("."))
+    return None if field is None else set(_leaf_types(field.annotation))
+
+
+def _leaf_types(annotation: Any) -> list[type]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return [type(value) for value in inner]
+    if origin is Annotated:
+        return _leaf_types(inner[0])
+    if origin in (Union, types.UnionType):
+        return [each for part in inner for each in _leaf_types(part)]
+    return [annotation if isinstance(annotation, type) else object]
 
 
 def _suggestion(owner: type[Section], name: str, key: str) -> str:

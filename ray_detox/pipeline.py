@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.data.files import Source
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
+from ray_detox.machine import cpu_count
 from ray_detox.models.sources import folder_fingerprint
 from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
 from ray_detox.runs.console import Console
@@ -205,6 +206,7 @@ def prepare_run(
         raise ConfigError(run_exists(folder))
     if is_local(config):
         preflight.check_local_gpus(config, count_gpus)
+        preflight.check_local_cpus(config, cpu_count())
     source = preflight.check(config)
     check_store(config.results, folder, new_run=not resume)
     found = fingerprints(config)

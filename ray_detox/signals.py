@@ -1,4 +1,8 @@
-"""Handlers for Ctrl-C and SIGTERM that stop a run cleanly, with a checkpoint if it is training."""
+"""Handlers for Ctrl-C, SIGTERM and SIGHUP that stop a run cleanly, with a checkpoint if it is training.
+
+SIGHUP is what a terminal sends that is closed, and a connection that is lost. It is handled as SIGTERM,
+unless it was ignored when the process started, as `nohup` does.
+"""
 
 import signal
 import threading
@@ -19,9 +23,17 @@ class StopRequest:
     signal_number: int = signal.SIGINT
 
 
+def _ending_signals() -> set[signal.Signals]:
+    """Return the signals that end a run as SIGTERM does."""
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN:
+        return {signal.SIGTERM}
+    return {signal.SIGTERM, hang_up}
+
+
 @contextmanager
-def end_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does, with the signal's number."""
+def end_on_signal() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, with the signal's number."""
     if not _can_install_handlers():
         yield
         return
@@ -30,29 +42,34 @@ def end_on_sigterm() -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         received.append(number)
-        # `timeout` sends it twice, and the second one must not interrupt the regular end.
-        signal.signal(number, signal.SIG_IGN)
+        # `timeout` sends it twice, a shell adds SIGHUP, and the second one must not interrupt the
+        # regular end.
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    before: dict[signal.Signals, Any] = {}
+    for number in _ending_signals():
+        before[number] = signal.signal(number, end)
     try:
         yield
     except KeyboardInterrupt:
         # Ray replaces the exception with a new one, so the number is added here.
         raise KeyboardInterrupt(*received) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
-def defer_sigterm() -> Iterator[None]:
-    """Around `ray.init`: SIGTERM waits for the end, and the processes that start inside ignore it.
+def defer_signals() -> Iterator[None]:
+    """Around `ray.init`: SIGTERM and SIGHUP wait for the end, and processes that start inside ignore them.
 
     `ray.init` replaces the handler of SIGTERM. At the end, the one from before is in place again.
     """
     handler = signal.getsignal(signal.SIGTERM)
     # A process inherits the signals that the thread which starts it has blocked.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ending_signals())
     try:
         yield
     except SystemExit as error:
@@ -68,7 +85,7 @@ def defer_sigterm() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal(console: Console) -> Iterator[StopRequest]:
-    """Make Ctrl-C and SIGTERM stop after the current step, and a second Ctrl-C at once."""
+    """Make Ctrl-C, SIGTERM and SIGHUP stop after the current step, and a second Ctrl-C at once."""
     stop = StopRequest(threading.Event())
     if not _can_install_handlers():
         yield stop
@@ -86,7 +103,8 @@ def stop_on_signal(console: Console) -> Iterator[StopRequest]:
         console.line(f"{'':<9} stopping after this step, with a checkpoint (again to stop at once)")
 
     before = {
-        number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, request_stop)
+        for number in (signal.SIGINT, *_ending_signals())
     }
     try:
         yield stop

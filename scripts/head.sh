@@ -36,7 +36,7 @@ temp=$("$VENV/bin/python" -m ray_detox.stages.cluster.private) || exit 1
 # Jobs run `python`, so it must be the one in .venv. Ray only counts CPUs and binds no process to them, so
 # a small machine can offer 4.
 export PATH=$VENV/bin:$PATH
-cpus=$("$VENV/bin/python" -c 'import os; print(max(os.cpu_count() or 1, 4))')
+cpus=$("$VENV/bin/python" -c 'from ray_detox.machine import cpu_count; print(max(cpu_count(), 4))')
 start=("$VENV/bin/ray" start --block --disable-usage-stats --temp-dir="$temp" --num-cpus="$cpus")
 if [[ " $*" == *" --address"* ]]; then
   exec "${start[@]}" "$@"

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from ray_detox.config import ConfigError, PolicyConfig, RunConfig, SamplingConfig
+from ray_detox.config import ConfigError, DataConfig, PolicyConfig, RunConfig, SamplingConfig
 from ray_detox.models.constraints import generation_rules
 from ray_detox.models.trial import tiny_model
 from ray_detox.stages.preflight import check_policy
@@ -94,6 +94,7 @@ def refusal(folder: Path, **policy: Any) -> str | None:
         check_policy(
             RunConfig(
                 policy=PolicyConfig(**(settings | policy)),
+                data=DataConfig(max_prompt_tokens=12),
                 sampling=SamplingConfig(max_new_tokens=12),
             )
         )

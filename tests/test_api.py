@@ -165,8 +165,8 @@ def test_train_works_in_a_thread_that_gets_no_signals(begun, monkeypatch):
 
     def run(config, folder, console, *, resume, accept_changes):
         with (
-            signals.end_on_sigterm(),
-            signals.defer_sigterm(),
+            signals.end_on_signal(),
+            signals.defer_signals(),
             signals.stop_on_signal(console),
         ):
             return {"run_id": folder.run_id}

@@ -25,7 +25,7 @@ PACKAGE = "ray_detox"
 
 LAYERS = (
     ("addresses",),
-    ("errors",),
+    ("errors", "machine"),
     ("bounded",),
     ("config",),
     ("records", "draws"),
@@ -56,7 +56,7 @@ ONLY = {"viewer": {"store", "addresses"}}
 
 HEAVY = frozenset(
     "ray torch transformers peft boto3 awswrangler pandas datasets tensorboardX rich pydantic "
-    "numpy pyarrow".split()
+    "numpy pyarrow sqlite3".split()
 )
 """Libraries that are slow to import or may be missing, so that late imports are justified."""
 
@@ -70,7 +70,7 @@ LATE = {
     "evaluation.summarise": "torch; the embedded model needs no note about its generation settings",
     "runs.console": "rich; a program that reads our lines needs none",
     "runs.publish": "boto3; a result in SQLite needs none",
-    "store.opening": "boto3; a result in SQLite needs none",
+    "store.opening": "boto3, or sqlite3, which a Python may be built without",
     "stages.cluster.connect": "Ray reads its environment when it is imported",
     "stages.evaluate": "torch; the driver only passes shards on",
     "stages.finish": "numpy; a task on the driver's node loads what it needs",

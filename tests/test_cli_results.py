@@ -3,18 +3,21 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
 import urllib.request
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from ray_detox.cli import main as cli
+from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs.folder import RunFolder
@@ -158,6 +161,33 @@ def test_publish_replaces_a_run_only_with_overwrite(folder, output, mistake):
     assert "already" in mistake("publish", "third", "--output", output)
     assert cli.main(["publish", "third", "--overwrite", "--output", str(output)]) == 0
     assert SQLiteStore(folder.store_path).get_run("third")["recipe"] == "seed"
+
+
+def test_a_finished_run_stays_as_it_is_when_it_is_resumed(folder, output, capsys):
+    report = make_report("third") | {"steps": 1}
+    folder.write_result(report, [PairedExample.from_json(SAMPLE)])
+    settings = load_config("lab", ["train.steps=1"]).to_dict()
+    (folder.path / "config.json").write_text(json.dumps(settings))
+    assert cli.main(["publish", "third", "--output", str(output)]) == 0
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+
+    assert cli.main(["run", "--resume", "third", "--output", str(output)]) == 0
+
+    assert "run third is finished, and stays as it is\n" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_a_printed_command_works_from_the_folder_in_which_it_was_printed(tmp_path):
+    strange = tmp_path / "my runs; $HOME"
+    folder = RunFolder(strange, "first")
+
+    _, *words = shlex.split(folder.command("results"))
+    with pytest.raises(ConfigError) as caught:
+        folder.require_adapter()
+
+    assert words == ["results", "first", "--output", str(strange)]
+    assert f"`{folder.command('run --resume')}`." in str(caught.value)
+    assert RunFolder(Path("runs"), "first").command("results") == "ray-detox results first"
 
 
 def test_publish_refuses_a_run_without_a_result(output, mistake):

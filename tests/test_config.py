@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from ray_detox.config import (
 )
 from ray_detox.evaluation.examples import EvaluatedResponse
 from ray_detox.evaluation.metrics import RATINGS
-from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names
+from ray_detox.recipes.loading import config_from_dict, load_config, recipe_names, split_words
 from ray_detox.rl.ppo import next_kl_coef
 
 SECTIONS = [
@@ -114,6 +115,58 @@ def test_an_override_is_read_as_yaml(override, section, name, value):
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "translate: {dialogue}",
+        "{dialogue} In short:",
+        "- {dialogue}",
+        "@reader `{dialogue}` = %?",
+        '"{dialogue}"',
+        "'{dialogue}' # twice: '{dialogue}'",
+        "  {dialogue} ",
+        "[INST] {dialogue} [/INST]",
+        "!important {dialogue} & *more*",
+        "概括：{dialogue}\n\ttl;dr",
+    ],
+)
+def test_a_text_setting_takes_the_text_as_it_is(text):
+    assert load_config("lab", [f"data.template={text}"]).data.template == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no", "null", "~", "true", "0123", "1e5", "2024-02-30", "0x1f", "12:30:00", ".inf", "a=b=c", "k: v"],
+)  # fmt: skip
+def test_words_that_yaml_reads_as_something_else_are_text_where_text_is_set(text):
+    config = load_config("lab", [f"data.dialogue_column={text}", f"reward.toxic_label={text}x"])
+
+    assert config.data.dialogue_column == text
+    assert config.reward.toxic_label == f"{text}x"
+
+
+@pytest.mark.parametrize("nothing", ["null", ""])
+def test_a_text_setting_that_may_be_left_out_is_left_out_by_null_or_nothing(nothing):
+    config = load_config("lab", [f"data.summary_column={nothing}", f"policy.revision={nothing}"])
+
+    assert config.data.summary_column is None
+    assert config.policy.revision is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["my run.v2.yaml", "lr=0.1 kl=2.yaml", "рецепт.yml", "要約.YAML", "a#b & c.yaml", "~.yaml"],
+)
+def test_a_recipe_may_have_any_file_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("seed: 5")
+
+    recipe, settings = split_words([name, "train.steps=7"])
+    config = load_config(recipe, settings)
+
+    assert (config.seed, config.train.steps, config.recipe) == (5, 7, Path(name).stem)
+
+
 def test_reward_terms_are_read_from_a_list():
     override = (
         "reward.terms=[{function: trl.rewards.get_repetition_penalty_reward, weight: 2,"
@@ -200,8 +253,8 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path):
         ("ppo.kl_coef=inf", "ppo.kl_coef is inf; expected a number."),
         ("ppo.kl_coef=false", "ppo.kl_coef is False; expected a number."),
         ("policy.frozen_encoder=1", "policy.frozen_encoder is 1; expected true or false."),
-        ("results.table=", "results.table is None; expected text."),
-        ("policy.model=3", "policy.model is 3; expected text."),
+        ("results.table=", "results.table is empty; name the DynamoDB table."),
+        ("data.split=", "data.split is empty; give a value."),
         ("policy.lora_targets=q", "policy.lora_targets is 'q'; expected a list, such as [a, b]."),
         ("policy.lora_targets=[1]", "policy.lora_targets[0] is 1; expected text."),
         ("ppo=3", "ppo is 3; expected a section, such as ppo.key=value."),
@@ -223,9 +276,9 @@ def test_a_value_of_another_type_is_refused_with_what_was_expected(override, sen
         ("ppo.kl_coef=2020-13-45", "the value is not valid YAML."),
         ("policy.lora_targets=!!set {q, v}", "expected a list, such as [a, b]."),
         ("ppo={1: 2}", "Unknown setting 'ppo.1'; known in ppo: "),
-        ('data.path="\\ud800"', "data.path is '\\ud800'; expected text."),
-        ('data.revision="\\ud800"', "data.revision is '\\ud800'; expected text."),
-        ('results.endpoint_url="\\ud800"', "results.endpoint_url is '\\ud800'; expected text."),
+        ("data.path=\ud800", "data.path is '\\ud800'; expected text."),
+        ("data.revision=\ud800", "data.revision is '\\ud800'; expected text."),
+        ("results.endpoint_url=\ud800", "results.endpoint_url is '\\ud800'; expected text."),
         ('policy.lora_targets=["\\ud800"]', "policy.lora_targets is ['\\ud800']; expected text."),
         ("seed=-1", "seed is -1; expected a value from 0 to 9223372036854775807."),
         ("ppo.clip_range=2", "expected a value above 0 and at most 1."),

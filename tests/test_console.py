@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,36 @@ def test_a_process_without_a_standard_output_prints_nothing(monkeypatch):
 
     assert terminal_width() is None
     Console().line("lost")
+
+
+def test_a_command_goes_on_if_nobody_reads_its_output_any_more():
+    """As with `ray-detox run lab | head -1`, or after a terminal was closed."""
+    code = (
+        "import sys\nfrom ray_detox.runs.console import Console\nconsole = Console()\n"
+        "console.line('first')\nsys.stdin.readline()\n"
+        "with console.stage('train', 'two steps'):\n    console.line('second')\nsys.exit(7)"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "first\n"
+    run.stdout.close()
+
+    _, errors = run.communicate("go on\n", timeout=60)
+
+    assert run.returncode == 7
+    assert (
+        errors == "ray-detox: nobody reads the output any more; the command goes on without it.\n"
+    )
+
+
+def test_another_error_of_the_output_is_raised():
+    with suppress(OSError), open("/dev/full", "w") as full:  # closing it fails as well
+        with pytest.raises(OSError, match="No space left"):
+            Console(full).line("a line")
+        assert not Console(full).quiet

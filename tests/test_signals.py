@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do in the driver, and that the processes of Ray ignore SIGTERM."""
+"""What Ctrl-C, SIGTERM and SIGHUP do in the driver, and that the processes of Ray ignore the last two."""
 
 import io
 import signal
@@ -10,32 +10,36 @@ import pytest
 from ray_detox import signals
 from ray_detox.runs.console import Console
 
+ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 
-def test_sigterm_ends_a_run_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
+
+@ENDING
+def test_an_ending_signal_ends_a_run_as_ctrl_c_does(number):
+    before = signal.getsignal(number)
 
     def wait_as_ray_does():
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 
-    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_sigterm():
+    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_signal():
         wait_as_ray_does()
 
-    assert ended.value.args == (signal.SIGTERM,)
-    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_sigterm():
+    assert ended.value.args == (number,)
+    with pytest.raises(KeyboardInterrupt) as ended, signals.end_on_signal():
         raise KeyboardInterrupt
     assert ended.value.args == ()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
-def test_a_second_sigterm_interrupts_nothing():
-    # As `timeout` sends it: to its child, and then to the group of both.
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_ending_signal_interrupts_nothing(second):
+    # As `timeout` sends it: to its child, and then to the group of both. A login shell sends SIGHUP, too.
     printed, ended = io.StringIO(), False
     with signals.stop_on_signal(Console(printed)) as stop:
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(second)
 
     assert stop.event.is_set()
     assert stop.signal_number == signal.SIGTERM
@@ -46,10 +50,10 @@ def test_a_second_sigterm_interrupts_nothing():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(second)
             ended = True
 
-    with pytest.raises(KeyboardInterrupt), signals.end_on_sigterm():
+    with pytest.raises(KeyboardInterrupt), signals.end_on_signal():
         work()
     assert ended
 
@@ -70,8 +74,8 @@ def test_sigterm_while_ray_starts_ends_a_run_as_it_does_afterwards(thread):
 
     with (
         pytest.raises(KeyboardInterrupt) as ended,
-        signals.end_on_sigterm(),
-        signals.defer_sigterm(),
+        signals.end_on_signal(),
+        signals.defer_signals(),
     ):
         start_ray()
 
@@ -82,12 +86,27 @@ def test_sigterm_while_ray_starts_ends_a_run_as_it_does_afterwards(thread):
 
 
 def test_other_exits_while_ray_starts_are_passed_on():
-    with pytest.raises(SystemExit, match="no memory"), signals.defer_sigterm():
+    with pytest.raises(SystemExit, match="no memory"), signals.defer_signals():
         sys.exit("no memory")
 
 
-def test_processes_that_ray_starts_ignore_sigterm():
-    with signals.defer_sigterm():
-        child = subprocess.run(["sh", "-c", "kill -TERM $$"])
+@pytest.mark.parametrize("name", ["TERM", "HUP"])
+def test_processes_that_ray_starts_ignore_ending_signals(name):
+    with signals.defer_signals():
+        child = subprocess.run(["sh", "-c", f"kill -{name} $$"])
 
     assert child.returncode == 0
+
+
+def test_nohup_is_respected():
+    """`nohup` starts a program that ignores SIGHUP; Ctrl-C and SIGTERM still stop it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.end_on_signal(), signals.stop_on_signal(Console(io.StringIO())) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.event.is_set()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.event.is_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,4 +1,8 @@
-"""SIGTERM to all processes of a local run, as Slurm and systemd send it, stops it with a checkpoint."""
+"""Signals that end a local run keep its last step, and leave no process behind.
+
+SIGTERM goes to all processes, as Slurm and systemd send it; SIGHUP as well, as from a terminal that is
+closed; SIGKILL to the driver alone, as the kernel sends it that is out of memory.
+"""
 
 import os
 import re
@@ -65,11 +69,10 @@ def require_private(driver):
     return outer
 
 
-@pytest.mark.ray
-def test_sigterm_to_all_processes_of_a_run_stops_it_with_a_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "ray_detox", "run", "lab", *SHORT, "--run-id", "first"]
+def start(output, *words):
+    """Start a run, or go on with one; return its process once a step more is done, and what it printed."""
     run = subprocess.Popen(
-        [*command, "--output", str(tmp_path)],
+        [sys.executable, "-m", "ray_detox", "run", *words, "--output", str(output)],
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -79,30 +82,59 @@ def test_sigterm_to_all_processes_of_a_run_stops_it_with_a_checkpoint(tmp_path):
     )
     assert run.stdout is not None
     printed = ""
-    while not re.search("^step +1/500 ", printed, re.MULTILINE):
+    while not re.search(r"^step +\d+/500 ", printed, re.MULTILINE):
         line = run.stdout.readline()
         assert line, printed
         printed += line
+    return run, printed
 
-    outer = require_private(run.pid)
+
+def stop(run, printed, number, output):
+    """Send a signal to all processes of a run; return the step with which it ended."""
     processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     printed += run.communicate(timeout=200)[0]
 
-    assert run.returncode == 128 + signal.SIGTERM, printed
+    assert run.returncode == 128 + number, printed
     assert "Traceback" not in printed
     stopped = re.search(
         r"^Stopped after step (\d+), with a checkpoint\. "
-        f"Go on with: ray-detox run --resume first --output {tmp_path}$",
+        f"Go on with: ray-detox run --resume first --output {output}$",
         printed,
         re.MULTILINE,
     )
     assert stopped, printed
-    kept = CheckpointStore(Storage(str(tmp_path / "first"))).newest()
-    assert kept is not None
-    assert kept.step == int(stopped[1])
-    assert not (tmp_path / "first" / "ray-train").exists()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
+    return int(stopped[1])
+
+
+def newest_step(output):
+    kept = CheckpointStore(Storage(str(output / "first"))).newest()
+    assert kept is not None
+    return kept.step
+
+
+@pytest.mark.ray
+def test_a_run_that_is_ended_by_a_signal_keeps_its_last_step_and_goes_on(tmp_path):
+    run, printed = start(tmp_path, "lab", *SHORT, "--run-id", "first")
+    outer = require_private(run.pid)
+    terminated = stop(run, printed, signal.SIGTERM, tmp_path)
+    assert newest_step(tmp_path) == terminated
+    assert not (tmp_path / "first" / "ray-train").exists()
     assert not outer.exists()
+
+    run, printed = start(tmp_path, "--resume", "first", "train.checkpoint_every=1")
+    assert f"step {terminated + 1:>3}/500" in printed
+    hung_up = stop(run, printed, signal.SIGHUP, tmp_path)
+    assert newest_step(tmp_path) == hung_up > terminated
+
+    run, printed = start(tmp_path, "--resume", "first")
+    processes = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.communicate(timeout=60)
+    # Ray's agents report the end of their node for a minute to a GCS that has ended as well.
+    _, alive = psutil.wait_procs(processes, timeout=180)
+    assert not alive
+    assert newest_step(tmp_path) >= hung_up

@@ -724,7 +724,19 @@ def test_a_file_added_after_the_start_is_not_served(port, static):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1", "localhost:1", "127.0.0.1:{}.evil.example"]
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example:{}",
+        "localhost@evil.example",
+        "127.0.0.1:{}.evil.example",
+        "localhost:",
+        "localhost:1234567",
+        "0.0.0.0:{}",
+        "[::2]:{}",
+        "::1",
+        "127.0.0.1:{}, evil.example",
+    ],
 )
 def test_other_host_names_are_rejected(port, host):
     for target in ("/", "/api/runs", "/config.json"):
@@ -734,7 +746,18 @@ def test_other_host_names_are_rejected(port, host):
         assert f"http://127.0.0.1:{port}/".encode() in body
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:{}", "localhost:{}", "LocalHost:{}", "[::1]:{}"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1:{}",
+        "localhost:{}",
+        "LocalHost:{}",
+        "[::1]:{}",
+        "localhost:1234",
+        "127.0.0.1",
+        "[::1]:9",
+    ],
+)
 def test_every_local_host_name_is_accepted(port, host):
     assert fetch(port, "/", host=host.format(port))[0].status == 200
 
@@ -841,7 +864,7 @@ def test_a_connection_serves_many_requests(port):
         "ray-detox-{port}=",
         "ray-detox-{port}={wrong}",
         "ray-detox-{port}={key}x",
-        "ray-detox-1={key}",
+        "other-{port}={key}",
         "{key}",
         "ray-detox-{port}=\xff",
     ],
@@ -879,6 +902,36 @@ def test_the_key_in_the_address_becomes_a_cookie_that_only_this_site_sends(port)
     cookie, *attributes = response.headers["set-cookie"].split("; ")
     assert set(attributes) == {"Path=/", "HttpOnly", "SameSite=Strict"}
     assert fetch(port, "/api/runs", headers={"Cookie": cookie})[0].status == 200
+
+
+def test_forwarded_servers_of_the_same_port_do_not_take_the_cookie_of_each_other(port):
+    response, _ = fetch(port, f"/?key={KEYS[port]}", host="localhost:1234", headers={"Cookie": ""})
+
+    assert response.headers["set-cookie"].startswith(f"ray-detox-1234={KEYS[port]};")
+    cookies = f"ray-detox-{port}=of-another; ray-detox-1234={KEYS[port]}"
+    headers = {"Cookie": cookies}
+    assert fetch(port, "/api/runs", host="localhost:1234", headers=headers)[0].status == 200
+
+
+def test_a_server_in_a_container_accepts_the_names_that_its_user_allows(sqlite_store, static):
+    """It listens on all addresses of the container; `docker run -p 9000:8421` forwards to it."""
+    names = ["Box.example", "[fd00::7]"]
+    with make_server(sqlite_store, host="0.0.0.0", static=static, names=names) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        port = server.server_port
+        KEYS[port] = server.key
+        assert server.address == f"http://127.0.0.1:{port}/?key={server.key}"
+        for host in ("localhost:9000", "box.EXAMPLE", "box.example:9000", "[fd00::7]:80"):
+            assert fetch(port, "/", host=host)[0].status == 200
+            assert fetch(port, "/", host=host, headers={"Cookie": ""})[0].status == 403
+        for host in ("evil.example", f"0.0.0.0:{port}", "box.example.evil.example"):
+            assert fetch(port, "/", host=host)[0].status == 421
+        server.shutdown()
+
+
+def test_an_address_that_is_not_of_this_machine_is_named(sqlite_store):
+    with pytest.raises(StoreError, match=r"Port 0 of 192\.0\.2\.1 cannot be used: .* --bind takes"):
+        make_server(sqlite_store, host="192.0.2.1")
 
 
 def test_each_server_has_a_key_of_its_own(sqlite_store):

@@ -24,9 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import ray_detox
 from ray_detox.addresses import credentials_in, has_credentials
-from ray_detox.cli.output import print_error
+from ray_detox.cli.output import path, print_error
 from ray_detox.errors import ConfigError
-from ray_detox.recipes.loading import apply_override, load_config, split_words
+from ray_detox.machine import is_private, proxy_in_use, reach_directly
+from ray_detox.recipes.loading import (
+    apply_override,
+    is_recipe_file,
+    load_config,
+    split_words,
+)
+from ray_detox.recipes.names import JOB_VARIABLE, expand
 from ray_detox.runs.folder import new_run_id
 from ray_detox.runs.printable import escape_control
 from ray_detox.store.protocol import check_run_id
@@ -82,7 +89,7 @@ def add_verbs(add: Add) -> None:
     )
     sub.add_argument(
         "--address",
-        default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS),
+        default=os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS,
         metavar="URL",
         help=f"address of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or {ADDRESS}",
     )
@@ -94,7 +101,7 @@ def add_verbs(add: Add) -> None:
         dest="extra",
         action="append",
         default=[],
-        type=Path,
+        type=path,
         metavar="PATH",
         help="send a file or folder along, such as a module with reward functions; "
         "may be repeated, and is needed again with --resume",
@@ -198,8 +205,8 @@ def _read(args: argparse.Namespace) -> tuple[str, list[str], list[Path]]:
             f"cluster.address={config.cluster.address} cannot be set for a job: it runs on the "
             "cluster that --address names."
         )
-    if recipe.endswith((".yaml", ".yml")):
-        files.append(Path(recipe))
+    if is_recipe_file(recipe):
+        files.append(expand(recipe))
         recipe = Path(recipe).name
     run_id = check_run_id(new_run_id(config.recipe) if args.run_id is None else args.run_id)
     return run_id, [recipe, *settings, "--run-id", run_id], files
@@ -207,7 +214,11 @@ def _read(args: argparse.Namespace) -> tuple[str, list[str], list[Path]]:
 
 def _environment(pairs: Sequence[str]) -> dict[str, str]:
     # Ray's default kills a driver after 3 seconds, before it has finished its step and stored it.
-    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "WR_ENGINE": "python"}
+    environment = {
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
+        "WR_ENGINE": "python",
+        JOB_VARIABLE: "1",
+    }
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
@@ -232,18 +243,25 @@ def _reach(address: str) -> "JobSubmissionClient":
         )
     import logging
     import urllib.error
+    import urllib.parse
     import urllib.request
 
     hint = (
         "Start a head with scripts/head.sh, or leave `ray dashboard cluster/aws.yaml` open "
         "in another terminal."
     )
+    host = urllib.parse.urlsplit(address).hostname or ""
+    if is_private(host):  # no proxy reaches it: this machine, or one of the own network
+        reach_directly(host)
     try:
         # Ray's client has no timeout: it waits for ever for a server that never answers.
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=HTTP_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         pass  # it answers, and requires a token
     except (OSError, ValueError):
+        proxy = proxy_in_use()
+        if proxy is not None and not is_private(host):
+            hint = f"It was asked through {proxy}; if it is reached without, add {host} to no_proxy. {hint}"
         raise ConfigError(f"No job server answers at {address}. {hint}") from None
 
     token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
@@ -334,11 +352,14 @@ def _gather(folder: Path, files: Sequence[Path]) -> int:
         copy = folder / file.resolve().name
         if copy.exists():
             raise ConfigError(f"--with {file}: something named {copy.name!r} is sent already.")
-        if file.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", ".git", ".venv")
-            shutil.copytree(file, copy, ignore=ignore)
-        else:
-            shutil.copy2(file, copy)
+        try:
+            if file.is_dir():
+                ignore = shutil.ignore_patterns("__pycache__", ".git", ".venv")
+                shutil.copytree(file, copy, ignore=ignore)
+            else:
+                shutil.copy2(file, copy)
+        except OSError as error:
+            raise ConfigError(f"--with {file} cannot be sent: {_reason(error)}.") from error
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     total = sum(sizes.values())
     if total > LARGEST:
@@ -349,6 +370,16 @@ def _gather(folder: Path, files: Sequence[Path]) -> int:
             "nodes can read them, such as s3://, and name that in data.path or policy.model."
         )
     return total
+
+
+def _reason(error: OSError) -> str:
+    """Return why a file, or the first file of a folder, could not be copied."""
+    if error.strerror is None and error.args and isinstance(error.args[0], list):
+        source, _, reason = error.args[0][
+            0
+        ]  # from shutil.copytree: source, target and reason of each
+        return f"{source}: {str(reason).partition('] ')[2] or reason}"
+    return f"{error.filename}: {error.strerror}"
 
 
 def _send(
@@ -363,6 +394,8 @@ def _send(
     command = shlex.join(["python", "-m", "ray_detox", "run", *words])
     # The home folder on the head, so the shell there expands it.
     command += ' --output "$HOME"/runs' if output is None else f" --output {shlex.quote(output)}"
+    # A .gitignore says what a repository leaves out, and not what a job needs.
+    os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
     deadline = time.monotonic() + READY_S
     while True:
         try:

@@ -4,10 +4,11 @@ The other commands are in `jobs.py` (submit) and `results.py` (results, view, re
 tables). A mistake of the user ends with one line and exit code 2 before anything has started.
 Commands import what they need when they run, so that `--help` and `results` answer at once.
 
-Exit codes: 0 done, 1 failed while running, 2 a mistake in the command, 130 or 143 stopped.
+Exit codes: 0 done, 1 failed while running, 2 a mistake in the command, 129, 130 or 143 stopped.
 """
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ray_detox import __version__
 from ray_detox.cli import jobs as cli_jobs
 from ray_detox.cli import results as cli_results
-from ray_detox.cli.output import is_unicode, print_error, replace_unencodable
+from ray_detox.cli.output import is_unicode, path, print_error, replace_unencodable
 from ray_detox.errors import ConfigError
-from ray_detox.recipes.loading import load_config, recipe_names, split_words
+from ray_detox.machine import built_without, cpu_count, missing_modules, prepare_environment
+from ray_detox.recipes.loading import load_config, make_importable, recipe_names, split_words
+from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.folder import RunFolder, new_run_id
 from ray_detox.runs.printable import printable
 from ray_detox.store.errors import StoreError
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
     from ray_detox.config import RunConfig
 
 FAILED, MISTAKE = 1, 2
+COMMANDS = (
+    "check run submit evaluate results view report publish table export-table schema export".split()
+)
+RUNNING = ("run", "check", "evaluate", "export")
+"""Commands that load models and data."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `ray-detox`; None takes those of the process.
     """
     replace_unencodable()
+    prepare_environment()
     parser = _parser()
+    words = sys.argv[1:] if argv is None else list(argv)
+    first = words[0] if words else ""
+    near = difflib.get_close_matches(first, COMMANDS, n=1)
+    if near and first not in COMMANDS:
+        parser.error(f"unknown command {first!r}; did you mean {near[0]!r}?")
     args, rest = parser.parse_known_args(argv)
     # Settings may stand before or after options; argparse would refuse the latter.
     unknown = [word for word in rest if word.startswith("-")]
@@ -53,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.words = [*args.words, *rest]
     try:
+        if args.command in RUNNING and (missing := missing_modules()):
+            raise ConfigError(built_without(missing[0]))
         code: int = args.verb(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except (ConfigError, StoreError) as error:
         print_error(error)
@@ -62,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package == "ray_detox":
             raise
+        if package in sys.stdlib_module_names:
+            print_error(built_without(package))
+            return MISTAKE
         print_error(
             f"{package} is missing in {sys.executable}. Install the package there: "
             "pip install -c constraints.txt ."
@@ -94,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_output(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--output",
-            type=Path,
+            type=path,
             default=Path("runs"),
             metavar="DIR",
             help="folder where runs are kept; default: runs",
@@ -169,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("export", _export, "Merge a run's adapter into its model and save a plain model.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")
     sub.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="folder for the model, new or empty"
+        "folder", type=path, metavar="FOLDER", help="folder for the model, new or empty"
     )
     add_checkpoint(sub)
     add_output(sub)
@@ -177,8 +198,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(words: Sequence[str]) -> "RunConfig":
-    """Load the run that words such as `lab train.steps=2` describe."""
-    return load_config(*split_words(words))
+    """Load the run that words such as `lab train.steps=2` describe.
+
+    Modules with reward functions are found beside the recipe, and in the current folder.
+    """
+    recipe, settings = split_words(words)
+    make_importable(Path.cwd())
+    return load_config(recipe, settings)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -188,13 +214,15 @@ def _check(args: argparse.Namespace) -> int:
     from ray_detox.runs.console import terminal_width
     from ray_detox.stages import preflight
 
-    config = _load(args.words)
+    written = _load(args.words)
+    config = absolute_names(written)
     if args.live:
         return _check_live(config, args.output, args.try_functions)
     fetched = preflight.check_without_fetching(config, functions=args.try_functions)
-    notes = preflight.reward_notes(config, functions=args.try_functions)
+    notes = preflight.data_notes(config)
+    notes += preflight.reward_notes(config, functions=args.try_functions)
     need = needs(config, cluster_gpus=0)
-    settings = config.to_dict()
+    settings = written.to_dict()
     # An encoding without all characters gets YAML's escapes: what is shown stays a recipe.
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=is_unicode()).rstrip())
     print("---")
@@ -228,6 +256,7 @@ def _check_live(config: "RunConfig", output: Path, try_functions: bool) -> int:
     console = Console()
     if is_local(config):
         preflight.check_local_gpus(config, count_gpus)
+        preflight.check_local_cpus(config, cpu_count())
     with connected(config, console):
         from ray_detox.stages.cluster import admission
         from ray_detox.stages.cluster.nodes import free_nodes
@@ -273,6 +302,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.run_id is not None:
             raise ConfigError("--run-id and --resume exclude each other; --resume names the run.")
         folder = RunFolder(args.output, args.resume)
+        make_importable(Path.cwd())
 
         def require_own(stored: "RunConfig") -> None:
             trusted.require_own(stored, folder.run_id, trust=args.trust_functions, say=console.line)
@@ -284,11 +314,10 @@ def _run(args: argparse.Namespace) -> int:
         require_own(stored)
         config = resumed_settings(stored, args.words, folder.run_id)
     else:
-        config = _load(args.words)
+        config = absolute_names(_load(args.words))
         run_id = new_run_id(config.recipe) if args.run_id is None else args.run_id
         folder = RunFolder(args.output, run_id)
-    output = f" --output {shlex.quote(str(args.output))}" if args.output != Path("runs") else ""
-    go_on = f"ray-detox run --resume {folder.run_id}{output}"
+    go_on = folder.command("run --resume")
     try:
         report = api.train(
             config,
@@ -310,7 +339,7 @@ def _run(args: argparse.Namespace) -> int:
         which = "best" if config.train.probe_prompts else "newest"
         print_error(
             f"its {which} checkpoint before that can be measured with: "
-            f"ray-detox evaluate {folder.run_id} --checkpoint {which}{output}"
+            f"{folder.command('evaluate', '--checkpoint', which)}"
         )
         print_error(
             "another learning rate or KL coefficient needs a new run; with another ppo.max_kl, or "
@@ -331,7 +360,7 @@ def _run(args: argparse.Namespace) -> int:
     console.line()
     console.line(f"Everything about it is in {folder.path}; the adapter is {folder.adapter}.")
     console.line(
-        f"Again:  ray-detox results {folder.run_id}{output}    "
+        f"Again:  {folder.command('results')}    "
         f"Curves:  tensorboard --logdir {shlex.quote(str(args.output))}"
     )
     return 0
@@ -363,6 +392,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _readable_files(folder: Path) -> None:
+    """Give the files of an exported model the ordinary mode, which the umask limits."""
+    os.umask(mask := os.umask(0o077))
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
 def _schema(args: argparse.Namespace) -> int:
     from ray_detox.recipes.loading import schema
 
@@ -386,6 +422,7 @@ def _export(args: argparse.Namespace) -> int:
     from ray_detox.models.loading import export_model
 
     unpack_folder(adapter, lambda files: export_model(config.policy, files, args.folder))
+    _readable_files(args.folder)  # safetensors writes files that only their owner can read
     print(
         f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."
     )

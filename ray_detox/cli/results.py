@@ -7,11 +7,13 @@ results.table=my-table` name the store; `publish` takes the settings of the run 
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox import api
+from ray_detox.cli.output import path
 from ray_detox.errors import ConfigError
 from ray_detox.recipes.loading import load_config
 from ray_detox.runs.folder import RunFolder
@@ -45,13 +47,26 @@ def add_verbs(add: Add, add_output: Callable[[argparse.ArgumentParser], None]) -
         "--port", type=int, default=_PORT, metavar="N", help=f"0 takes a free one; default: {_PORT}"
     )
     sub.add_argument(
+        "--bind",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 in a container whose port is published; default: 127.0.0.1",
+    )
+    sub.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="accept a host name by which browsers reach this page; may be repeated",
+    )
+    sub.add_argument(
         "--no-browser", action="store_true", help="print the address without opening a browser"
     )
     add_output(sub)
     sub = add("report", _report, "Write a run as one HTML file that you can send to somebody.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")
     add_words(sub)
-    sub.add_argument("--html", type=Path, metavar="FILE", help="file to write; default: RUN.html")
+    sub.add_argument("--html", type=path, metavar="FILE", help="file to write; default: RUN.html")
     add_output(sub)
     sub = add("publish", _publish, "Store a finished run from its folder, again or elsewhere.")
     sub.add_argument("run_id", metavar="RUN", help="id of the run")
@@ -108,6 +123,11 @@ def _view(args: argparse.Namespace) -> int:
 
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port is {args.port}; expected 0 (any free one) to 65535.")
+    for name in args.allow_host:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]", name):
+            raise ConfigError(
+                f"--allow-host is {name!r}; expected a host name without port, such as host.example."
+            )
     store = _open(args, hurried=True)
     try:
         # A wrong table or run is an error of the command here; on the page it would be less clear.
@@ -121,6 +141,8 @@ def _view(args: argparse.Namespace) -> int:
             open_browser=not args.no_browser,
             say=lambda line: print(line, flush=True),
             run_id=args.run_id,
+            host=args.bind.strip("[]") or "0.0.0.0",
+            names=args.allow_host,
             folder=args.output if os.access(args.output, os.W_OK | os.X_OK) else None,
         )
         return 0

@@ -13,9 +13,14 @@ from typing import Any
 from ray_detox.config import DataConfig
 from ray_detox.records import LeftOutRow, PreparedRow
 
+PROBLEM = "ray-detox: why this row is left out"
+"""Key of a row that could not be read, with the reason."""
+
 
 def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | None:
     """Return the reason why a row cannot become a prompt, for messages; None if it can."""
+    if PROBLEM in row:
+        return str(row[PROBLEM])
     dialogue = row.get(config.dialogue_column)
     if dialogue is None:
         return f"no {config.dialogue_column}"
@@ -25,8 +30,11 @@ def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | Non
         return f"empty {config.dialogue_column}"
     try:
         dialogue.encode()
-    except UnicodeEncodeError:
-        return f"{config.dialogue_column} is not valid Unicode"
+    except UnicodeEncodeError as error:
+        # Python's own marks for bytes that are not UTF-8.
+        is_bytes = "\udc80" <= dialogue[error.start] <= "\udcff"
+        advice = " (no UTF-8; convert the file: iconv -f cp1252 -t utf-8)" if is_bytes else ""
+        return f"{config.dialogue_column} is not valid Unicode{advice}"
     if len(dialogue) <= config.min_chars:
         return f"not over {config.min_chars} characters"
     if len(dialogue) > config.max_chars:
@@ -76,8 +84,12 @@ def prepare(
 
 
 def _with_json_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a row to JSON types: other values, such as dates, become text."""
-    columns: dict[str, Any] = json.loads(json.dumps(dict(row), default=str))
+    """Convert a row to JSON types: other values, such as dates, become text.
+
+    Characters that are not valid Unicode become `?`, because no other file would take them.
+    """
+    text = json.dumps(dict(row), default=str, ensure_ascii=False)
+    columns: dict[str, Any] = json.loads(text.encode(errors="replace"))
     return columns
 
 

@@ -283,6 +283,21 @@ def check_vocabulary(tokenizer: Any, model: Any, name: str, setting: str) -> Non
         )
 
 
+def position_limits(model: Any) -> list[int]:
+    """Return the number of positions in each table of position embeddings of a model or a part of it."""
+    limits = []
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        table = getattr(module, "weight", None)
+        is_positions = ("position" in leaf or leaf == "wpe") and not isinstance(module, nn.Linear)
+        grows = hasattr(module, "make_weight")  # FSMT makes a longer table when it needs one
+        if is_positions and not grows and isinstance(table, Tensor) and table.ndim == 2:
+            padding = getattr(module, "padding_idx", None)
+            unused = max(getattr(module, "offset", 0), 0 if padding is None else padding + 1)
+            limits.append(len(table) - unused)
+    return limits
+
+
 def longest_input(tokenizer: Any, model: Any) -> int:
     """Return the most tokens that a classifier can read.
 
@@ -294,15 +309,7 @@ def longest_input(tokenizer: Any, model: Any) -> int:
         tokenizer: of the classifier.
         model: the classifier; weights are not read.
     """
-    limits = []
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        table = getattr(module, "weight", None)
-        is_positions = ("position" in leaf or leaf == "wpe") and not isinstance(module, nn.Linear)
-        if is_positions and isinstance(table, Tensor) and table.ndim == 2:
-            padding = getattr(module, "padding_idx", None)
-            unused = max(getattr(module, "offset", 0), 0 if padding is None else padding + 1)
-            limits.append(len(table) - unused)
+    limits = position_limits(model)
     stated = getattr(model.config, "max_position_embeddings", None)  # also GPT-2's n_positions
     if isinstance(stated, int) and stated > 0:
         limits.append(stated)

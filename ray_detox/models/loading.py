@@ -22,7 +22,7 @@ from ray_detox.models.constraints import forced_bos_id
 from ray_detox.models.critic import make_value_head
 from ray_detox.models.output_head import find_head, head_width
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
-from ray_detox.models.sizes import check_size_of
+from ray_detox.models.sizes import check_names, check_size_of
 from ray_detox.models.sources import local_folder
 
 
@@ -72,9 +72,14 @@ def load_policy(
     dtype = compute_dtype(config.dtype, device)
     folder = local_folder(config.model, config.revision, "policy.model")
     check_size_of(AutoModelForSeq2SeqLM, folder, config.model, "policy.model")
-    base = AutoModelForSeq2SeqLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    base, info = AutoModelForSeq2SeqLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
+    check_names(info["missing_keys"], config.model, "policy.model")
     base.requires_grad_(False)
     if config.adapter is None:
         with torch.random.fork_rng(devices=[]):

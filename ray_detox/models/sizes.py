@@ -4,6 +4,7 @@ transformers fills weights that no file has with random numbers, so a config.jso
 more memory than any machine has.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from ray_detox.bounded import DamagedError, parse_object, read_file
 from ray_detox.errors import ConfigError, first_line
 
 SPARE = 1 << 24
@@ -32,18 +34,22 @@ def check_size(model: Any, folder: Path, name: str, setting: str) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return
+    _check_shards(folder, name, setting)
     there, tensors = 0, 0
+    keys = set[str]()
     for file in files:
         try:
             with safe_open(str(file), "np") as weights:
                 for key in list(weights.keys()):
                     tensors += 1
+                    keys.add(key)
                     there += torch.Size(weights.get_slice(key).get_shape()).numel()
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{setting} is {name!r}, and its {file.name} cannot be read: {first_line(error)}. "
                 "Copy the model again."
             ) from None
+    _check_prefix(model, keys, name, setting)
     described = sum(one.numel() for one in [*model.parameters(), *model.buffers()])
     deep = len([*model.parameters()])
     # Twice: a weight that two layers share is once in a file, and may be counted for both.
@@ -52,6 +58,66 @@ def check_size(model: Any, folder: Path, name: str, setting: str) -> None:
             f"{setting} is {name!r}, whose config.json describes a model of {described:,} numbers in "
             f"{deep:,} weights, and its files have {there:,} in {tensors:,}. Correct the sizes in "
             "config.json, or copy the model again."
+        )
+
+
+def _check_prefix(model: Any, keys: set[str], name: str, setting: str) -> None:
+    """Check that the names of weights begin as the model's, as far as a wrapper changes all of them.
+
+    transformers itself adds or removes the prefix of the base model. Other single names may differ:
+    those that are not in the files after all are found when the weights are loaded.
+    """
+    own = {parameter for parameter, _ in model.named_parameters()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = own | {f"{prefix}{one}" for one in own} | {one.removeprefix(prefix) for one in own}
+    if not own or known & keys:
+        return
+    wrapped = next((k for k in sorted(keys) if any(k.endswith(f".{one}") for one in own)), None)
+    if wrapped is not None or not any(k.rpartition(".")[2] in ("weight", "bias") for k in keys):
+        found = wrapped or min(keys, default="nothing")
+        raise ConfigError(
+            f"{setting} is {name!r}, whose files name their weights otherwise than the model (such as "
+            f"{found}; expected {min(own)}), so all would be random. Save the model again with "
+            "save_pretrained of its own class, without a wrapper."
+        )
+    check_names(own, name, setting)
+
+
+def _check_shards(folder: Path, name: str, setting: str) -> None:
+    """Check that every file that the index of the weights names is there."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            weights = parse_object(read_file(index)).get("weight_map")
+        except DamagedError as error:
+            raise ConfigError(
+                f"{setting} is {name!r}, and its {index.name} is damaged: {error}. Copy the model again."
+            ) from None
+        files = set(map(str, weights.values())) if isinstance(weights, dict) else set()
+        absent = sorted(file for file in files if not (folder / file).is_file())
+        if absent:
+            raise ConfigError(
+                f"{setting} is {name!r}, and {len(absent)} of the {len(files)} files with its weights "
+                f"are missing, such as {absent[0]}. Copy or download the model again."
+            )
+
+
+def check_names(missing: Iterable[str], name: str, setting: str) -> None:
+    """Check that the files had every weight; transformers would fill the others with random numbers.
+
+    Args:
+        missing: weights of the model that no file has, as transformers reports them.
+        name: of the model, for messages.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: some are missing.
+    """
+    absent = sorted(missing)
+    if absent:
+        more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+        raise ConfigError(
+            f"{setting} is {name!r}, and its files have no weights for {absent[0]}{more}, so they would be "
+            "random. Save the model again with save_pretrained of its own class, without a wrapper."
         )
 
 

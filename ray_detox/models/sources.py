@@ -5,6 +5,7 @@ Only configuration, tokenizer and safetensors files are downloaded; no code of a
 is executed and nothing is unpickled.
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -19,8 +20,9 @@ from typing import Any
 from ray_detox import lab
 from ray_detox.bounded import MAX_JSON_BYTES, DamagedError, parse, read_regular
 from ray_detox.errors import ConfigError, first_line
+from ray_detox.models.s3 import advice, open_s3
 
-DESCRIPTION_FILES = ["*.json", "*.txt", "*.model"]
+DESCRIPTION_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "*.bpe"]
 WEIGHT_FILES = ["*.safetensors"]
 CODE_FILES = ["config.json", "tokenizer_config.json"]
 """Files of a model whose `auto_map` can name Python code of the model's repository."""
@@ -31,6 +33,7 @@ KERNEL_SETTINGS = (
     "_experts_implementation",
 )
 """Settings of config.json that can name compiled code of the hub, such as `owner/kernel`."""
+PROXIES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 MAX_NUMBERS = {"layer": 1_000, "label": 100_000, "": 1 << 26}
 """Maximum of the whole numbers in a config.json, by a part of their name, the first that fits.
@@ -223,7 +226,7 @@ def looks_like_path(name: str) -> bool:
 
 def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     patterns = DESCRIPTION_FILES + (WEIGHT_FILES if weights else [])
     try:
@@ -233,39 +236,74 @@ def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> P
             f"{setting} is {name!r}, and the hub has no such model or denies you access. Check the "
             "id, or give a local folder or an s3:// address."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's client raises errors of httpx as well
         raise ConfigError(
-            f"{setting} is the hub id {name!r}, and the hub cannot be reached from here "
-            f"({type(error).__name__}). Download the model elsewhere and set "
-            f"{setting}=/path/to/its/folder (or s3://bucket/prefix)."
+            f"{setting} is the hub id {name!r}, and {_why_not_from_hub(error)}"
         ) from error
+
+
+def _why_not_from_hub(error: Exception) -> str:
+    """Describe why a model could not be downloaded, and what helps; ends with a full stop."""
+    from huggingface_hub import constants
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of the cache is full ({constants.HF_HUB_CACHE}). Free some of it, or set HF_HOME to "
+            "a folder on another disk."
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return (
+            f"the cache cannot be written to ({error.strerror}: {error.filename or constants.HF_HUB_CACHE}). "
+            "Set HF_HOME to a folder that you may write to."
+        )
+    advice = "Download the model elsewhere and set the folder (or s3://bucket/prefix) in its place."
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "it is not in the cache, and the hub is switched off (HF_HUB_OFFLINE). Unset it to "
+            f"download, or give a folder. {advice}"
+        )
+    proxies = [name for name in PROXIES if os.environ.get(name)]
+    if proxies or "Proxy" in type(error).__name__:
+        return (
+            f"the hub cannot be reached through the proxy ({type(error).__name__}; "
+            f"{', '.join(proxies) or 'of the system'}). Correct the proxy's address and sign-in, or set "
+            f"no_proxy. {advice}"
+        )
+    return f"the hub cannot be reached from here ({type(error).__name__}). {advice}"
+
+
+def is_hub_offline() -> bool:
+    """Return whether `HF_HUB_OFFLINE` allows only what is in the hub's cache."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def hub_has_safetensors(name: str, revision: str | None) -> bool:
     """Return whether a hub model has safetensors; True if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         files = snapshot_download(
             name, revision=revision, allow_patterns=WEIGHT_FILES, dry_run=True
         )
-    except (HfHubHTTPError, OSError):  # offline, with the model in the cache
+    except Exception:  # no network, with the model in the cache; the client raises errors of httpx
         return True
     return len(files) > 0
 
 
 def _from_s3(address: str, setting: str) -> Path:
     """Copy the model files under `address` into a local cache, keyed by their names and times."""
-    filesystem, root = s3_filesystem(address, setting)
     from pyarrow import fs
+
+    filesystem, root = open_s3(address)
 
     try:
         infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise ConfigError(
-            f"{setting} is {address!r}, and listing it failed: {first_line(error)}. Check the "
-            "address, the region and the credentials."
+            f"{setting} is {address!r}, and listing it failed: {first_line(error)}. "
+            f"{advice(error)}."
         ) from error
     files = [info for info in infos if info.type == fs.FileType.File]
     # Keys of a bucket may have `..` in them, which would lead out of the cache.
@@ -301,16 +339,3 @@ def _from_s3(address: str, setting: str) -> Path:
     except OSError:  # another process has finished the same download
         shutil.rmtree(part)
     return cache
-
-
-def s3_filesystem(address: str, setting: str) -> tuple[Any, str]:
-    """Return a pyarrow filesystem for an `s3://` address, and the path in it."""
-    from pyarrow import fs
-
-    try:
-        filesystem, root = fs.FileSystem.from_uri(address)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{setting} is {address!r}, and it cannot be opened: {first_line(error)}."
-        ) from error
-    return filesystem, root

@@ -5,15 +5,20 @@ pydantic and yaml are imported inside the functions: `ray-detox --help` only lis
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox.bounded import MAX_YAML_BYTES, DamagedError, parse_yaml, read_file
 from ray_detox.errors import ConfigError
+from ray_detox.recipes.names import expand
 
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
+
+FOLDERS_VARIABLE = "RAY_DETOX_IMPORT_FROM"
+"""Folders in which processes of a run look for modules with reward functions, besides `sys.path`."""
 
 RECIPES = Path(__file__).parent
 
@@ -28,7 +33,7 @@ def load_config(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
     Args:
         recipe: name of a packaged recipe, or path of a .yaml file.
-        overrides: `section.name=value`, values in YAML.
+        overrides: `section.name=value`, values in YAML; a setting that is text takes the text as it is.
 
     Raises:
         ConfigError: unknown recipe, key or type, or contradictory values.
@@ -41,8 +46,15 @@ def load_config(recipe: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     tree = _read_recipe(recipe)
     for override in overrides:
         apply_override(tree, override)
-    tree["recipe"] = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    if is_recipe_file(recipe):
+        make_importable(expand(recipe).resolve().parent)
+    tree["recipe"] = Path(recipe).stem if is_recipe_file(recipe) else recipe
     return config_from_dict(tree)
+
+
+def is_recipe_file(recipe: str) -> bool:
+    """Return whether a recipe is named by the path of a file, not by its name in the package."""
+    return recipe.lower().endswith((".yaml", ".yml"))
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -51,13 +63,41 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         ConfigError: there are two recipes.
     """
-    recipes = [word for word in words if "=" not in word]
+    if "" in words:
+        raise ConfigError(
+            "An argument is empty; is a variable of the command not set? Give a recipe and settings of "
+            "the form section.name=value."
+        )
+    recipes = [
+        word for word in words if "=" not in word or (is_recipe_file(word) and _is_file(Path(word)))
+    ]
+    if len(recipes) > 1 and (names := [word for word in recipes if is_setting(word)]):
+        raise ConfigError(f"{names[0]!r} is a setting without a value; write {names[0]}=value.")
     if len(recipes) > 1:
         raise ConfigError(
             f"Two recipes, {recipes[0]!r} and {recipes[1]!r}; give one. "
             "Settings have the form section.name=value."
         )
-    return recipes[0] if recipes else "lab", [word for word in words if "=" in word]
+    return recipes[0] if recipes else "lab", [word for word in words if word not in recipes]
+
+
+def is_setting(word: str) -> bool:
+    """Return whether a word is the whole name of a setting, such as `ppo.kl_coef`."""
+    from ray_detox.config import setting_exists
+
+    return "." in word and setting_exists(word)
+
+
+def make_importable(folder: Path) -> None:
+    """Let this process, and those that Ray starts from it, import modules with reward functions in a folder.
+
+    The folder comes after all others, so that a module in it does not replace one of a library.
+    """
+    name = str(folder.absolute())
+    if name not in sys.path:
+        sys.path.append(name)
+    known = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
+    os.environ[FOLDERS_VARIABLE] = os.pathsep.join(dict.fromkeys(filter(None, [*known, name])))
 
 
 def schema() -> dict[str, Any]:
@@ -103,7 +143,7 @@ def override_settings(config: "RunConfig", overrides: Sequence[str]) -> "RunConf
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    path = expand(recipe) if is_recipe_file(recipe) else RECIPES / f"{recipe}.yaml"
     if not _is_file(path):
         names = recipe_names()
         near = difflib.get_close_matches(recipe, names, n=1)
@@ -132,14 +172,15 @@ def _is_file(path: Path) -> bool:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put the value of `section.name=value`, read as YAML, into nested settings."""
+    """Put the value of `section.name=value` into nested settings.
+
+    A setting that is text takes the text as it is, with its quotes, colons, braces and digits; `null`, or
+    nothing, is no value if the setting may have none. Any other value is read as YAML.
+    """
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"Override {override!r} has no '='. Write it as section.name=value.")
-    try:
-        value = parse_yaml(text)
-    except DamagedError as error:
-        raise ConfigError(f"Override {override[:200]!r}: the value is not valid YAML.") from error
+    value = _value(override, dotted, text)
     *sections, name = dotted.split(".")
     node = tree
     for section in sections:
@@ -148,3 +189,16 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"Override {override!r}: {section!r} is a value and not a section.")
         node = child
     node[name] = value
+
+
+def _value(override: str, dotted: str, text: str) -> Any:
+    from ray_detox.config import is_optional_text, is_text
+
+    if is_optional_text(dotted):
+        return None if text in ("", "null") else text
+    if is_text(dotted):
+        return text
+    try:
+        return parse_yaml(text)
+    except DamagedError as error:
+        raise ConfigError(f"Override {override[:200]!r}: the value is not valid YAML.") from error

@@ -9,16 +9,24 @@ that it names, and all of them if it has `**kwargs`. Prompts and completions are
 import asyncio
 import importlib
 import inspect
+import os
+import re
 import threading
+import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ray_detox.config import ConfigError, RewardTerm
+from ray_detox.recipes.loading import FOLDERS_VARIABLE, make_importable
 from ray_detox.records import ScoreRequest
+
+PACKAGE = Path(__file__).parents[1]
 
 RewardFunction = Callable[..., Any]
 """TRL's protocol: keywords `prompts`, `completions`, `completion_ids` and the data's columns, each
@@ -42,13 +50,19 @@ def load_reward_function(term: RewardTerm) -> RewardFunction:
             that only TRL's trainers have.
     """
     assert term.function is not None, "the term is a classifier"
+    for folder in os.environ.get(FOLDERS_VARIABLE, "").split(
+        os.pathsep
+    ):  # in a process that Ray started
+        if folder:
+            make_importable(Path(folder))
     module, _, name = term.function.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a person's module raises
         raise ConfigError(
             f"reward.terms: {term.function} cannot be imported ({_describe(error)}). Give the import "
-            "path of a function that every node can import."
+            "path of a function that every node can import: of a module beside the recipe, in the current "
+            "folder or in PYTHONPATH; submit sends it with --with."
         ) from error
     if term.arguments is None:
         if inspect.isclass(found):
@@ -155,10 +169,11 @@ class FunctionCaller:
             done = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop).result()
             for i, output in zip(pending, done, strict=True):
                 outputs[i] = output
-        return [
-            _as_array(term, output, len(request))
-            for (term, _), output in zip(functions, outputs, strict=True)
-        ]
+        values = []
+        for (term, _), output in zip(functions, outputs, strict=True):
+            with _noting(term):
+                values.append(_as_array(term, output, len(request)))
+        return values
 
 
 def _start_loop() -> asyncio.AbstractEventLoop:
@@ -177,12 +192,35 @@ def _start_loop() -> asyncio.AbstractEventLoop:
 
 @contextmanager
 def _noting(term: RewardTerm) -> Iterator[None]:
-    """Add the term's name to an error as a note."""
+    """Add the term's name and the traceback to an error as notes, which it keeps on its way to the driver."""
     try:
         yield
     except Exception as error:
+        text = "".join(traceback.format_exception(error))
         error.add_note(term.name)
+        error.add_note(text)
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionFailure:
+    """What is known of an error that a reward function raised."""
+
+    term: str
+    """Name of the reward term."""
+    traceback: str
+    where: str
+    """File and line in the user's code, such as `/home/me/my_rewards.py, line 7`; empty if unknown."""
+
+
+def failure_of(error: BaseException) -> FunctionFailure | None:
+    """Return what the notes of an error say of the reward function that raised it; None if none did."""
+    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str)]
+    if len(notes) < 2 or "Traceback" not in notes[1]:
+        return None
+    frames = re.findall(r'^ +File "(.+)", (line \d+)', notes[1], re.MULTILINE)
+    own = [(file, line) for file, line in frames if Path(file).parents[1] != PACKAGE]
+    return FunctionFailure(notes[0], notes[1], ", ".join(own[-1]) if own else "")
 
 
 async def _await(term: RewardTerm, output: Awaitable[Any]) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ray_detox.config import ClassifierConfig, ConfigError, RewardConfig
 from ray_detox.records import ScoreRequest, Scores
+from ray_detox.rewards.functions import failure_of
 from ray_detox.rewards.reward import Reward
 
 KIND = (
@@ -69,11 +70,13 @@ def check_sentences(reward: Reward, row: SampleRow) -> None:
     try:
         scores = reward.combine(outputs, rows[0][1], request)
     except Exception as error:  # whatever a person's function raises
-        name = "".join(getattr(error, "__notes__", ())) or "a function"
+        failure = failure_of(error)
+        name = failure.term if failure else "a function"
+        where = f", {failure.where}" if failure and failure.where else ""
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"reward.terms: {name} failed on {len(texts)} sample responses "
-            f"({type(error).__name__}: {reason}). Functions get prompts and completions as lists of "
+            f"({type(error).__name__}: {reason}{where}). Functions get prompts and completions as lists of "
             "texts (not of messages), completion_ids, and the columns of the data."
         ) from error
     refuse_wrong_order(scores, reward.config)

@@ -10,11 +10,12 @@ or a data set wrote can steer the terminal, and a character that the stream cann
 replaced.
 """
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 from ray_detox.runs.printable import encodable, escape_control
@@ -110,10 +111,36 @@ class Console:
         # Read once: another thread, such as the one that keeps checkpoints, may print while this
         # one ends the bar.
         drawn = self._drawn
-        if drawn is not None:
-            drawn.print(text)
-        else:
-            print(text, file=self.stream, flush=True)
+        try:
+            if drawn is not None:
+                drawn.print(text)
+            else:
+                print(text, file=self.stream, flush=True)
+        except OSError as error:
+            self.lose(error)
+
+    def lose(self, error: OSError) -> None:
+        """Print nothing more: the terminal was closed, or the program that read the output has ended.
+
+        A run goes on, because everything about it is also in its folder.
+
+        Raises:
+            OSError: the stream failed for another reason, such as a full disk.
+        """
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.ESHUTDOWN, errno.EBADF):
+            raise error
+        self.quiet = True
+        # What the stream holds back would fail again when it is closed.
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+        with suppress(OSError, ValueError):
+            print(
+                "ray-detox: nobody reads the output any more; the command goes on without it.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[list[str]]:
@@ -154,9 +181,12 @@ class Console:
         return self._drawn
 
     def _erase(self) -> None:
-        if self._drawn is not None:
-            self._drawn.close()
-        self._drawn = None
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None:
+            try:
+                drawn.close()
+            except OSError as error:
+                self.lose(error)
 
 
 class Bar:
@@ -178,7 +208,10 @@ class Bar:
         """Set the units that are done; fewer than before if some must be done again."""
         self.done = done
         if self._drawn is not None:
-            self._drawn.move_to(done)
+            try:
+                self._drawn.move_to(done)
+            except OSError as error:
+                self.console.lose(error)
         elif self._lines and time.monotonic() - self._last_line > self.console.seconds_between:
             self._last_line = time.monotonic()
             self.console.line(f"{'':<9} {self.done:,}/{self.total:,} {self.unit}")

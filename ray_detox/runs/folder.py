@@ -31,7 +31,9 @@ from ray_detox.bounded import (
 from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
+from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.checkpoint_store import adapter_files, write_files
+from ray_detox.runs.commands import command
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
 from ray_detox.runs.storage import write_atomic
@@ -39,6 +41,9 @@ from ray_detox.store.private import make_folder
 
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
+
+
+BLANK_CARD = b"[More Information Needed]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,10 @@ class RunFolder:
         """The trained adapter, as plain peft loads it."""
         return self.path / "adapter"
 
+    def command(self, verb: str, *options: str) -> str:
+        """Return a command about this run, such as `ray-detox run --resume first`."""
+        return command(verb, self.output, self.run_id, *options)
+
     def has_settings(self) -> bool:
         """Return whether the run was started here; a start that was cut off leaves a folder without them."""
         return (self.path / "config.json").exists()
@@ -75,7 +84,10 @@ class RunFolder:
         """
         part = self.adapter.with_name(self.adapter.name + ".part")
         _remove(part)
-        write_files(adapter_files(checkpoint), part)
+        files = adapter_files(checkpoint)
+        if BLANK_CARD in files.get("README.md", b""):  # peft's, with nothing filled in
+            del files["README.md"]
+        write_files(files, part)
         _remove(self.adapter)
         part.rename(self.adapter)
 
@@ -87,8 +99,8 @@ class RunFolder:
         """
         if not (self.adapter / "adapter_config.json").is_file():
             raise ConfigError(
-                f"Run {self.run_id!r} has no adapter yet. Finish it first: "
-                f"ray-detox run --resume {self.run_id}."
+                f"Run {self.run_id!r} has no adapter yet. Finish it first with "
+                f"`{self.command('run --resume')}`."
             )
 
     def read_config(self) -> "RunConfig":
@@ -150,8 +162,8 @@ class RunFolder:
             content = read_if_there(file, MAX_JSON_BYTES)
             if content is None:
                 raise ConfigError(
-                    f"Run {self.run_id!r} has no result yet. Finish it first: "
-                    f"ray-detox run --resume {self.run_id}."
+                    f"Run {self.run_id!r} has no result yet. Finish it first with "
+                    f"`{self.command('run --resume')}`."
                 )
             report = parse_object(content)
             file = self.path / "samples.jsonl"
@@ -162,8 +174,8 @@ class RunFolder:
                 )
         except DamagedError as error:
             raise ConfigError(
-                f"{file} is damaged: {error}. Move it away and measure the run again: "
-                f"ray-detox run --resume {self.run_id}."
+                f"{file} is damaged: {error}. Move it away and measure the run again with "
+                f"`{self.command('run --resume')}`."
             ) from None
         return report, examples
 
@@ -188,7 +200,7 @@ def settings_from_json(content: bytes, where: object) -> "RunConfig":
         ConfigError: it is damaged, or has settings that this version does not know.
     """
     try:
-        return config_from_dict(parse_object(content))
+        return absolute_names(config_from_dict(parse_object(content)))
     except DamagedError as error:
         raise _damaged_settings(where, error) from None
     except ConfigError as error:
@@ -217,8 +229,8 @@ def _example(number: int, line: bytes) -> PairedExample:
 def run_exists(folder: RunFolder) -> str:
     """Say that the id of a new run is taken, and what to do."""
     return (
-        f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or resume it: "
-        f"ray-detox run --resume {folder.run_id}."
+        f"Run {folder.run_id!r} exists in {folder.output}. Choose another --run-id, or resume it with "
+        f"`{folder.command('run --resume')}`."
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray_detox.config import RunConfig
 from ray_detox.errors import ConfigError
+from ray_detox.recipes.names import portable_names
 from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.conditional import NAME, Conflict
 from ray_detox.runs.folder import RunFolder, run_exists, settings_from_json
@@ -397,7 +398,7 @@ def _write_settings(held: HeldRun, config: RunConfig, before: RunConfig | None) 
         changes = [Change(step, *change) for change in changed_settings(before, config)]
         if changes:
             held.leases[0].update(settings=(*held.record.settings, *changes))
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    text = json.dumps(portable_names(config).to_dict(), indent=2) + "\n"
     if len(held.leases) > 1:
         held.storage.write(SETTINGS, text.encode())
     with held.guard.hold():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_detox.bounded import DamagedError, numbered_lines, parse_object, read_if_there
 from ray_detox.errors import ConfigError
+from ray_detox.runs.commands import command
 from ray_detox.runs.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -130,11 +131,14 @@ def read_metrics(file: Path) -> list[Row]:
         reason = next(iter(damaged.values()))
         more = f" ({len(damaged)} lines are damaged)" if len(damaged) > 1 else ""
         raise ConfigError(
-            f'{file}: {reason}{more}; expected the metrics of a step, such as {{"step": 1}}. The run '
-            "takes them from its newest checkpoint when it is resumed: ray-detox run --resume "
-            f"{file.parent.name}."
+            f"{file}: {reason}{more}; expected the metrics of a step. The run takes them from its newest "
+            f"checkpoint when it is resumed with `{_resume(file)}`."
         )
     return rows
+
+
+def _resume(file: Path) -> str:
+    return command("run --resume", file.parent.parent, file.parent.name)
 
 
 def read_raw(file: Path) -> bytes:
@@ -148,7 +152,7 @@ def read_raw(file: Path) -> bytes:
     except DamagedError as error:
         raise ConfigError(
             f"{file} is damaged: {error}. Move it away: the run takes its metrics from the newest "
-            f"checkpoint when it is resumed (ray-detox run --resume {file.parent.name})."
+            f"checkpoint when it is resumed with `{_resume(file)}`."
         ) from None
 
 

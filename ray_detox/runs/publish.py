@@ -9,7 +9,7 @@
 `folder.py` reads and writes a run's files; `store/` reads and writes the stores.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_detox.errors import ConfigError
 from ray_detox.runs.folder import RunFolder
@@ -18,7 +18,7 @@ from ray_detox.store.opening import open_store
 from ray_detox.store.protocol import ResultStore
 
 if TYPE_CHECKING:
-    from ray_detox.config import ResultsConfig
+    from ray_detox.config import ResultsConfig, RunConfig
 
 
 def store_of(results: "ResultsConfig", folder: RunFolder, *, hurried: bool = False) -> ResultStore:
@@ -62,8 +62,8 @@ def publish(
     if isinstance(steps, int) and len(history) < steps:
         raise ConfigError(
             f"{folder.path}/metrics.jsonl has {len(history)} of the {steps} steps of the report. The run "
-            "takes the others from its newest checkpoint when it is resumed: ray-detox run --resume "
-            f"{folder.run_id}."
+            "takes the others from its newest checkpoint when it is resumed with "
+            f"`{folder.command('run --resume')}`."
         )
     if _is_notebook_table(results):
         from ray_detox.store import notebook
@@ -82,6 +82,28 @@ def publish(
     store = store_of(results, folder)
     try:
         return store.put_run(report, samples, history, attempt=attempt, overwrite=overwrite)
+    finally:
+        store.close()
+
+
+def finished_report(config: "RunConfig", folder: RunFolder) -> dict[str, Any] | None:
+    """Return the report of a run that has nothing left to do with these settings; None if it has.
+
+    Raises:
+        ConfigError, StoreError: the settings or the store cannot be read.
+    """
+    try:
+        report, _ = folder.read_result()
+    except ConfigError:  # it goes on, and writes its result again
+        return None
+    if report.get("steps") != config.train.steps or folder.read_config() != config:
+        return None
+    results = config.results
+    if _is_notebook_table(results):
+        results = results.replace(store="sqlite")
+    store = store_of(results, folder)
+    try:
+        return report if store.get_run(folder.run_id) is not None else None
     finally:
         store.close()
 

@@ -1,6 +1,7 @@
 """Find a run and its checkpoints in its storage, and refuse a different run of the same id."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 from ray_detox.config import ConfigError, RunConfig
 from ray_detox.recipes.loading import override_settings
+from ray_detox.recipes.names import absolute_names, expand
 from ray_detox.runs.checkpoint_store import Checkpoint, CheckpointStore
 from ray_detox.runs.conditional import Conflict, versioned_file
 from ray_detox.runs.folder import RunFolder, settings_from_json
@@ -80,7 +82,7 @@ def resumed_settings(begun: RunConfig, overrides: Sequence[str], run_id: str) ->
     Raises:
         ConfigError: a setting would make it another run, or is not valid.
     """
-    config = override_settings(begun, overrides)
+    config = absolute_names(override_settings(begun, overrides))
     require_same_run(config, begun, run_id)
     return config
 
@@ -117,6 +119,8 @@ def resume_from_storage(
     """
     check_run_id(folder.run_id)
     check_storage(storage)
+    if "://" not in storage:
+        storage = os.path.abspath(expand(storage))
     kept = Storage(join_address(storage, folder.run_id))
     try:
         settings, record = kept.read("config.json"), read_record(kept)

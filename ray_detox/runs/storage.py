@@ -17,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 from ray_detox.addresses import credentials_in, has_credentials, redact
 from ray_detox.bounded import MAX_JSON_BYTES, open_regular, read_start
 from ray_detox.errors import ConfigError, first_line
+from ray_detox.models.s3 import advice, open_s3
+from ray_detox.recipes.names import expand
 from ray_detox.store.private import make_folder
 
 MIN_FREE_MB = 200
@@ -188,6 +190,8 @@ def open_address(address: str) -> tuple[Any, str]:
 
     if "://" not in address:
         return fs.LocalFileSystem(), address
+    if address.startswith("s3://"):
+        return open_s3(address)
     try:
         system, path = fs.FileSystem.from_uri(address)
     except (ValueError, NotImplementedError):  # pyarrow does not know the scheme; fsspec may
@@ -235,7 +239,7 @@ def check_storage(address: str) -> None:
     if "://" in address:
         reason = _reason_not_reachable(address)
     else:
-        folder = Path(address)
+        folder = expand(address)
         reason = reason_not_writable(folder) or reason_disk_full(folder)
     if reason:
         raise ConfigError(
@@ -269,7 +273,8 @@ def _reason_not_reachable(address: str) -> str | None:
         # answer from them is enough.
         kind = filesystem.get_file_info(bucket if filesystem.type_name == "s3" else root).type
     except Exception as error:  # as in `Storage`
-        return first_line(error)
+        hint = f". {advice(error)}" if address.startswith("s3://") else ""
+        return first_line(error) if isinstance(error, ConfigError) else first_line(error) + hint
     if filesystem.type_name == "s3" and kind == fs.FileType.NotFound:
         return f"the bucket {bucket} does not exist, or you may not use it"
     return None

@@ -4,8 +4,11 @@ A recipe that a user runs is code, as a Makefile is: `run RECIPE` imports what i
 here. A run's folder or storage may come from somebody else, so the functions in its settings are
 imported only if the user has run the same functions with the same arguments in that run, or says so.
 
-    run RECIPE                   --remember-->  STATE/ray-detox/functions/HASH    an empty file for each
+    run RECIPE                   --remember-->  STATE/ray-detox/functions/HASH    a file for each
     run --resume, evaluate RUN   <--is it there?
+
+A file has the folders that the functions were looked for in, such as that of the recipe: a resume looks there
+again. The run's own folder does not say it, because it may be somebody else's.
 
 The hash is of the run's id, the function and its arguments.
 """
@@ -19,6 +22,7 @@ from pathlib import Path
 
 from ray_detox.config import RunConfig
 from ray_detox.errors import ConfigError
+from ray_detox.recipes.loading import FOLDERS_VARIABLE, make_importable
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ def remember(config: RunConfig, run_id: str) -> None:
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file.touch(mode=0o600)
+            file.write_text(os.environ.get(FOLDERS_VARIABLE, ""))
         except OSError as error:
             log.debug("%s could not be written: %s", file, error)
 
@@ -62,7 +67,11 @@ def require_own(config: RunConfig, run_id: str, *, trust: bool, say: Callable[[s
     Raises:
         ConfigError: they are unknown, and `trust` is False. Nothing has been imported.
     """
-    if all(file.is_file() for file in _files(config, run_id)):
+    files = _files(config, run_id)
+    if all(file.is_file() for file in files):
+        for file in files:
+            for folder in filter(None, file.read_text().split(os.pathsep)):
+                make_importable(Path(folder))
         return
     names = ", ".join(named_functions(config))
     if not trust:
@@ -77,7 +86,11 @@ def require_own(config: RunConfig, run_id: str, *, trust: bool, say: Callable[[s
 
 def _files(config: RunConfig, run_id: str) -> list[Path]:
     """Return the file that notes each function of a run."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(
+        state
+    ):  # a relative one counts as not set (XDG Base Directory Specification)
+        state = os.path.expanduser("~/.local/state")
     folder = Path(state) / "ray-detox" / "functions"
     keys = (
         json.dumps([run_id, term.function, term.arguments], sort_keys=True)

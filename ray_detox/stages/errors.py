@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray_detox.config import ConfigError
+from ray_detox.rewards.functions import failure_of
 from ray_detox.runs.lease import LeaseLost
 
 
@@ -84,6 +85,24 @@ def describe(error: BaseException) -> str:
         return f"worker {rank} failed with {type(cause).__name__}: {last_line(cause)}"
     cause = root_cause(error)
     return f"{type(cause).__name__}: {last_line(cause)}"
+
+
+def permanent_failure(error: BaseException) -> tuple[str, str] | None:
+    """Return why another worker group would fail in the same way, and a traceback for the user, if it would.
+
+    The same step sees the same texts again, so a reward function fails again, unless it could not reach
+    something (an OSError, such as one of the network). So does what a setting is the reason for.
+    """
+    failures = list((getattr(error, "worker_failures", None) or {}).values()) or [error]
+    for cause in map(root_cause, failures):
+        if isinstance(cause, ConfigError):
+            return last_line(cause), ""
+        failure = failure_of(cause)
+        if failure is not None and not isinstance(cause, OSError):
+            where = f" ({failure.where})" if failure.where else ""
+            reason = f"{type(cause).__name__}: {last_line(cause)}"
+            return f"the reward term {failure.term} failed with {reason}{where}", failure.traceback
+    return None
 
 
 def root_cause(error: BaseException) -> BaseException:

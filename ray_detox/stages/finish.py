@@ -101,6 +101,6 @@ def finish(
     if problem:
         raise NotStored(
             f"The run is complete and its report is in {folder.path}, but it could not be stored: "
-            f"{problem} Repeat that step alone with: ray-detox publish {folder.run_id}"
+            f"{problem} Repeat that step alone with: {folder.command('publish')}"
         )
     return report

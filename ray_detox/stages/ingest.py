@@ -20,12 +20,12 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data.datasource import FileBasedDatasource
 from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
-from ray_detox.data.files import LAB_ROWS, Source, load_hub, read_rows
+from ray_detox.data.files import LAB_ROWS, Source, load_hub
 from ray_detox.data.prompts import held_out_count, number_copies, prepare, unpack_rows
+from ray_detox.data.reading import read_file
 from ray_detox.lab import corpus
 from ray_detox.models.sources import local_folder
 from ray_detox.records import LeftOutRow, PreparedRow
@@ -122,7 +122,7 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     rows = rows.repartition(blocks) if len(source.paths) < blocks else rows
     prepared = rows.map_batches(
         prepare_batch,
-        fn_kwargs={"config": config, "as_json": source.kind in ("jsonl", "csv")},
+        fn_kwargs={"config": config, "as_json": source.kind not in ("lab", "hub")},
         batch_size=1024,
         batch_format="pyarrow",
     ).materialize()
@@ -196,31 +196,31 @@ def _hold(shard: ray.data.Dataset, seen: Counter[str], content: "hashlib._Hash")
 
 
 def read(source: Source, config: DataConfig) -> ray.data.Dataset:
-    """Return the rows of a source as a Ray dataset; rows of .jsonl and .csv stay JSON text."""
-    paths = list(source.paths)
+    """Return the rows of a source as a Ray dataset; rows of files are JSON text.
+
+    Ray Data's own readers infer one schema for a file or a folder, so that a single odd row would make
+    them fail or would change the types of the others.
+    """
     if source.kind == "lab":
         return ray.data.from_arrow(pa.Table.from_pylist(corpus.rows("ppo", LAB_ROWS)))
     if source.kind == "hub":
         return ray.data.from_arrow(load_hub(config).with_format("arrow")[:])
-    if source.kind == "parquet":
-        return ray.data.read_parquet(paths)
-    return ray.data.read_datasource(_TextFiles(paths, kind=source.kind))
+    files = ray.data.from_items(
+        [{"path": path} for path in source.paths], override_num_blocks=len(source.paths)
+    )
+    return files.map_batches(
+        read_as_json,
+        fn_kwargs={"kind": source.kind, "config": config},
+        batch_size=1,
+        batch_format="pyarrow",
+    )
 
 
-class _TextFiles(FileBasedDatasource):
-    """Reads rows of .jsonl and .csv files as JSON text.
-
-    Ray Data's own readers infer one schema for a file, so that a single odd row would make them
-    fail or would change the types of the others.
-    """
-
-    def __init__(self, paths: list[str], kind: str) -> None:
-        super().__init__(paths)
-        self._kind = kind
-
-    def _read_stream(self, f: Any, path: str) -> Iterator[pa.Table]:
-        rows = read_rows(f, self._kind)
-        while some := [json.dumps(row) for row in itertools.islice(rows, 4096)]:
+def read_as_json(paths: pa.Table, kind: str, config: DataConfig) -> Iterator[pa.Table]:
+    """Read the rows of files as JSON text; runs in Ray tasks."""
+    for path in paths["path"].to_pylist():
+        rows = read_file(path, kind, config)
+        while some := [json.dumps(row, default=str) for row in itertools.islice(rows, 4096)]:
             yield pa.table({"row": some})
 
 

@@ -12,19 +12,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_detox.bounded import DamagedError, parse_object, read_file
+from ray_detox.bounded import DamagedError, parse_object, read_file, read_if_there
 from ray_detox.config import ClassifierConfig, ConfigError, PolicyConfig, RunConfig
 from ray_detox.data.files import Source, check_rows, locate, peek
 from ray_detox.data.prompts import prompt_text, reason_to_leave_out
 from ray_detox.errors import first_line
 from ray_detox.evaluation.judges import check_judge
 from ray_detox.lab import corpus
-from ray_detox.models.sources import hub_has_safetensors, local_folder, looks_like_path
+from ray_detox.models.sources import (
+    hub_has_safetensors,
+    is_hub_offline,
+    local_folder,
+    looks_like_path,
+)
 from ray_detox.resources import Bundle, Node, needs, shortfall
 from ray_detox.runs.storage import check_storage, reason_disk_full, reason_not_writable
 
-VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
+VOCABULARIES = (
+    "tokenizer.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "vocab*.json",
+    "vocab.txt",
+    "byte_maps.json",
+)
 """Files that may hold the vocabulary of a tokenizer."""
+WITHOUT_VOCABULARY = frozenset({"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"})
+"""Tokenizers of bytes or characters, which have no vocabulary."""
 MOST_WEIGHTS_TO_TRY = 1 << 30
 """Bytes of reward models up to which a check tries them on sentences; above it, the actors do."""
 TOXIC_NAMES = frozenset(
@@ -141,6 +156,8 @@ def check_policy(config: RunConfig) -> None:
     Raises:
         ConfigError: it is not, or the adapter does not fit.
     """
+    from ray_detox.models.classifier import check_vocabulary
+
     policy = config.policy
     folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
     settings = _settings(folder, policy.model, "policy.model")
@@ -153,6 +170,8 @@ def check_policy(config: RunConfig) -> None:
     _check_safetensors(folder, policy.model, "policy.model", policy.revision)
     tokenizer = _check_tokenizer(folder, policy.model, "policy.model")
     model = _without_weights(folder, policy.model)
+    check_vocabulary(tokenizer, model, policy.model, "policy.model")
+    _check_positions(model, config)
     tied = _is_head_tied(folder, settings, model)
     if policy.adapter is not None:
         adapter = _check_adapter(model, config)
@@ -234,6 +253,17 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
             f"{setting} is {name!r}, which has no .safetensors file. Pickled weights can run code "
             "and are not read; save the model again with save_pretrained."
         )
+    if setting == "policy.adapter":
+        raise ConfigError(
+            f"policy.adapter is the hub id {name!r}, which has no .safetensors file. Pickled weights can "
+            "run code and are not read; load the adapter with peft where you trust it, save it with "
+            "save_pretrained, and set policy.adapter to that folder."
+        )
+    if is_hub_offline():
+        raise ConfigError(
+            f"{setting} is the hub id {name!r}, of which the cache holds no weights, and the hub is "
+            "switched off (HF_HUB_OFFLINE). Unset HF_HUB_OFFLINE to download them, or set a folder."
+        )
     if not hub_has_safetensors(name, revision):
         raise ConfigError(
             f"{setting} is the hub id {name!r}, which has no .safetensors file at this revision. "
@@ -248,7 +278,10 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     # Without these files transformers 5 does not fail: it returns a tokenizer with no vocabulary.
-    if not any(file for pattern in VOCABULARIES for file in folder.glob(pattern)):
+    described = read_if_there(folder / "tokenizer_config.json")
+    kind = parse_object(described).get("tokenizer_class") if described else None
+    has_vocabulary = any(file for pattern in VOCABULARIES for file in folder.glob(pattern))
+    if not has_vocabulary and kind not in WITHOUT_VOCABULARY:
         raise ConfigError(
             f"{setting} is {name!r}, and no tokenizer is in it ({', '.join(VOCABULARIES)}). "
             "Save the tokenizer into the same folder with save_pretrained."
@@ -379,6 +412,26 @@ def _without_weights(folder: Path, name: str) -> Any:
         ) from error
     check_size(model, folder, name, "policy.model")
     return model
+
+
+def _check_positions(model: Any, config: RunConfig) -> None:
+    """Check that prompts and responses are no longer than the model's tables of positions.
+
+    Raises:
+        ConfigError: one of them may be longer.
+    """
+    from ray_detox.models.classifier import position_limits
+
+    for setting, asked, part in (
+        ("data.max_prompt_tokens", config.data.max_prompt_tokens, model.get_encoder()),
+        ("sampling.max_new_tokens", config.sampling.highest_limit, model.get_decoder()),
+    ):
+        limit = min(position_limits(part), default=asked)
+        if asked > limit:
+            raise ConfigError(
+                f"{setting} allows {asked:,} tokens, and policy.model {config.policy.model!r} has "
+                f"positions for {limit:,}. Set it to at most {limit:,}."
+            )
 
 
 def _is_head_tied(folder: Path, settings: dict[str, Any], model: Any) -> bool:
@@ -546,6 +599,14 @@ def untried_functions(config: RunConfig) -> list[str]:
     ]
 
 
+def data_notes(config: RunConfig) -> list[str]:
+    """Return a remark if a local folder of data has splits that a run does not read."""
+    if config.data.path.startswith("s3://"):
+        return []
+    note = locate(config.data).note
+    return [note] if note else []
+
+
 def reward_notes(config: RunConfig, *, functions: bool = True) -> list[str]:
     """Return remarks on a valid reward that may not be meant.
 
@@ -596,6 +657,30 @@ def check_local_gpus(config: RunConfig, count_gpus: Callable[[], int]) -> None:
         short = shortfall(need.phases, [Node("this machine", machine, machine)])
         if short:
             raise ConfigError(short)
+
+
+def check_local_cpus(config: RunConfig, have: int) -> None:
+    """Check that no process of a run on this machine asks for more CPUs than the machine has.
+
+    Ray only counts CPUs, so more processes than CPUs can share them. A process with more threads than
+    CPUs would be slower than with fewer.
+
+    Args:
+        config: of the run.
+        have: CPUs that this process may use.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for setting, asked in (
+        ("cluster.cpus_per_worker", config.cluster.cpus_per_worker),
+        ("serving.cpus_per_actor", config.serving.cpus_per_actor),
+    ):
+        if asked > max(have, 1):
+            raise ConfigError(
+                f"{setting} is {asked:g}, and this machine has {have} CPU{'s' * (have != 1)} for this "
+                f"process, as affinity, container or SLURM allow. Set {setting} to at most {have}."
+            )
 
 
 def check_output(folder: Path) -> None:

@@ -89,6 +89,7 @@ class Session:
             with self.console.bar(None, "rows"):
                 data = run_with_watchdog(lambda: ingest(config, source), watchdog)
             lines += describe_rows(data.counts)
+            lines += [source.note] if source.note else []
         models = " and ".join(each.model for _, each in config.reward.classifiers)
         with self.console.stage("reward", f"{config.reward.actors} actor(s) of {models}") as lines:
             actors = self.pool.wait(

@@ -49,12 +49,12 @@ from ray_detox.config import RunConfig
 from ray_detox.records import RewardError
 from ray_detox.resources import Needs
 from ray_detox.runs.checkpoint_store import CheckpointWriter
-from ray_detox.runs.storage import StorageError
+from ray_detox.runs.storage import StorageError, write_atomic
 from ray_detox.stages.cluster.admission import THREAD_END_TIMEOUT_S
 from ray_detox.stages.cluster.elastic import UpscaleTrigger, wait_for_workers
 from ray_detox.stages.cluster.nodes import draining_nodes, staying_nodes
 from ray_detox.stages.cluster.private import LOOPBACK
-from ray_detox.stages.errors import TrainingDiverged, TrainingError, describe
+from ray_detox.stages.errors import TrainingDiverged, TrainingError, describe, permanent_failure
 from ray_detox.stages.events import (
     CheckpointTaken,
     GroupLost,
@@ -66,6 +66,9 @@ from ray_detox.stages.events import (
 from ray_detox.stages.progress import ACTOR_TIMEOUT_S, EVENT_POLL_S, start_progress
 from ray_detox.stages.rewards.pool import RewardPool
 from ray_detox.stages.worker import TrainJob, WorkerResult, train_worker
+
+ERROR_FILE = "error.txt"
+"""File of a run with the traceback of a user's function that failed."""
 
 StopReason = Literal["requested", "moved", "resized"]
 """`requested` by the user, `moved` off a node that will be drained, or `resized` to more workers."""
@@ -148,6 +151,7 @@ def run_training(
             if group.error is not None:
                 outcome = replace(outcome, lost=outcome.lost + 1)
                 step = newest_step(writer)
+                end_if_permanent(group.error, step, scratch.parent)
                 failures.count(step, group.error)
                 on_event(GroupLost(describe(group.error), step))
             elif result.error is not None:
@@ -173,6 +177,29 @@ def run_training(
     finally:
         ray.kill(progress)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def end_if_permanent(error: BaseException, step: int, folder: Path) -> None:
+    """Raise TrainingError if another worker group would fail in the same way.
+
+    Args:
+        error: of the group.
+        step: of the newest checkpoint.
+        folder: of the run, which keeps the traceback of a function of the user.
+    """
+    permanent = permanent_failure(error)
+    if permanent is None:
+        return
+    reason, traceback = permanent
+    kept = ""
+    if traceback:
+        with suppress(OSError):
+            write_atomic(folder / ERROR_FILE, traceback)
+            kept = f" Its traceback is in {folder / ERROR_FILE}."
+    raise TrainingError(
+        f"Training failed at step {step + 1}: {reason.rstrip('.')}.{kept} The newest checkpoint is that "
+        f"of step {step}."
+    ) from error
 
 
 class FailureCounter:

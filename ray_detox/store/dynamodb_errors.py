@@ -1,5 +1,6 @@
 """Conversion of AWS and connection errors to a `StoreError` that says what to do."""
 
+import os
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +39,21 @@ def to_store_error(
         )
     if isinstance(
         error,
+        exceptions.SSOError | exceptions.SSOTokenLoadError | exceptions.TokenRetrievalError,
+    ):
+        profile = os.environ.get("AWS_PROFILE", "default")
+        return StoreError(
+            f"The sign-in of the AWS profile {profile!r} is missing or has expired. Sign in with: aws sso "
+            f"login --profile {profile}"
+        )
+    if isinstance(error, exceptions.ClientError) and error.operation_name == "AssumeRole":
+        return StoreError(
+            f"AWS refused AssumeRole ({error.response['Error']['Code']}) for the profile "
+            f"{os.environ.get('AWS_PROFILE', 'default')!r}. Allow it in the role's trust policy, or "
+            "choose another AWS_PROFILE."
+        )
+    if isinstance(
+        error,
         exceptions.NoCredentialsError
         | exceptions.PartialCredentialsError
         | exceptions.CredentialRetrievalError,
@@ -58,9 +74,16 @@ def to_store_error(
             "results.endpoint_url."
         )
     if isinstance(error, ValueError):
+        if endpoint_url is not None:
+            return StoreError(
+                f"results.endpoint_url is not a valid address{_at(endpoint_url)}; "
+                "expected one such as http://127.0.0.1:8000."
+            )
+        # boto3 makes the address from the region, unless a variable has one.
         return StoreError(
-            f"results.endpoint_url is not a valid address{_at(endpoint_url)}; "
-            "expected one such as http://127.0.0.1:8000."
+            "The address of DynamoDB is not valid. It comes from AWS_ENDPOINT_URL, else from "
+            "results.region or AWS_REGION; expected an address such as http://127.0.0.1:8000, and a "
+            "region such as us-east-1."
         )
     return StoreError(f"DynamoDB could not be used ({operation}: {type(error).__name__}).")
 

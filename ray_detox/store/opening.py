@@ -4,7 +4,6 @@ import os
 
 from ray_detox.store.errors import StoreError
 from ray_detox.store.protocol import ResultStore
-from ray_detox.store.sqlite import SQLiteStore
 
 
 def open_store(
@@ -30,6 +29,8 @@ def open_store(
         StoreError: `kind` is neither.
     """
     if kind == "sqlite":
+        from ray_detox.store.sqlite import SQLiteStore
+
         return SQLiteStore(path)
     if kind == "dynamodb":
         # Imported late: a run that stores results in SQLite needs no boto3, whose import takes a

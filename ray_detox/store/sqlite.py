@@ -4,12 +4,13 @@ Every call opens its own connection, so threads may share a store and Ray may se
 processes. Writers wait for each other (one transaction per run); readers never wait.
 """
 
+import logging
 import os
 import sqlite3
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,11 @@ from ray_detox.store.pages import (
 from ray_detox.store.prepare import prepare, to_text
 from ray_detox.store.private import make_file, make_folder
 from ray_detox.store.protocol import SCHEMA, check_run_id
+
+log = logging.getLogger(__name__)
+
+OLDEST = (3, 31)
+"""Oldest version of SQLite that has generated columns."""
 
 # How long SQLite waits for a lock that another connection holds.
 _BUSY_TIMEOUT_S = 30.0
@@ -291,7 +297,7 @@ class SQLiteStore:
         # Reading a file that does not exist finds nothing and must not create it.
         if not self.path.exists():
             return
-        with self._to_store_errors(), closing(self._connect("rw")) as db:
+        with self._to_store_errors(), closing(self._open_to_read()) as db:
             version = self._version(db)
             if 0 < version < SCHEMA:
                 with self._writing():
@@ -332,7 +338,18 @@ class SQLiteStore:
                 db.execute("PRAGMA journal_mode = WAL")
                 return
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
+                if "locked" not in str(error):
+                    # "locking protocol" or "disk I/O error": NFS and the like have no shared memory, which
+                    # this mode needs. The file keeps its rollback journal: readers wait for a writer.
+                    log.warning(
+                        "%s is on a file system without write-ahead logging (%s); it gets a rollback "
+                        "journal.",
+                        self.path,
+                        error,
+                    )
+                    db.execute("PRAGMA journal_mode = DELETE")
+                    return
+                if time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
 
@@ -345,7 +362,26 @@ class SQLiteStore:
         if version < SCHEMA:
             db.execute(f"PRAGMA user_version = {SCHEMA}")
 
+    def _open_to_read(self) -> sqlite3.Connection:
+        """Open the file to read it, also if this user may not write it or its folder.
+
+        With write-ahead logging SQLite makes two files beside it even to read. Without leave for that, or
+        without shared memory, the file is read as if nobody wrote it, unless it has a log that is not empty.
+        """
+        try:
+            return self._connect("rw")
+        except sqlite3.OperationalError:
+            with suppress(FileNotFoundError):
+                if Path(f"{self.path}-wal").stat().st_size:
+                    raise
+            return self._connect("ro&immutable=1")
+
     def _connect(self, mode: str) -> sqlite3.Connection:
+        if sqlite3.sqlite_version_info < OLDEST:
+            raise StoreError(
+                f"This Python has SQLite {sqlite3.sqlite_version}, and {'.'.join(map(str, OLDEST))} or "
+                "newer is needed. Use another Python, or results.store=dynamodb."
+            )
         for suffix in ("", "-journal", "-wal", "-shm"):
             file = Path(f"{self.path}{suffix}")
             try:

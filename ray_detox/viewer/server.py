@@ -4,15 +4,18 @@
                                   '-anything else-> a file of static/
 
 The server listens on 127.0.0.1 and accepts only host names of this machine, so that another web
-site cannot read results by resolving its own name to this address (DNS rebinding). It requires a
-random key, because other users of this machine can connect as well: the address that it prints has
-the key, and the browser keeps it in a cookie.
+site cannot read results by resolving its own name to this address (DNS rebinding). The port may be
+another one, because `ssh -L`, containers and editors forward it. It can listen on another address, as a
+container needs, and then accepts that address and the names that the user allows. It requires a
+random key, because others can connect as well: the address that it prints has the key, and the
+browser keeps it in a cookie.
 """
 
 import hmac
 import html
 import io
 import logging
+import re
 import secrets
 import socket
 import socketserver
@@ -21,7 +24,7 @@ import tempfile
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +38,10 @@ from ray_detox.store.protocol import ResultStore
 from ray_detox.viewer.handler import API_HEADERS, SECURITY_HEADERS, respond
 
 log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_HOSTS = (LOOPBACK, "localhost", "[::1]")
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
 
 IDLE_S = 60.0
 """Seconds before a connection without a request is closed."""
@@ -61,6 +68,8 @@ def serve(
     say: Callable[[str], None],
     run_id: str | None = None,
     folder: Path | None = None,
+    host: str = LOOPBACK,
+    names: Sequence[str] = (),
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -71,15 +80,22 @@ def serve(
         say: called with each line for the user.
         run_id: the run to open; None opens the list of runs.
         folder: folder for a file that the browser opens; None takes the system's temporary folder.
+        host: address to listen on, such as 0.0.0.0 in a container.
+        names: further host names by which browsers reach this server.
 
     Raises:
-        StoreError: the server cannot listen on the port.
+        StoreError: the server cannot listen on the address or the port.
     """
-    with make_server(store, port) as server:
+    with make_server(store, port, host, names=names) as server:
         address = server.address
         if run_id is not None:
             address += f"#/run/{run_id}"
         say(f"Serving results at {address} (press Ctrl-C to stop)")
+        if host not in LOOPBACK_HOSTS:
+            say(
+                f"It listens on {host}, without encryption: whoever can read the connection can read the "
+                "key and the results."
+            )
         with _link_file(address, folder) if open_browser else nullcontext() as link:
             if link is not None:
                 # On its own thread, because a browser in the terminal blocks until the user quits it.
@@ -106,12 +122,23 @@ def _link_file(address: str, folder: Path | None) -> Iterator[str]:
 
 
 def make_server(
-    store: ResultStore, port: int = 0, host: str = "127.0.0.1", static: Path = STATIC
+    store: ResultStore,
+    port: int = 0,
+    host: str = LOOPBACK,
+    static: Path = STATIC,
+    names: Sequence[str] = (),
 ) -> "_Server":
     """Create a listening server; call its `serve_forever` to handle requests.
 
+    Args:
+        store: the store that has the runs.
+        port: port to listen on; 0 takes any free one.
+        host: address to listen on.
+        static: folder with the files of the page.
+        names: further host names that are accepted, under any port.
+
     Raises:
-        StoreError: the server cannot listen on the port.
+        StoreError: the server cannot listen on the address or the port.
     """
     # Only files in this dict can be requested, so no path can escape the folder. Each request reads
     # its file anew.
@@ -122,11 +149,14 @@ def make_server(
     }
     files["/"] = static / "index.html"
     try:
-        return _Server((host, port), store, files)
-    except (OSError, OverflowError) as error:
+        kind = _Server6 if ":" in host else _Server
+        return kind((host, port), store, files, names)
+    except (OSError, OverflowError, UnicodeError) as error:
+        what = f"Port {port}" if host == LOOPBACK else f"Port {port} of {host}"
+        remedy = "" if host == LOOPBACK else " --bind takes an address of this machine, or 0.0.0.0."
         raise StoreError(
-            f"Port {port} cannot be used: {getattr(error, 'strerror', None) or error}. "
-            "Choose another with `--port`; `--port 0` takes any free one."
+            f"{what} cannot be used: {getattr(error, 'strerror', None) or error}. "
+            f"Choose another with `--port`; `--port 0` takes any free one.{remedy}"
         ) from None
 
 
@@ -144,18 +174,35 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(
-        self, address: tuple[str, int], store: ResultStore, files: Mapping[str, Path]
+        self,
+        address: tuple[str, int],
+        store: ResultStore,
+        files: Mapping[str, Path],
+        names: Sequence[str] = (),
     ) -> None:
         self.store = store
         self.files = files
         super().__init__(address, _Handler)
         port = self.server_port
-        names = ("127.0.0.1", "localhost", "[::1]")
-        self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+        bound = f"[{address[0]}]" if ":" in address[0] else address[0]
+        here = (*LOOPBACK_HOSTS, *(() if address[0] in EVERY_ADDRESS else (bound,)))
+        self.hosts = {name.lower() for name in (*here, *names)}
         self.key = secrets.token_urlsafe(24)
-        # Cookies do not depend on the port, and a second server must not replace the key of this one.
-        self.cookie = f"ray-detox-{port}"
-        self.address = f"http://127.0.0.1:{port}/?key={self.key}"
+        shown = LOOPBACK if address[0] in EVERY_ADDRESS else bound
+        self.address = f"http://{shown}:{port}/?key={self.key}"
+
+    def cookie_for(self, given: str) -> str | None:
+        """Return the name of the cookie for a Host header; None if it does not name this server.
+
+        Cookies do not depend on the port, and a second server must not replace the key of this one. The
+        port is that of the browser's address, because forwarded servers may all have the same one.
+        """
+        match = re.fullmatch(
+            r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", given.lower(), re.ASCII
+        )
+        if match is None or match[1] not in self.hosts:
+            return None
+        return f"ray-detox-{match[2] or 80}"
 
     def is_key(self, text: str) -> bool:
         """Compare in constant time."""
@@ -169,6 +216,10 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         # Usually the browser closed the connection during a response.
         log.debug("A request failed", exc_info=sys.exc_info())
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Timed(io.RawIOBase):
@@ -235,11 +286,14 @@ class _Handler(BaseHTTPRequestHandler):
             # This server reads no bodies; on a kept connection the body would be parsed as a request.
             self.close_connection = True
         hosts = self.headers.get_all("host", [])
-        if len(hosts) != 1 or hosts[0].lower() not in self.server.hosts:
+        cookie = self.server.cookie_for(hosts[0]) if len(hosts) == 1 else None
+        self._cookie = cookie or ""
+        if cookie is None:
             address = f"http://127.0.0.1:{self.server.server_port}/"
             self._send_error(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                f"This host name is not served; open {address} instead.",
+                f"This host name is not served; open {address} instead, or allow the name with "
+                "`ray-detox view --allow-host NAME`.",
             )
         elif not self._has_key(path, query):
             self._send_forbidden(path)
@@ -265,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return True
         cookies = "; ".join(self.headers.get_all("cookie", [])).split(";")
         pairs = (cookie.strip().partition("=") for cookie in cookies)
-        return any(name == self.server.cookie and self.server.is_key(v) for name, _, v in pairs)
+        return any(n.startswith("ray-detox-") and self.server.is_key(v) for n, _, v in pairs)
 
     def _send_forbidden(self, path: str) -> None:
         message = "This page is private; open the whole address that `ray-detox view` printed, with its key."
@@ -307,7 +361,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if self._new_cookie:
             # Until the browser ends; not for scripts, and not in requests that other sites make.
-            cookie = f"{self.server.cookie}={self.server.key}; Path=/; HttpOnly; SameSite=Strict"
+            cookie = f"{self._cookie}={self.server.key}; Path=/; HttpOnly; SameSite=Strict"
             self.send_header("set-cookie", cookie)
         self.send_header("content-length", str(len(body)))
         if self.close_connection:

@@ -13,16 +13,27 @@ import logging
 import os
 import secrets
 import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from ray_detox import resources
 from ray_detox.config import ConfigError, RunConfig
+from ray_detox.machine import cpu_count
+from ray_detox.recipes.loading import FOLDERS_VARIABLE
+from ray_detox.recipes.names import JOB_VARIABLE
 from ray_detox.runs.console import Console
-from ray_detox.signals import defer_sigterm, end_on_sigterm
-from ray_detox.stages.cluster.private import LOOPBACK, loopback_allowed, private_folder
+from ray_detox.signals import defer_signals, end_on_signal
+from ray_detox.stages.cluster.private import (
+    LOOPBACK,
+    loopback_allowed,
+    private_folder,
+    shared_memory_folder,
+)
 
 GCS_PROBE_TIMEOUT_S = 5.0
 """Longest wait for the head's GCS (global control service) to answer."""
@@ -47,7 +58,7 @@ def cluster(config: RunConfig, console: Console) -> Iterator[resources.Needs]:
 def connected(config: RunConfig, console: Console) -> Iterator[None]:
     """Inside, Ray is connected; keeps a connection that existed before.
 
-    SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+    SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
 
     Raises:
         ConfigError: the cluster cannot be reached.
@@ -73,7 +84,7 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
     # The run itself reports a dead process in one line. Ray would print a page for each, past our
     # console and into the JSON of `--json`, and replacing this function is the only way to stop it.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    with end_on_sigterm():
+    with end_on_signal():
         if ray.is_initialized():
             yield
             return
@@ -81,16 +92,20 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
         with private_folder() if is_local(config) else nullcontext() as folder:
             try:
                 with console.stage("cluster", address) as made:
-                    # Ray's own processes ignore SIGTERM then, as they ignore SIGINT. A shell,
+                    # Ray's own processes ignore both then, as they ignore SIGINT. A shell,
                     # `timeout`, Slurm and systemd send it to all processes of a job, and Ray must not
                     # end before the driver has a checkpoint.
-                    with defer_sigterm():
+                    with defer_signals():
                         _connect(config, folder)
                     total = ray.cluster_resources()
                     made.append(
                         f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, "
                         f"{total.get('GPU', 0):g} GPUs"
                     )
+                    if folder is not None and total.get("CPU", 0) > (have := cpu_count()):
+                        made.append(
+                            f"this machine has {have} CPUs for {total['CPU']:g}: processes share them"
+                        )
                 yield
             finally:
                 _disconnect()
@@ -99,7 +114,8 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
 def is_local(config: RunConfig) -> bool:
     """Return whether the run starts its own Ray cluster on this machine."""
     address = config.cluster.address
-    return address == "local" or (address == "auto" and "RAY_ADDRESS" not in os.environ)
+    given = os.environ.get("RAY_ADDRESS", "").strip()
+    return address == "local" or (address == "auto" and given in ("", "local"))
 
 
 def count_gpus() -> int:
@@ -121,30 +137,41 @@ def _connect(config: RunConfig, folder: Path | None) -> None:
         quoted = shlex.quote(sys.executable)
         # address="local", or Ray would join another cluster on this machine. Ray only counts CPUs
         # and binds no process to them, so a machine with few CPUs can run what asks for more.
-        with loopback_allowed():
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(need.cpus + 0.999)),
-                include_dashboard=False,
-                runtime_env={} if quoted == sys.executable else {"py_executable": quoted},
-                _node_ip_address=LOOPBACK,
-                _temp_dir=str(folder),
-                **quiet,
-            )
+        try:
+            with loopback_allowed():
+                ray.init(
+                    address="local",
+                    num_cpus=max(cpu_count(), int(need.cpus + 0.999)),
+                    include_dashboard=False,
+                    runtime_env={} if quoted == sys.executable else {"py_executable": quoted},
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(folder),
+                    _plasma_directory=shared_memory_folder(folder),
+                    **quiet,
+                )
+        except (
+            Exception
+        ) as error:  # Ray raises Exception itself if a process of its does not come up
+            raise ConfigError(
+                f"Ray did not start on this machine ({one_line(error)}). {_logs(folder)}Is there enough "
+                "free memory and disk, and may this user start processes and listen on 127.0.0.1?"
+            ) from error
         return
     address = config.cluster.address
+    setting = "cluster.address"
     if address == "auto":
-        address = os.environ["RAY_ADDRESS"]
+        address, setting = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
     # With RAY_ADDRESS=auto only Ray knows the address: it reads it from its own files.
     if address != "auto":
-        _probe_gcs(address)
+        _probe_gcs(address, setting)
     try:
-        ray.init(address=address, **quiet)
-    except (RuntimeError, OSError, ValueError, AssertionError, ray.exceptions.RayError) as error:
+        ray.init(address=address, runtime_env=_import_folders(), **quiet)
+    except Exception as error:  # Ray raises Exception itself, beside its own errors
         # For example another version of Python, or no node of that cluster on this machine. Ray's
         # message says which, but on several lines.
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"The Ray cluster at {address} refused this process: {reason}") from error
+        raise ConfigError(
+            f"The Ray cluster at {address} refused this process: {one_line(error)}"
+        ) from error
 
 
 def _disconnect() -> None:
@@ -160,7 +187,33 @@ def _disconnect() -> None:
     ray.shutdown()
 
 
-def _probe_gcs(address: str) -> None:
+def _import_folders() -> dict[str, Any]:
+    """Return a runtime environment in which a cluster's processes look where this one looks for functions.
+
+    A submitted job has one already: all of its processes start in the folder of what was sent.
+    """
+    folders = os.environ.get(FOLDERS_VARIABLE)
+    if not folders or os.environ.get(JOB_VARIABLE):
+        return {}
+    return {"env_vars": {FOLDERS_VARIABLE: folders}}
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line, or its type if it has none."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _logs(folder: Path) -> str:
+    """Keep Ray's logs of a start that failed, and say where they are."""
+    found = sorted(folder.glob("session_2*/logs"))
+    if not found:
+        return ""
+    kept = Path(tempfile.mkdtemp(prefix="ray-detox-")) / "logs"  # in a folder with mode 0700
+    shutil.copytree(found[-1], kept, ignore_dangling_symlinks=True)
+    return f"Its logs are in {kept}. "
+
+
+def _probe_gcs(address: str, setting: str = "cluster.address") -> None:
     """Check that a Ray cluster of our version answers and accepts our token.
 
     `ray.init` would find the same out, but retries for minutes first.
@@ -172,7 +225,8 @@ def _probe_gcs(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal()) or "/" in address:
         raise ConfigError(
-            f"The address of the cluster is {address!r}; expected host:port, such as 10.0.0.1:6379."
+            f"The address of the cluster is {address!r} ({setting}); expected host:port, such as "
+            "10.0.0.1:6379. With the address of a dashboard, use ray-detox submit --address."
         )
     import grpc
     import ray

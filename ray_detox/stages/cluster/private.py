@@ -150,6 +150,18 @@ def _remove_stale(parent: Path) -> None:
                 os.close(lock)
 
 
+def shared_memory_folder(folder: Path, shared: Path = Path("/dev/shm")) -> str | None:
+    """Return a folder for Ray's objects if the machine has no shared memory; None takes Ray's choice.
+
+    Ray itself takes its temporary folder if /dev/shm is small, and fails if there is none.
+    """
+    if sys.platform != "linux" or (
+        shared.is_dir() and os.access(shared, os.R_OK | os.W_OK | os.X_OK)
+    ):
+        return None
+    return str(folder.parent)
+
+
 @contextmanager
 def loopback_allowed() -> Iterator[None]:
     """Inside, `ray.init` takes 127.0.0.1 as the address of its node.

@@ -1,0 +1,133 @@
+"""Addresses of S3 work as with the `aws` command: keys, endpoints, profiles, and what fails is said."""
+
+import json
+
+import boto3
+import pytest
+from botocore.exceptions import (
+    ClientError,
+    ProfileNotFound,
+    SSOTokenLoadError,
+    UnauthorizedSSOTokenError,
+)
+
+from ray_detox import lab
+from ray_detox.config import ConfigError, DataConfig
+from ray_detox.data.files import check_rows, locate, peek
+from ray_detox.models.s3 import advice, in_words, open_s3, split_address
+from ray_detox.models.sources import local_folder
+from ray_detox.runs.storage import Storage, check_storage
+from tests.emulators import emulator
+
+LINE = json.dumps({"dialogue": "#Person1#: Did you see the match? " * 9, "summary": "s"}) + "\n"
+KEYS = ("a b/c+d.jsonl", "50%25 é/x.jsonl", "what?/a#b&c=d.jsonl")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with emulator("moto") as address:
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=address,
+            region_name="us-east-1",
+            aws_access_key_id="a",
+            aws_secret_access_key="b",
+        )
+        s3.create_bucket(Bucket="bucket")
+        for key in KEYS:
+            s3.put_object(Bucket="bucket", Key=key, Body=LINE.encode())
+        for file in lab.T5.iterdir():
+            s3.put_object(Bucket="bucket", Key=f"my model/{file.name}", Body=file.read_bytes())
+        yield address
+
+
+@pytest.fixture(params=["parameters", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "file"])
+def suffix(request, server, tmp_path, monkeypatch):
+    """The end of an address, with the server said in one of the ways."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    if request.param == "parameters":
+        host = server.removeprefix("http://")
+        return f"?endpoint_override={host}&scheme=http"
+    if request.param == "file":
+        (tmp_path / "config").write_text(f"[default]\nendpoint_url = {server}\n")
+    else:
+        monkeypatch.setenv(request.param, server)
+    return ""
+
+
+def test_data_models_and_storage_are_at_the_endpoint_that_aws_uses(suffix):
+    for key in KEYS:
+        for path in (key, key.rpartition("/")[0]):
+            config = DataConfig(path=f"s3://bucket/{path}{suffix}")
+            check_rows(locate(config), config)
+            assert list(peek(locate(config), config)) == [json.loads(LINE)]
+
+    folder = local_folder(f"s3://bucket/my model{suffix}", None, "policy.model")
+    assert {file.name for file in folder.iterdir()} >= {"config.json", "model.safetensors"}
+
+    address = f"s3://bucket/of runs{suffix}"
+    check_storage(address)
+    Storage(address).write("a/b c", b"kept")
+    assert Storage(address).read("a/b c") == b"kept"
+
+
+def test_a_question_mark_without_options_belongs_to_the_key():
+    assert split_address("s3://b/what?.csv") == ("b/what?.csv", {})
+    assert split_address("s3://b/a?b?region=eu-west-1") == ("b/a?b", {"region": "eu-west-1"})
+
+
+def test_a_profile_without_a_sign_in_is_refused_with_the_command(tmp_path, monkeypatch):
+    (tmp_path / "config").write_text(
+        "[profile p]\nsso_session = s\nsso_account_id = 123456789012\nsso_role_name = r\n"
+        "region = us-east-1\n[sso-session s]\nsso_region = us-east-1\n"
+        "sso_start_url = https://example.com/start\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "p")
+
+    for act in (
+        lambda: open_s3("s3://b/k"),
+        lambda: locate(DataConfig(path="s3://b/k.jsonl")),
+        lambda: local_folder("s3://b/model", None, "policy.model"),
+        lambda: check_storage("s3://b/r"),
+    ):
+        with pytest.raises(ConfigError, match="aws sso login --profile p"):
+            act()
+
+
+REFUSED = ClientError({"Error": {"Code": "AccessDenied"}}, "AssumeRole")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (SSOTokenLoadError(error_msg="x", profile_name="p"), "aws sso login --profile p"),
+        (UnauthorizedSSOTokenError(), "aws sso login --profile p"),
+        (ProfileNotFound(profile="p"), "profile 'p' does not exist"),
+        (REFUSED, "AWS refused AssumeRole for the profile 'p' (AccessDenied)"),
+    ],
+)
+def test_credentials_that_cannot_be_had_are_described(error, expected):
+    assert expected in in_words(error, "p")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("AWS Error UNKNOWN (HTTP status 400): ExpiredToken", "sign in again"),
+        ("AWS Error INVALID_ACCESS_KEY_ID during", "AWS_ACCESS_KEY_ID"),
+        ("AWS Error ACCESS_DENIED during HeadObject", "--request-payer requester"),
+        ("AWS Error ACCESS_DENIED: kms:Decrypt", "kms:GenerateDataKey"),
+        ("AWS Error NETWORK_CONNECTION", "Check the address"),
+    ],
+)
+def test_errors_of_s3_are_answered_with_what_helps(text, expected):
+    assert expected in advice(OSError(text))
