@@ -37,6 +37,7 @@ from ray_detox.records import PromptBatch, Rollout
 from tests.environment import STARTUP
 from tests.groups import (  # noqa: F401  pytest finds its hooks here
     pytest_collection_modifyitems,
+    pytest_runtest_setup,
     pytest_xdist_make_scheduler,
 )
 

@@ -9,10 +9,20 @@ cannot do this: pytest-xdist 3.8 appends the group to a test's id, which pytest 
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.environment import STARTUP
+from tests.startup.template import SOCKET_VARIABLE
 
 RAY = "ray"
 FOLDERS_WITH_RAY = ("tests/on_ray/", "tests/chaos/")
@@ -65,6 +75,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
         groups.setdefault(group, []).append(item)
     items[:] = [item for group in groups.values() for item in group]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the template of Ray's worker processes before the first test that may start Ray."""
+    if group_of(item.nodeid) in (RAY, NODES) or item.get_closest_marker("ray"):
+        _start_template()
+
+
+@functools.cache
+def _start_template() -> None:
+    if SOCKET_VARIABLE in os.environ:
+        return
+    address = Path(tempfile.mkdtemp(prefix="template-")) / "socket"
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray sets it in its workers
+    process = subprocess.Popen(
+        [sys.executable, STARTUP / "template.py", address], stdin=subprocess.PIPE, env=variables
+    )
+    os.environ[SOCKET_VARIABLE] = str(address)
+
+    def stop() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        shutil.rmtree(address.parent)
+
+    atexit.register(stop)
 
 
 @pytest.hookimpl(optionalhook=True)

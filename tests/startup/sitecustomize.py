@@ -5,5 +5,10 @@ are imported, and find nothing: with its usual thresholds that is a sixth of all
 """
 
 import gc
+import importlib
+import os
+import sys
 
 gc.set_threshold(100_000, 50, 1000)
+if "TESTS_TEMPLATE" in os.environ and " ".join(sys.orig_argv[1:2]).endswith("/default_worker.py"):
+    importlib.import_module("template").hand_over()
