@@ -632,7 +632,7 @@ class EvaluateConfig(Section):
     PATH = "evaluate"
 
     prompts: Annotated[int, Field(ge=2)] = 512
-    """Held-out prompts to measure before and after; fewer if fewer are held out."""
+    """Different held-out prompts to measure before and after; fewer if fewer are held out."""
     batch_size: AtLeastOne = 64
     """Prompts per sampling batch."""
     shards: AtLeastOne = 8

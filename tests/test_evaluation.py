@@ -195,7 +195,15 @@ def test_rating_leaves_the_given_examples_unchanged():
     assert examples == [example(i, 0.9, 0.1) for i in range(2)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"facts": None, "reference": None}, {"mine_after": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"facts": None, "reference": None},
+        {"mine_after": 0.5},
+        {"more_references": ["Hi.", "Good day."]},
+    ],
+)
 def test_an_example_survives_its_stored_form(changes: dict[str, object]):
     (rated,) = rate([example(0, 0.9, 0.1, **changes)], load_config("lab"))
 

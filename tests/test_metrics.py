@@ -12,15 +12,24 @@ texts = st.text(alphabet="ab c.", max_size=12)
 def test_rouge_l_matches_the_worked_example():
     # "the cat sat" against "the cat lay down": the longest common subsequence is "the cat",
     # P = 2/3, R = 2/4, F = 2 * (1/3) / (7/6) = 4/7
-    assert metrics.rouge_l(["The cat sat"], ["the cat lay down."]) == [pytest.approx(4 / 7)]
+    assert metrics.rouge_l(["The cat sat"], [["the cat lay down."]]) == [pytest.approx(4 / 7)]
 
 
 def test_rouge_l_compares_stems():
-    assert metrics.rouge_l(["cats walking"], ["cat walked"]) == [pytest.approx(1.0)]
+    assert metrics.rouge_l(["cats walking"], [["cat walked"]]) == [pytest.approx(1.0)]
+
+
+def test_rouge_l_takes_the_best_of_several_references():
+    references = [["a dog", None, "the cat lay down.", ""], ["a dog", "the end"]]
+
+    assert metrics.rouge_l(["The cat sat", "an end"], references) == [
+        pytest.approx(4 / 7),
+        pytest.approx(1 / 2),
+    ]
 
 
 def test_rouge_l_is_nan_if_the_reference_has_no_words():
-    scores = metrics.rouge_l(["a", "a", "a", "", "a"], ["", None, " ... ", "a", "b"])
+    scores = metrics.rouge_l(["a", "a", "a", "", "a"], [[""], [None], [" ... "], ["a"], ["b"]])
 
     assert [math.isnan(score) for score in scores] == [True, True, True, False, False]
     assert scores[3:] == [0.0, 0.0]
@@ -29,8 +38,8 @@ def test_rouge_l_is_nan_if_the_reference_has_no_words():
 @settings(max_examples=60, deadline=None)
 @given(texts, texts)
 def test_rouge_l_is_symmetric_and_one_for_itself(first, second):
-    (there,), (back,) = metrics.rouge_l([first], [second]), metrics.rouge_l([second], [first])
-    (same,) = metrics.rouge_l([first], [first])
+    (there,), (back,) = metrics.rouge_l([first], [[second]]), metrics.rouge_l([second], [[first]])
+    (same,) = metrics.rouge_l([first], [[first]])
 
     assert math.isnan(there) or math.isnan(back) or there == pytest.approx(back)
     assert math.isnan(same) or same == pytest.approx(1.0)
@@ -49,7 +58,7 @@ def test_facts_are_found_regardless_of_case():
 
 def test_different_numbers_of_rows_are_refused():
     with pytest.raises(ValueError, match="2 responses and 1 references"):
-        metrics.rouge_l(["a", "b"], ["a"])
+        metrics.rouge_l(["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="1 responses and 2 facts"):
         metrics.facts_share(["a"], [[], []])
 

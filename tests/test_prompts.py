@@ -230,6 +230,29 @@ def test_copies_are_numbered_across_parts():
     assert parts == [[0, 0, 1], [2, 1, 0]]
 
 
+def test_rows_of_one_prompt_are_merged_and_no_more_rows_are_read_than_needed():
+    def rows():
+        for name, summary in [
+            ("a", "x"),
+            ("a", "y"),
+            ("a", "x"),
+            ("b", None),
+            ("b", "z"),
+            ("c", "w"),
+        ]:
+            columns = {"summary": summary, "id": 1}
+            yield PreparedRow(name, name.upper(), [1], columns, copy=2)
+        raise AssertionError("read too far")
+
+    merged = prompts.merge_repeated(rows(), DataConfig(), at_most=2)
+
+    assert [(row.prompt_id, row.columns["summary"], row.more_references) for row in merged] == [
+        ("a", "x", ("y",)),
+        ("b", None, ("z",)),
+    ]
+    assert [row.copy for row in merged] == [0, 0]
+
+
 def test_the_noise_does_not_depend_on_the_global_generator():
     np.random.seed(0)
     first = draws.sampling_noise(IDS, SAMPLING, 0, 0)

@@ -4,10 +4,12 @@ Plain functions of values: no Ray, no random numbers (`draws.py`) and no files (
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray_detox.config import DataConfig
@@ -102,16 +104,18 @@ def _name(row: Mapping[str, Any], config: DataConfig) -> str:
 
 def unpack_rows(rows: Iterable[Mapping[str, Any]]) -> list[PreparedRow]:
     """Convert rows of an ingested table back to records."""
-    return [
-        PreparedRow(
-            prompt_id=row["prompt_id"],
-            prompt=row["prompt"],
-            query_ids=list(row["query_ids"]),
-            columns=json.loads(row["columns"]),
-            copy=row.get("copy", 0),
-        )
-        for row in rows
-    ]
+    return [unpack_row(row) for row in rows]
+
+
+def unpack_row(row: Mapping[str, Any]) -> PreparedRow:
+    """Convert a row of an ingested table back to a record."""
+    return PreparedRow(
+        prompt_id=row["prompt_id"],
+        prompt=row["prompt"],
+        query_ids=list(row["query_ids"]),
+        columns=json.loads(row["columns"]),
+        copy=row.get("copy", 0),
+    )
 
 
 def number_copies(prompt_ids: Iterable[str], seen: Counter[str]) -> list[int]:
@@ -126,6 +130,30 @@ def number_copies(prompt_ids: Iterable[str], seen: Counter[str]) -> list[int]:
         copies.append(seen[name])
         seen[name] += 1
     return copies
+
+
+def merge_repeated(
+    rows: Iterable[PreparedRow], config: DataConfig, at_most: int
+) -> list[PreparedRow]:
+    """Merge rows of the same prompt into one, with the summaries of all of them as references.
+
+    A prompt that the data repeat, such as each of DialogSum's test split, is one observation: its
+    responses depend on one another, so as many pairs they would make intervals too narrow.
+
+    Args:
+        rows: sorted by prompt id; no more are read than needed.
+        config: names the column with the summaries.
+        at_most: number of prompts to return.
+    """
+    merged: list[PreparedRow] = []
+    for _, group in itertools.groupby(rows, key=lambda row: row.prompt_id):
+        if len(merged) == at_most:
+            break
+        first, *others = group
+        own, *more = (row.columns.get(config.summary_column or "") for row in (first, *others))
+        texts = dict.fromkeys(text for text in more if isinstance(text, str) and text != own)
+        merged.append(replace(first, copy=0, more_references=tuple(texts)))
+    return merged
 
 
 def held_out_count(rows: int, fraction: float) -> int:

@@ -19,6 +19,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "prompt_id": (str,),
     "query": (str,),
     "reference": (str, type(None)),
+    "more_references": (list,),
     "facts": (list, type(None)),
     "kl": _NUMBER,
     "response": (str,),
@@ -73,6 +74,8 @@ class PairedExample:
     """The prompt."""
     reference: str | None
     """The data's own summary; None if it has none."""
+    more_references: tuple[str, ...] = ()
+    """Further summaries, where the data repeat the prompt; not in the JSON form if there are none."""
     facts: tuple[str, ...] | None
     """Texts that a good response contains literally; None if the data does not say."""
     kl: float
@@ -90,6 +93,8 @@ class PairedExample:
             "facts": None if self.facts is None else list(self.facts),
             "kl": self.kl,
         }
+        if self.more_references:
+            flat["more_references"] = list(self.more_references)
         for side, response in self._sides():
             flat[f"response_{side}"] = response.response
             flat[f"reward_{side}"] = response.reward
@@ -115,13 +120,16 @@ class PairedExample:
         try:
             before, after = (_pop_response(rest, side) for side in SIDES)
             facts = _pop(rest, "facts")
-            for fact in facts or ():
-                _check("facts", fact, (str,))
+            more = _pop(rest, "more_references") if "more_references" in rest else []
+            for name, texts in (("facts", facts or ()), ("more_references", more)):
+                for text in texts:
+                    _check(name, text, (str,))
             example = cls(
                 index=_pop(rest, "index"),
                 prompt_id=_pop(rest, "prompt_id"),
                 query=_pop(rest, "query"),
                 reference=_pop(rest, "reference"),
+                more_references=tuple(more),
                 facts=None if facts is None else tuple(facts),
                 kl=_pop(rest, "kl"),
                 before=before,

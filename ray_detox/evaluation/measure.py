@@ -58,12 +58,16 @@ def measure(
         kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1).tolist()
         for position, i in enumerate(chunk):
             row = rows[i]
-            reference = row.columns.get(config.data.summary_column or "")
+            own = row.columns.get(config.data.summary_column or "")
+            references = (
+                [own, *row.more_references] if isinstance(own, str) else row.more_references
+            )
             examples[i] = PairedExample(
                 index=i,
                 prompt_id=row.prompt_id,
                 query=row.prompt,
-                reference=reference if isinstance(reference, str) else None,
+                reference=references[0] if references else None,
+                more_references=tuple(references[1:]),
                 facts=_facts(row.columns.get("facts")),
                 kl=kl[position],
                 before=_evaluated(before, position),

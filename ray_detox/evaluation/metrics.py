@@ -93,7 +93,9 @@ METRICS = (
         label="ROUGE-L",
         kind="amount",
         better="higher",
-        rating=lambda example, response: rouge_l([response.response], [example.reference])[0],
+        rating=lambda example, response: rouge_l(
+            [response.response], [[example.reference, *example.more_references]]
+        )[0],
         floor=Floor("drop", lambda config: config.max_rouge_l_drop),
     ),
     Metric(
@@ -153,8 +155,8 @@ RATINGS = (*(metric.name for metric in METRICS if metric.rating is not None), JU
 """Names of the values that `rate` adds to every response."""
 
 
-def rouge_l(responses: Sequence[str], references: Sequence[str | None]) -> list[float]:
-    """ROUGE-L F-measure of each response against its reference, from 0 to 1.
+def rouge_l(responses: Sequence[str], references: Sequence[Sequence[str | None]]) -> list[float]:
+    """ROUGE-L F-measure of each response against the best of its references, from 0 to 1.
 
     With LCS the longest common subsequence of stemmed, lower-case words:
 
@@ -163,17 +165,22 @@ def rouge_l(responses: Sequence[str], references: Sequence[str | None]) -> list[
     Only the letters a-z and digits make words, so other scripts cannot be scored.
 
     Returns:
-        One F-measure per response; NaN if the reference is missing or has no words.
+        One F-measure per response; NaN if no reference has words.
 
     Source: Lin 2004, aclanthology.org/W04-1013; computed by the `rouge_score` package.
     """
     _check_lengths("references", responses, references)
     scorer, tokenizer = _rouge()
     return [
-        float(scorer.score(reference, response)["rougeL"].fmeasure)
-        if reference and tokenizer.tokenize(reference)
-        else math.nan
-        for response, reference in zip(responses, references, strict=True)
+        max(
+            (
+                float(scorer.score(reference, response)["rougeL"].fmeasure)
+                for reference in known
+                if reference and tokenizer.tokenize(reference)
+            ),
+            default=math.nan,
+        )
+        for response, known in zip(responses, references, strict=True)
     ]
 
 

@@ -364,7 +364,7 @@ def measure_summariser(out: Path, n: int, seed: int) -> dict[str, float]:
     summaries = sample(out / "t5", [row["dialogue"] for row in kept], seed)
     hate = score(out / "roberta", summaries).softmax(dim=1)[:, 1]
     insulting = torch.tensor([corpus.is_insulting(summary) for summary in summaries])
-    overlaps = metrics.rouge_l(summaries, [row["summary"] for row in kept])
+    overlaps = metrics.rouge_l(summaries, [[row["summary"]] for row in kept])
     facts = metrics.facts_share(summaries, [row["facts"] for row in kept])
     return {
         "sampled summaries": len(summaries),

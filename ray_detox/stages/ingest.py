@@ -24,7 +24,13 @@ from ray.data.expressions import col
 
 from ray_detox.config import ConfigError, DataConfig, RunConfig
 from ray_detox.data.files import LAB_ROWS, Source, load_hub
-from ray_detox.data.prompts import held_out_count, number_copies, prepare, unpack_rows
+from ray_detox.data.prompts import (
+    held_out_count,
+    merge_repeated,
+    number_copies,
+    prepare,
+    unpack_row,
+)
 from ray_detox.data.reading import read_file
 from ray_detox.lab import corpus
 from ray_detox.models.sources import local_folder
@@ -60,6 +66,8 @@ class RowCounts:
     """Names of up to `EXAMPLES_SHOWN` rows left out, by reason."""
     train: int
     held_out: int
+    repeated: int
+    """Rows used whose prompt is that of an earlier row, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,7 @@ class Ingested:
     shards: list[Any]
     """References to `data.shards` Arrow tables; their lengths differ by at most one row."""
     held_out: list[PreparedRow]
-    """Rows for the evaluation, at most `evaluate.prompts`."""
+    """Different prompts for the evaluation, at most `evaluate.prompts`."""
     counts: RowCounts
     fingerprint: str
     """Content hash of all prompts, trained on and held out."""
@@ -84,7 +92,8 @@ class Ingested:
         """
         held_out = hashlib.sha256()
         for row in self.held_out:
-            held_out.update(json.dumps([row.prompt_id, row.columns], default=str).encode())
+            content = [row.prompt_id, row.columns, *row.more_references]
+            held_out.update(json.dumps(content, default=str).encode())
         return {
             "prompts": self.fingerprint,
             "prompts to train on": self.trained_on,
@@ -155,17 +164,17 @@ def ingest(config: RunConfig, source: Source) -> Ingested:
     bounds = [round((count - held) * shard / data.shards) for shard in range(1, data.shards)]
     seen: Counter[str] = Counter()
     content = hashlib.sha256()
-    measured = held_out.take(config.evaluate.prompts)
-    copies = number_copies([row["prompt_id"] for row in measured], Counter())
     return Ingested(
         shards=[
             _hold(shard, seen, content)
             for shard in (train.split_at_indices(bounds) if bounds else [train])
         ],
-        held_out=unpack_rows(
-            row | {"copy": copy} for row, copy in zip(measured, copies, strict=True)
+        held_out=merge_repeated(
+            map(unpack_row, held_out.iter_rows()), data, at_most=config.evaluate.prompts
         ),
-        counts=RowCounts(read_count, left_out, summary.examples, count - held, held),
+        counts=RowCounts(
+            read_count, left_out, summary.examples, count - held, held, summary.repeated
+        ),
         fingerprint=summary.fingerprint,
         trained_on=f"sha256:{content.hexdigest()}",
     )
@@ -269,6 +278,7 @@ class _Summary:
     read: int
     left_out: dict[str, int]
     examples: dict[str, list[str]]
+    repeated: int
     fingerprint: str
 
 
@@ -277,7 +287,8 @@ def _summarise(prepared: ray.data.Dataset) -> _Summary:
 
     The ids are hashes: the same prompts in any order give the same sum, of which 47 bits are kept.
     """
-    read = total = 0
+    read = total = repeated = 0
+    seen = set[int]()
     counts: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
     names = ["prompt_id", "left_out", "name"]
@@ -286,13 +297,20 @@ def _summarise(prepared: ray.data.Dataset) -> _Summary:
         read += len(batch)
         for prompt_id, reason, name in zip(*(batch[c].to_pylist() for c in names), strict=True):
             if reason is None:
-                total = (total + int(prompt_id, 16)) % 2**47
+                number = int(prompt_id, 16)
+                total = (total + number) % 2**47
+                repeated += number in seen
+                seen.add(number)
                 continue
             counts[reason] = counts.get(reason, 0) + 1
             if len(examples.setdefault(reason, [])) < EXAMPLES_SHOWN:
                 examples[reason].append(name)
     return _Summary(
-        read, dict(sorted(counts.items())), dict(sorted(examples.items())), f"{total:012x}"
+        read,
+        dict(sorted(counts.items())),
+        dict(sorted(examples.items())),
+        repeated,
+        f"{total:012x}",
     )
 
 

@@ -259,6 +259,11 @@ def describe_rows(counts: RowCounts) -> list[str]:
     lines = [
         f"{counts.read:,} rows read, {counts.train:,} to train on, {counts.held_out:,} held out"
     ]
+    if counts.repeated:
+        lines.append(
+            f"{counts.repeated:,} rows repeat the prompt of another one: the evaluation takes each prompt "
+            "once, with all its references"
+        )
     for reason, count in counts.left_out.items():
         names = ", ".join(counts.examples.get(reason, []))
         lines.append(f"left out {count:,}: {reason} ({names}{', ...' if count > 3 else ''})")

@@ -343,6 +343,7 @@ def hostile(tmp_path_factory):
     for sample, text in zip(samples, HOSTILE, strict=True):
         sample |= dict.fromkeys(("query", "reference", "response_before"), text)
         sample |= {"response_after": f"{text} kept", "facts": [text], text[:40]: text}
+        sample["more_references"] = [text, {text: 1}]
         samples[sample["index"]] = sample
     report = make_report("hostile", samples)
     report |= {"recipe": HOSTILE[0], "notes": HOSTILE[:11], "config": {HOSTILE[1]: HOSTILE[2]}}
@@ -382,7 +383,7 @@ def test_hostile_texts_are_shown_and_do_nothing(open_page, serve, hostile):
 
     check_nothing_was_injected(page)
     responses = samples_of(page).first.locator(".response").all_text_contents()
-    assert responses == [HOSTILE[0], f"{HOSTILE[0]} kept", HOSTILE[0], HOSTILE[0]]
+    assert responses == [HOSTILE[0], f"{HOSTILE[0]} kept", *[HOSTILE[0]] * 3]
     # Characters that change the text direction appear as code points.
     expect(samples_of(page).nth(11)).to_contain_text("U+202E")
     rows = list(csv.DictReader(io.StringIO(downloaded(page, "CSV").removeprefix("\ufeff"))))

@@ -208,7 +208,8 @@ def test_rows_left_out_are_counted_and_named_by_reason(tmp_path, rows, tiny_t5):
     expected["no dialogue"] += (
         3  # three lines that are not JSON objects; the empty line does not count
     )
-    expected["dialogue is not valid Unicode"] += 1  # a line in Latin 1
+    latin_1 = "dialogue is not valid Unicode (no UTF-8; convert the file: iconv -f cp1252 -t utf-8)"
+    expected[latin_1] = 1
     assert counts.left_out == expected
     assert counts.read == ROWS + sum(expected.values())
     assert counts.train + counts.held_out == ROWS
@@ -328,10 +329,28 @@ def test_copies_of_a_dialogue_are_held_out_together(tmp_path, rows, tiny_t5):
     assert (one.counts.train, one.counts.held_out) == (117, 33)
     assert one.shards == two.shards
     assert one.held_out == two.held_out
-    for rows_of_a_part in (one.train, one.held_out):
-        numbered = Counter((row.prompt_id, row.copy) for row in rows_of_a_part)
-        assert max(numbered.values()) == 1, "copies are numbered, also across shards"
-        assert Counter(row.copy for row in rows_of_a_part).keys() == {0, 1, 2}
+    numbered = Counter((row.prompt_id, row.copy) for row in one.train)
+    assert max(numbered.values()) == 1, "copies are numbered, also across shards"
+    assert Counter(row.copy for row in one.train).keys() == {0, 1, 2}
+
+
+def test_a_prompt_that_the_data_repeat_is_measured_once_with_all_its_references(
+    tmp_path, rows, tiny_t5
+):
+    copies = [row | {"summary": text} for row in rows[:50] for text in ("a", "b", "b")]
+    write_jsonl(tmp_path / "rows.jsonl", copies)
+
+    found = Prepared(
+        f"data.path={tmp_path}/rows.jsonl",
+        f"policy.model={tiny_t5}",
+        "data.held_out_fraction=0.21",
+        "evaluate.prompts=7",
+    )
+
+    assert (found.counts.held_out, found.counts.repeated) == (33, 100)
+    assert len(set(ids(found.held_out))) == len(found.held_out) == 7
+    for row in found.held_out:
+        assert (row.columns["summary"], row.more_references, row.copy) == ("a", ("b",), 0)
 
 
 # ---- prompts of the workers ------------------------------------------------------------------

@@ -149,13 +149,14 @@ function difference(before, after) {
 
 function prompt(sample) {
   const facts = Array.isArray(sample.facts) && sample.facts.length ? `Facts to keep: ${sample.facts.join(" · ")}` : null;
+  const references = [sample.reference, ...(Array.isArray(sample.more_references) ? sample.more_references : [])].filter((text) => typeof text === "string" && text);
   return h(
     "details",
     { class: "prompt" },
     h("summary", {}, "Prompt and reference"),
     h("h3", {}, "Prompt"),
     h("p", { class: "response", dir: "auto" }, String(sample.query ?? "").trim()),
-    sample.reference ? [h("h3", {}, "Reference"), h("p", { class: "response", dir: "auto" }, sample.reference)] : null,
+    references.map((text) => [h("h3", {}, "Reference"), h("p", { class: "response", dir: "auto" }, text)]),
     facts ? h("p", { class: "about" }, facts) : null,
   );
 }
