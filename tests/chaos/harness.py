@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 
 from tests.chaos.schedule import DRIVERS, Fault
 from tests.environment import python_path
+from tests.startup.template import raylet_of
 
 STEPS, PROMPTS, MEASURED = 8, 32, 24
 SETTINGS = [
@@ -255,7 +256,7 @@ class Chaos:
             found = sorted(self.cluster.worker_nodes, key=lambda n: n.node_id)
             if kind in ("actor_node", "worker_node"):
                 title = TITLES[kind.removesuffix("_node")]
-                raylets = {process.ppid() for process in self.processes(title)}
+                raylets = {raylet_of(p.pid, p.ppid()) for p in self.processes(title)}
                 found = [node for node in found if _raylets(node) & raylets]
             node = self._random.choice(found)
             if kind == "drain":
@@ -338,7 +339,9 @@ class Chaos:
         for process in psutil.process_iter(["pid", "ppid", "cmdline", "create_time", "status"]):
             info = process.info
             named = title in " ".join(info["cmdline"] or [])
-            if named and info["ppid"] in raylets and info["status"] != psutil.STATUS_ZOMBIE:
+            if not named or info["status"] == psutil.STATUS_ZOMBIE:
+                continue
+            if raylet_of(process.pid, info["ppid"]) in raylets:
                 found.append(process)
         return sorted(found, key=lambda process: process.info["create_time"])
 

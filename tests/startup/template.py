@@ -99,6 +99,7 @@ def hand_over() -> None:
     ignored = [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
     request = {
         "state": _state(),
+        "raylet": os.getppid(),
         "arguments": sys.orig_argv[1:],
         "environment": dict(os.environ),
         "path": sys.path,
@@ -145,6 +146,7 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{address}.new")
         server.listen(64)
+        Path(address).with_name("pid").write_text(str(os.getpid()))
         os.rename(f"{address}.new", address)
         while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()
@@ -153,9 +155,24 @@ def serve(address: str) -> None:
                 request = json.loads(_receive(connection, int.from_bytes(size)))
                 if request["state"] == state and os.fork() == 0:
                     server.close()
+                    _record(address, os.getpid()).write_text(str(request["raylet"]))
                     _become_worker(request, files, connection)
                 for file in files:
                     os.close(file)
+
+
+def _record(address: str, pid: int) -> Path:
+    """Return the file that names the raylet for which a process was forked."""
+    return Path(address).with_name(f"raylet-of-{pid}")
+
+
+def raylet_of(pid: int, parent: int) -> int:
+    """Return the process that asked for a worker process: not its parent if it was forked here."""
+    with contextlib.suppress(OSError, KeyError):
+        address = os.environ[SOCKET_VARIABLE]
+        if parent == int(Path(address).with_name("pid").read_text()):
+            return int(_record(address, pid).read_text())
+    return parent
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
