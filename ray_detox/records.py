@@ -43,8 +43,8 @@ class PreparedRow:
     also one that is called `prompt`."""
     copy: int
     """Number of earlier rows of the data with the same prompt; 0 until `ingest` has counted."""
-    more_references: tuple[str, ...] = ()
-    """Reference summaries of other rows with the same prompt, which were merged with this one."""
+    more_references: tuple[str, ...]
+    """Reference summaries of other rows with the same prompt; `ingest` merges those held out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ have no effect. The RoBERTa tokenises bytes and has the labels `nothate` and `ha
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ if str(STARTUP) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, and what tests start inherits it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)
 # The same examples in every run, and no deadline: a slow machine must not fail a test.
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)

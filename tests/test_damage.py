@@ -391,7 +391,7 @@ def test_any_result_is_published_or_refused_in_a_sentence(tmp_path_factory, name
 @few(80)
 @given(mutated(SHARD))
 def test_any_kept_shard_is_whole_or_measured_again(tmp_path, content):
-    rows = [PreparedRow(one.prompt_id, one.query, [1], {}, 0) for one in EXAMPLES]
+    rows = [PreparedRow(one.prompt_id, one.query, [1], {}, 0, ()) for one in EXAMPLES]
     kept = _KeptShards(Storage(str(tmp_path)), CONFIG, {}, rows, {})
     kept.write(0, EXAMPLES)
     assert kept.read(0, rows) == EXAMPLES
@@ -404,7 +404,7 @@ def test_any_kept_shard_is_whole_or_measured_again(tmp_path, content):
 
 
 def test_a_kept_shard_with_other_prompts_or_a_folder_in_its_place_is_measured_again(tmp_path):
-    rows = [PreparedRow(one.prompt_id, one.query, [1], {}, 0) for one in EXAMPLES]
+    rows = [PreparedRow(one.prompt_id, one.query, [1], {}, 0, ()) for one in EXAMPLES]
     kept = _KeptShards(Storage(str(tmp_path)), CONFIG, {}, rows, {})
 
     kept.write(0, EXAMPLES[:1])

@@ -133,6 +133,7 @@ def rows(make_prompts):
             query_ids=batch.query_ids[n][batch.query_mask[n]].tolist(),
             columns={"summary": f"summary {n}"},
             copy=0,
+            more_references=(),
         )
         for n in range(22)
     ]

@@ -86,6 +86,7 @@ def test_a_prepared_row_has_its_prompt_its_tokens_and_its_columns():
         query_ids=[2, 3, 4, 5, 1],
         columns=row,
         copy=0,
+        more_references=(),
     )
 
 
@@ -241,7 +242,7 @@ def test_rows_of_one_prompt_are_merged_and_no_more_rows_are_read_than_needed():
             ("c", "w"),
         ]:
             columns = {"summary": summary, "id": 1}
-            yield PreparedRow(name, name.upper(), [1], columns, copy=2)
+            yield PreparedRow(name, name.upper(), [1], columns, 2, ())
         raise AssertionError("read too far")
 
     merged = prompts.merge_repeated(rows(), DataConfig(), at_most=2)

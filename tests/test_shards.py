@@ -21,6 +21,7 @@ def row(number):
         query_ids=[*range(3, 4 + number % 5), 1],
         columns={"summary": f"summary {number}", "topic": number},
         copy=0,
+        more_references=(),
     )
 
 

@@ -79,7 +79,9 @@ def prepare(
             reason = f"over {data.max_prompt_tokens} prompt tokens"
         if reason is None:
             columns = _with_json_values(row)
-            prepared.append(PreparedRow(prompt_id(texts[i]), texts[i], query_ids[i], columns, 0))
+            prepared.append(
+                PreparedRow(prompt_id(texts[i]), texts[i], query_ids[i], columns, 0, ())
+            )
         else:
             prepared.append(LeftOutRow(_name(row, data), reason))
     return prepared
@@ -115,6 +117,7 @@ def unpack_row(row: Mapping[str, Any]) -> PreparedRow:
         query_ids=list(row["query_ids"]),
         columns=json.loads(row["columns"]),
         copy=row.get("copy", 0),
+        more_references=(),
     )
 
 

@@ -164,9 +164,9 @@ def test_a_csv_column_of_digits_and_then_of_words_is_read(tmp_path, rows, tiny_t
 def test_prepared_rows_are_restored_from_their_table():
     prepared = [
         PreparedRow(
-            "00ff", "Sum up: ü", [3, 1], {"summary": None, "facts": ["one", 2], "id": "a"}, 0
+            "00ff", "Sum up: ü", [3, 1], {"summary": None, "facts": ["one", 2], "id": "a"}, 0, ()
         ),
-        PreparedRow("01ff", "Sum up: b", [4, 5, 1], {"dialogue": "b\ud800"}, 0),
+        PreparedRow("01ff", "Sum up: b", [4, 5, 1], {"dialogue": "b\ud800"}, 0, ()),
     ]
 
     table = pack_rows([*prepared, LeftOutRow("'c'", "empty dialogue")])

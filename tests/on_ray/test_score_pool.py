@@ -122,7 +122,7 @@ def all_up(pool):
 
 def test_an_actor_tries_the_reward_on_sentences_with_a_row_of_the_data(pool):
     columns = {"facts": "f", "seconds": 0.0, "marker": "", "hang": ""}
-    row = PreparedRow("0", "a prompt", [1], columns, 0)
+    row = PreparedRow("0", "a prompt", [1], columns, 0, ())
 
     with pytest.raises(ConfigError, match=r"The toxicity that .* measures is .* for insults"):
         pool.check(row)  # the weights of this classifier are random

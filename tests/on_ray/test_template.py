@@ -14,7 +14,7 @@ from tests.startup.template import SOCKET_VARIABLE
 pytestmark = pytest.mark.ray
 
 SCRIPT = """
-import gc, json, os, signal, sys
+import gc, json, os, resource, signal, sys
 mask = os.umask(0)
 facts = {
     "arguments": sys.argv,
@@ -26,6 +26,7 @@ facts = {
     "path": sys.path,
     "umask": mask,
     "nice": os.nice(0),
+    "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
     "network": os.readlink("/proc/self/ns/net"),
     "thresholds": gc.get_threshold(),
     "name": __name__,
@@ -67,7 +68,10 @@ def run(folder, *prefix, **environment):
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("prefix", [[], ["nice", "-n", "3"], ["env", "--ignore-signal=USR1,INT"]])
+@pytest.mark.parametrize(
+    "prefix",
+    [[], ["nice", "-n", "3"], ["env", "--ignore-signal=USR1,INT"], ["prlimit", "--nofile=500:600"]],
+)
 def test_a_forked_process_differs_from_a_new_one_only_in_its_imports(template, tmp_path, prefix):
     facts, has_torch = run(tmp_path, *prefix)
     usual, has_torch_usually = run(tmp_path, *prefix, **{SOCKET_VARIABLE: "/nowhere"})
@@ -83,7 +87,7 @@ def test_a_forked_process_differs_from_a_new_one_only_in_its_imports(template, t
         ([], {"HF_HOME": "/elsewhere"}),
         ([], {"OMP_NUM_THREADS": "2"}),
         (["setsid"], {}),
-        (["prlimit", "--nofile=500"], {}),
+        (["prlimit", "--core=1000"], {}),
     ],
 )
 def test_a_process_with_other_settings_starts_as_usual(template, tmp_path, prefix, environment):

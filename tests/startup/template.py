@@ -19,6 +19,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -76,13 +77,21 @@ FILES = 3 + len(NAMESPACES)
 """Files that a request carries: standard input, output and error, and the namespaces."""
 
 
+LIMITS = [
+    number
+    for name, number in vars(resource).items()
+    if name.startswith("RLIMIT_") and number != resource.RLIMIT_NOFILE
+]
+"""Limits that are compared; that of open files, which Ray raises, is handed over."""
+
+
 def _state() -> dict[str, Any]:
     """Return what a worker process and the template must have in common, as JSON values."""
     return {
         "user": [os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups()],
         "session": os.getsid(0),
         "python": sys.executable,
-        "limits": Path("/proc/self/limits").read_text(),
+        "limits": [resource.getrlimit(number) for number in LIMITS],
         "settings": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -106,6 +115,7 @@ def hand_over() -> None:
         "folder": os.getcwd(),
         "group": 0 if os.getpgid(0) == os.getpid() else os.getpgid(0),
         "umask": _umask(),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         "ignored": [int(number) for number in ignored],
@@ -234,6 +244,7 @@ def _set_up(request: dict[str, Any], files: list[int]) -> None:
     os.setpgid(0, request["group"])
     os.umask(request["umask"])
     os.chdir(request["folder"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, request["open_files"])
     os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in request["ignored"]:
