@@ -82,6 +82,21 @@ def test_a_stage_prints_its_results_and_adds_up_its_time():
     assert list(console.seconds) == ["train"]
 
 
+def test_the_time_of_a_stage_that_is_stopped_counts():
+    console = Console(io.StringIO())
+
+    def stop():
+        with console.stage("train", "3 steps"):
+            assert console.elapsed()["train"] > 0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+
+    assert console.elapsed() == console.seconds
+    assert console.seconds["train"] > 0
+
+
 def test_a_stream_that_is_not_a_terminal_gets_plain_lines():
     stream = io.StringIO()
     console = Console(stream, seconds_between=0)

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -407,21 +408,28 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
+    from ray_detox.runs.card import CARD, model_card
+    from ray_detox.runs.checkpoint_store import adapter_files, unpack_folder
     from ray_detox.runs.resume import kept_checkpoint
 
     folder = RunFolder(args.output, check_run_id(args.run_id))
     config = folder.read_config()
+    report, steps = None, config.train.steps
     if args.checkpoint is None:
         folder.require_adapter()
-        adapter = read_files(folder.adapter)
+        adapter = folder.read_adapter()
+        with suppress(ConfigError):  # it has not been measured
+            report, _ = folder.read_result()
     else:
-        adapter = adapter_files(kept_checkpoint(config, folder, args.checkpoint).files)
+        found = kept_checkpoint(config, folder, args.checkpoint)
+        adapter, steps = adapter_files(found.files), found.step
     if args.folder.exists() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder} is not empty. Give a new folder for the model.")
     from ray_detox.models.loading import export_model
 
     unpack_folder(adapter, lambda files: export_model(config.policy, files, args.folder))
+    card = model_card(config, folder.run_id, report, steps=steps, merged=True)
+    (args.folder / CARD).write_text(card, encoding="utf-8")
     _readable_files(args.folder)  # safetensors writes files that only their owner can read
     print(
         f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."

@@ -51,6 +51,16 @@ def describe_run(
     return "\n\n".join(block for block in blocks if block)
 
 
+def describe_result(report: Mapping[str, Any]) -> str:
+    """Describe the verdict and the measurements of a run, without its prompts, in a file's width."""
+    blocks = [
+        _verdict(report.get("verdict"), WIDTH),
+        _table(report, WIDTH),
+        _metrics(report, WIDTH),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
 def list_line(summary: Mapping[str, Any]) -> str:
     """Describe a run in one line: when, which, how many prompts, toxicity, verdict."""
     created, run_id, recipe, prompts, toxicity, verdict = _cells(summary)

@@ -46,6 +46,8 @@ from ray_detox.stages.train import TrainingOutcome, run_training
 MODEL_LOAD_TIMEOUT_S = 300.0
 """Minimum timeout for loading the reward model, which may have to be downloaded first."""
 
+NO_CHECKPOINT = "the run has no checkpoint yet, and begins with step 1"
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingFacts:
@@ -118,6 +120,8 @@ class Session:
         config, folder = self.config, held.folder
         newest = held.checkpoints(config.train.checkpoints_kept).newest(on_damage=self._say)
         done = newest.step if newest else 0
+        if held.record.token > 1:
+            self._say(f"resuming from the checkpoint of step {done}" if done else NO_CHECKPOINT)
         held.begin(done)
         store = held.checkpoints(config.train.checkpoints_kept)
         writer = CheckpointWriter(store, newest, on_event=self._say, on_saved=held.note_step)
