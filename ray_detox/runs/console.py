@@ -39,7 +39,7 @@ def step_line(stats: "UpdateStats", steps: int, width: int | None = None) -> str
         "step": f"step {stats.step:>{digits}}/{steps}",
         "score": f"score {stats.score:+.2f}",
         "toxicity": f"toxicity {stats.toxicity:.2f}",
-        "kl": f"kl {stats.kl:5.2f} nat",
+        "kl": f"kl {round(stats.kl, 2) or 0.0:5.2f} nat",  # not -0.00
         "clip": f"clip {stats.clip_fraction:4.0%}",
         "explained variance": f"explained variance {stats.explained_variance:+.2f}",
         "length": f"length {stats.length:3.0f}",

@@ -18,7 +18,6 @@ from ray_detox.data.files import Source, check_rows, locate, peek
 from ray_detox.data.prompts import prompt_text, reason_to_leave_out
 from ray_detox.errors import first_line
 from ray_detox.evaluation.judges import check_judge
-from ray_detox.lab import corpus
 from ray_detox.models.sources import (
     hub_has_safetensors,
     is_hub_offline,
@@ -580,8 +579,6 @@ def _try_reward(config: RunConfig, source: Source, functions: bool) -> None:
 
 def _first_row(config: RunConfig, source: Source) -> dict[str, Any]:
     """Return the first row of the data that becomes a prompt; `check_rows` has found one."""
-    if source.kind == "lab":
-        return dict(corpus.rows("ppo", 1)[0])
     rows = peek(source, config.data)
     row = next(row for row in rows if reason_to_leave_out(row, config.data) is None)
     # Functions get JSON values, as `data.prompts.prepare` makes them.
