@@ -356,8 +356,8 @@ HUB = {
     "data.path": "knkarthick/dialogsum",
 }
 INSTEAD = {
-    "policy.model": "set policy.model=/path/to/its/folder (or s3://bucket/prefix)",
-    "reward.model": "set reward.model=/path/to/its/folder (or s3://bucket/prefix)",
+    "policy.model": "set the folder (or s3://bucket/prefix) in its place",
+    "reward.model": "set the folder (or s3://bucket/prefix) in its place",
     "data.path": "set data.path=/path/to/file.parquet (or .jsonl, .csv, s3://...)",
 }
 
@@ -924,6 +924,7 @@ def test_a_hub_that_does_not_answer_is_reported_in_one_line(tmp_path):
 def test_a_hub_model_with_only_pickled_weights_is_refused_before_the_download(
     monkeypatch, mistake, tiny_roberta
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     described = tiny_roberta
 
     def only_description(name, revision, setting, weights):

@@ -107,6 +107,10 @@ def test_a_stream_that_is_not_a_terminal_gets_plain_lines():
     assert stream.getvalue() == "          32/64 prompts\n"
 
 
+def test_a_divergence_that_rounds_to_zero_has_no_sign():
+    assert "| kl  0.00 nat |" in step_line(stats(1, kl=-0.0004), 10)
+
+
 @pytest.mark.parametrize("width", [200, 110, 80, 60, 40])
 def test_a_step_line_fits_the_terminal(width):
     line = step_line(stats(7, score=2.314, kl=0.43, seconds=5.07), 200, width)
@@ -263,6 +267,22 @@ def test_a_command_goes_on_if_nobody_reads_its_output_any_more():
     assert (
         errors == "ray-detox: nobody reads the output any more; the command goes on without it.\n"
     )
+
+
+def test_a_full_disk_under_the_output_is_one_sentence():
+    """Also at the exit, when Python writes what the stream still holds."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ray_detox", "schema"],
+            env=os.environ | {"PYTHONPATH": python_path(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    assert done.returncode == 1
+    expected = "No space left on device. Free some space there, and repeat the command."
+    assert done.stderr == f"ray-detox: {expected}\n"
 
 
 def test_another_error_of_the_output_is_raised():

@@ -59,8 +59,6 @@ def locate(config: DataConfig) -> Source:
     Raises:
         ConfigError: the path does not exist, or its files are of no supported kind.
     """
-    from pyarrow import fs
-
     path = config.path
     if path == "lab":
         return Source("lab")
@@ -69,6 +67,8 @@ def locate(config: DataConfig) -> Source:
     local = Path(path).expanduser().absolute()
     try:
         if local.is_dir():
+            from pyarrow import fs  # here: it loads slowly
+
             for file in local.iterdir():
                 if kind_of(file.name) and file.is_symlink() and not file.exists():
                     raise ConfigError(
