@@ -72,7 +72,7 @@ def test_files_of_somebody_else_are_refused_as_such_and_not_as_damaged(tmp_path)
     (folder.path / "config.json").write_text("{}")
     store = SQLiteStore(folder.store_path)
     assert [run["run_id"] for run in store.list_runs()] == ["first"]
-    for parent in (tmp_path / "runs", *tmp_path.parents):
+    for parent in (tmp_path / "runs", tmp_path, *tmp_path.parents):
         if mode(parent) & 0o005 != 0o005:
             parent.chmod(0o755)
     folder.path.chmod(0o755)
