@@ -683,6 +683,9 @@ def test_export_does_not_overwrite_a_folder(mistake, stored_run, tmp_path):
     (target / "thesis.tex").write_text("precious")
 
     assert "is not empty. Give a new folder" in mistake("first", target, verb="export")
+    assert "thesis.tex is not a folder. Give a new" in mistake(
+        "first", target / "thesis.tex", verb="export"
+    )
 
 
 # ---- how a run ends --------------------------------------------------------------------------

@@ -444,6 +444,8 @@ def _export(args: argparse.Namespace) -> int:
     else:
         found = kept_checkpoint(config, folder, args.checkpoint)
         adapter, steps = adapter_files(found.files), found.step
+    if args.folder.exists() and not args.folder.is_dir():
+        raise ConfigError(f"{args.folder} is not a folder. Give a new folder for the model.")
     if args.folder.exists() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder} is not empty. Give a new folder for the model.")
     from ray_detox.models.loading import export_model
