@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ray_detox.errors import first_line
+from ray_detox.errors import ConfigError, first_line
 
 MAX_FILE_BYTES = 1 << 30
 """Maximum size of a file of lines, such as the samples of a run."""
@@ -59,11 +59,17 @@ def read_if_there(file: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes | None:
 
     Raises:
         DamagedError: see `read_file`.
+        ConfigError: this user may not read it.
     """
     try:
         return read_regular(file, max_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise ConfigError(
+            f"{file} cannot be read: {error.strerror}. It may belong to another user: ask for the right to "
+            "read it and its folder."
+        ) from None
     except OSError as error:
         raise DamagedError(f"it cannot be read: {error.strerror}") from None
 

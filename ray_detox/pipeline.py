@@ -19,7 +19,7 @@ from ray_detox.data.files import Source
 from ray_detox.evaluation.summarise import RunFacts, rate, summarise
 from ray_detox.machine import cpu_count
 from ray_detox.models.sources import folder_fingerprint
-from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
+from ray_detox.runs.checkpoint_store import adapter_files, unpack_folder
 from ray_detox.runs.console import Console
 from ray_detox.runs.folder import RunFolder, run_exists
 from ray_detox.runs.held import CREATED_FILES, HeldRun, Origin, OtherIdentity, open_run
@@ -90,6 +90,7 @@ def run(
     source, held = prepare_run(
         config, folder, resume=resume, accept_changes=accept_changes, say=console.line
     )
+    held.measure(console.elapsed)
     console.line(f"run {folder.run_id} | recipe {config.recipe} | folder {folder.path}")
     try:
         with flatten_ray_errors():
@@ -124,11 +125,11 @@ def _run_stages(
         training = session.train(held, data.shards)
         # Again: training may have taken days.
         held.identify(fingerprints(config), accept=accept_changes)
-        adapter = read_files(held.folder.adapter)
+        adapter = held.folder.read_adapter()
         examples = session.measure(adapter, data.held_out, held)
         measured = training.to_json() | {"actors": _actors(session)}
-        steps = training.outcome.step
-        facts = _facts(config, held.folder, console, data, adapter, steps, measured, held.facts())
+        steps, seconds = training.outcome.step, held.seconds()
+        facts = _facts(config, held.folder, seconds, data, adapter, steps, measured, held.facts())
         return session.finish(held, examples, facts, overwrite=overwrite)
 
 
@@ -157,7 +158,7 @@ def evaluate_run(
     steps, training = config.train.steps, dict[str, Any]()
     if checkpoint is None:
         folder.require_adapter()
-        adapter = read_files(folder.adapter)
+        adapter = folder.read_adapter()
     else:
         found = kept_checkpoint(config, folder, checkpoint)
         adapter, steps = adapter_files(found.files), found.step
@@ -174,7 +175,8 @@ def evaluate_run(
         data = session.ingest(source)
         origin.compare(data.identity, accept=accept_changes)
         examples = session.measure(adapter, data.held_out)
-    facts = _facts(config, folder, console, data, adapter, steps, training, origin.facts())
+    seconds = console.seconds
+    facts = _facts(config, folder, seconds, data, adapter, steps, training, origin.facts())
     return summarise(rate(examples, config), config, facts)
 
 
@@ -231,7 +233,7 @@ def _session(config: RunConfig, console: Console) -> Iterator["Session"]:
 def _facts(
     config: RunConfig,
     folder: RunFolder,
-    console: Console,
+    seconds: Mapping[str, float],
     data: "Ingested",
     adapter: Mapping[str, bytes],
     steps: int,
@@ -243,7 +245,7 @@ def _facts(
         run_id=folder.run_id,
         steps=steps,
         rows=asdict(data.counts),
-        seconds=dict(console.seconds),
+        seconds=seconds,
         training=training,
         fingerprints=fingerprints(config) | content,
         record=record,

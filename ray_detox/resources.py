@@ -223,8 +223,9 @@ def _no_single_node(group: BundleGroup, unplaced: int, nodes: Sequence[Node]) ->
     device = " (a share of a GPU is on one device)" if 0 < group.bundle.gpus < 1 else ""
     return (
         f"The cluster has enough CPUs and GPUs in total, but {unplaced} of {group.min_count} "
-        f"{group.name}(s) ({group.setting or 'to prepare the data'}) with {group.bundle} each fit on "
-        f"no single node{device}; the largest, {largest.address}, has {largest.free} free. "
+        f"{group.name}{'' if group.min_count == 1 else 's'} ({group.setting or 'to prepare the data'}) "
+        f"with {group.bundle} each fit on no single node{device}; the largest, {largest.address}, "
+        f"has {largest.free} free. "
         f"Lower what each of them takes, ask for fewer, or add a node with {group.bundle}."
     )
 

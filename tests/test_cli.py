@@ -181,6 +181,10 @@ def test_settings_may_stand_before_and_after_options(monkeypatch, output, capsys
     "words, sentence",
     [
         (["run", "lab", "--frobnicate"], "unknown option --frobnicate; see ray-detox run --help"),
+        (
+            ["run", "--train.steps=2"],
+            "unknown option --train.steps=2; a setting has no dashes: train.steps=2",
+        ),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["export", "first", "folder", "train.steps=1"], "export takes no 'train.steps=1'"),
         ([], "required: COMMAND"),
@@ -213,6 +217,20 @@ def test_a_missing_column_is_refused(mistake, tmp_path, kind):
 
     assert "has no column 'text'; its columns are dialogue, summary" in dialogue
     assert "has no column 'gist'; its columns are dialogue, summary" in summary
+
+
+def test_a_missing_column_of_the_embedded_corpus_is_refused(mistake):
+    dialogue = mistake("lab", "data.dialogue_column=1")
+    summary = mistake("lab", "data.summary_column=gist")
+    chars = mistake("lab", "data.min_chars=90000", "data.max_chars=99999")
+
+    assert "data.path=lab has no column '1'; its columns are id, dialogue, summary" in dialogue
+    assert "data.path=lab has no column 'gist'; its columns are" in summary
+    assert "rows of data.path=lab is left after filtering" in chars
+
+
+def test_a_setting_in_the_form_of_yaml_is_refused_with_how_to_write_it(mistake):
+    assert "'train.steps: 2' has no '='; write train.steps=2." in mistake("lab", "train.steps: 2")
 
 
 def test_data_without_a_usable_row_are_refused_with_counts(mistake, tmp_path):
@@ -338,8 +356,8 @@ HUB = {
     "data.path": "knkarthick/dialogsum",
 }
 INSTEAD = {
-    "policy.model": "set policy.model=/path/to/its/folder (or s3://bucket/prefix)",
-    "reward.model": "set reward.model=/path/to/its/folder (or s3://bucket/prefix)",
+    "policy.model": "set the folder (or s3://bucket/prefix) in its place",
+    "reward.model": "set the folder (or s3://bucket/prefix) in its place",
     "data.path": "set data.path=/path/to/file.parquet (or .jsonl, .csv, s3://...)",
 }
 
@@ -665,6 +683,9 @@ def test_export_does_not_overwrite_a_folder(mistake, stored_run, tmp_path):
     (target / "thesis.tex").write_text("precious")
 
     assert "is not empty. Give a new folder" in mistake("first", target, verb="export")
+    assert "thesis.tex is not a folder. Give a new" in mistake(
+        "first", target / "thesis.tex", verb="export"
+    )
 
 
 # ---- how a run ends --------------------------------------------------------------------------
@@ -906,6 +927,7 @@ def test_a_hub_that_does_not_answer_is_reported_in_one_line(tmp_path):
 def test_a_hub_model_with_only_pickled_weights_is_refused_before_the_download(
     monkeypatch, mistake, tiny_roberta
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     described = tiny_roberta
 
     def only_description(name, revision, setting, weights):

@@ -221,7 +221,6 @@ def test_a_table_is_created_checked_and_published_to(folder, output, aws, capsys
     assert cli.main(["results", "third", *words, "--json"]) == 0
 
     assert json.loads(capsys.readouterr().out) == make_report("third")
-    assert "exists" in mistake("table", "create", *words)
 
 
 def make_notebook_table(aws, name, key="conversation_id"):
@@ -296,6 +295,17 @@ def test_a_refusal_by_aws_is_found_before_training(no_run, aws, monkeypatch, kin
     proxy.close()
 
     assert words in sentence
+
+
+def test_the_command_that_creates_a_table_may_be_repeated_and_says_how_to_use_it(aws, capsys):
+    words = ["results.table=twice", f"results.endpoint_url={aws}"]
+
+    assert [cli.main(["table", "create", *words]) for _ in range(2)] == [0, 0]
+
+    first, second = capsys.readouterr().out.splitlines()
+    use = f"use it with results.store=dynamodb results.table=twice results.endpoint_url={aws}."
+    assert first == f"Table twice is ready; {use}"
+    assert second == f"Table twice exists already, and can hold results; {use}"
 
 
 def test_a_table_that_cannot_hold_the_run_is_found_before_training(no_run, aws, monkeypatch):

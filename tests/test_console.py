@@ -82,6 +82,21 @@ def test_a_stage_prints_its_results_and_adds_up_its_time():
     assert list(console.seconds) == ["train"]
 
 
+def test_the_time_of_a_stage_that_is_stopped_counts():
+    console = Console(io.StringIO())
+
+    def stop():
+        with console.stage("train", "3 steps"):
+            assert console.elapsed()["train"] > 0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+
+    assert console.elapsed() == console.seconds
+    assert console.seconds["train"] > 0
+
+
 def test_a_stream_that_is_not_a_terminal_gets_plain_lines():
     stream = io.StringIO()
     console = Console(stream, seconds_between=0)
@@ -90,6 +105,10 @@ def test_a_stream_that_is_not_a_terminal_gets_plain_lines():
         bar.add(32)
 
     assert stream.getvalue() == "          32/64 prompts\n"
+
+
+def test_a_divergence_that_rounds_to_zero_has_no_sign():
+    assert "| kl  0.00 nat |" in step_line(stats(1, kl=-0.0004), 10)
 
 
 @pytest.mark.parametrize("width", [200, 110, 80, 60, 40])
@@ -248,6 +267,22 @@ def test_a_command_goes_on_if_nobody_reads_its_output_any_more():
     assert (
         errors == "ray-detox: nobody reads the output any more; the command goes on without it.\n"
     )
+
+
+def test_a_full_disk_under_the_output_is_one_sentence():
+    """Also at the exit, when Python writes what the stream still holds."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ray_detox", "schema"],
+            env=os.environ | {"PYTHONPATH": python_path(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    assert done.returncode == 1
+    expected = "No space left on device. Free some space there, and repeat the command."
+    assert done.stderr == f"ray-detox: {expected}\n"
 
 
 def test_another_error_of_the_output_is_raised():

@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 
+from ray_detox.errors import ConfigError
 from ray_detox.runs.conditional import versioned_file
 from ray_detox.runs.folder import RunFolder
 from ray_detox.runs.storage import Storage
+from ray_detox.store.errors import StoreError
 from ray_detox.store.private import make_folder
 from ray_detox.store.sqlite import SQLiteStore
 from tests.browser.runs import make_report, make_samples
@@ -62,6 +64,29 @@ def test_an_attempt_of_another_user_fails(tmp_path):
         )
         assert b"Permission denied" in done.stderr
     assert write_run(output).path.is_dir()  # the owner goes on as before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
+def test_files_of_somebody_else_are_refused_as_such_and_not_as_damaged(tmp_path):
+    folder = write_run(tmp_path / "runs")
+    (folder.path / "config.json").write_text("{}")
+    store = SQLiteStore(folder.store_path)
+    assert [run["run_id"] for run in store.list_runs()] == ["first"]
+    for parent in (tmp_path / "runs", tmp_path, *tmp_path.parents):
+        if mode(parent) & 0o005 != 0o005:
+            parent.chmod(0o755)
+    folder.path.chmod(0o755)
+    (folder.path / "config.json").chmod(0o600)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"config\.json cannot be read: Permission denied\. It may"
+        ):
+            folder.read_config()
+        with pytest.raises(StoreError, match=r"results\.sqlite cannot be read by this user\. Ask"):
+            store.list_runs()
+    finally:
+        os.seteuid(0)
 
 
 def test_a_group_that_shares_its_output_folder_reads_and_writes_the_runs(tmp_path):

@@ -285,7 +285,7 @@ def test_a_new_run_does_not_take_the_folder_of_one_that_begins_at_the_same_time(
     before = {file: file.read_bytes() for file in (tmp_path / "runs/first").iterdir()}
     config, folder = load_config("lab", QUICK), RunFolder(tmp_path / "runs", "first")
 
-    with pytest.raises(ConfigError, match=r"^Run 'first' exists in .*--resume first\.$"):
+    with pytest.raises(ConfigError, match=r"^Run 'first' exists in .*--resume first --output "):
         held_module.open_run(config, folder, print, resume=False, found={}, accept=False)
 
     found.release()

@@ -124,6 +124,26 @@ def test_a_run_that_was_released_is_taken_at_once_with_the_next_token(storage):
     second.release()
 
 
+def test_the_time_of_a_run_is_that_of_all_its_processes(storage):
+    """Also of one that was killed, up to its last beat."""
+    first, measured = create(storage, "first"), {"ingest": 2.0, "train": 10.0}
+    first.measure(lambda: measured)
+    while read_record(storage).seconds != measured:
+        time.sleep(0.05)
+    silence(first)
+    other_writer(storage)
+
+    second = take(storage, "first", print, stale_s=0)
+    second.measure(lambda: {"train": 1.5, "evaluate": 4.0})
+
+    assert second.seconds() == {"ingest": 2.0, "train": 11.5, "evaluate": 4.0}
+    second.release()
+    assert read_record(storage).seconds == second.seconds()
+    third = take(storage, "first", print)
+    assert third.seconds() == second.seconds()
+    third.release()
+
+
 def test_a_silent_writer_loses_the_run_and_writes_nothing_more(storage, held):
     guarded = GuardedStorage(held.guard)
     guarded.write("a/kept", b"first")

@@ -1,6 +1,7 @@
 """The report of a run as text: its parts, its width, and text that is hostile or missing."""
 
 import copy
+import re
 import sys
 import unicodedata
 
@@ -294,3 +295,21 @@ def test_a_list_shows_hostile_names_as_text():
     table = text.list_table([runs(1)[0] | {"run_id": HOSTILE, "recipe": HOSTILE}], 100)
 
     assert text.printable(table.replace("\n", "")) == table.replace("\n", "").strip()
+
+
+def test_a_toxicity_that_rose_is_an_increase(report):
+    report["toxicity"] = compare(AFTER, BEFORE, resamples=2000).to_json()
+
+    line = next(line for line in text.describe_run(report).splitlines() if "increase" in line)
+
+    share, low, high = map(float, re.findall(r"[\d.]+(?=%)", line.replace("95% interval", "")))
+    assert line.startswith("toxicity increase ")
+    assert 0 < low < share < high
+
+
+def test_a_share_of_what_the_table_shows_with_one_digit_is_left_out(report):
+    report["rouge_l"] = {"before": 0.0056, "after": 0.0079}
+
+    (line,) = [each for each in text.describe_run(report).splitlines() if "ROUGE-L" in each]
+
+    assert line.split() == ["ROUGE-L", "0.006", "0.008", "+0.002"]

@@ -137,7 +137,7 @@ def test_the_shortfall_names_the_largest_node_if_none_is_large_enough():
     sentence = shortfall([demand], [node(3), node(5), node(3)])
 
     assert sentence is not None
-    assert "1 of 2 training worker(s) (train.workers=2) with 4 CPUs each" in sentence
+    assert "1 of 2 training workers (train.workers=2) with 4 CPUs each" in sentence
     assert "the largest, 10.0.0.1, has 5 CPUs free" in sentence
     assert "add a node with 4 CPUs" in sentence
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from ray_detox.runs.checkpoint_store import CheckpointStore
+from ray_detox.runs.lease import read_record
 from ray_detox.runs.storage import Storage
 from tests.environment import python_path
 
@@ -116,6 +117,12 @@ def newest_step(output):
     return kept.step
 
 
+def training_seconds(output):
+    record = read_record(Storage(str(output / "first")))
+    assert record is not None
+    return record.seconds["train"]
+
+
 @pytest.mark.ray
 def test_a_run_that_is_ended_by_a_signal_keeps_its_last_step_and_goes_on(tmp_path):
     run, printed = start(tmp_path, "lab", *SHORT, "--run-id", "first")
@@ -126,15 +133,20 @@ def test_a_run_that_is_ended_by_a_signal_keeps_its_last_step_and_goes_on(tmp_pat
     assert not outer.exists()
 
     run, printed = start(tmp_path, "--resume", "first", "train.checkpoint_every=1")
+    assert f"resuming from the checkpoint of step {terminated}\n" in printed
     assert f"step {terminated + 1:>3}/500" in printed
-    hung_up = stop(run, printed, signal.SIGHUP, tmp_path)
-    assert newest_step(tmp_path) == hung_up > terminated
-
-    run, printed = start(tmp_path, "--resume", "first")
     processes = psutil.Process(run.pid).children(recursive=True)
     run.kill()
     run.communicate(timeout=60)
     # Ray's agents report the end of their node for a minute to a GCS that has ended as well.
     _, alive = psutil.wait_procs(processes, timeout=180)
     assert not alive
-    assert newest_step(tmp_path) >= hung_up
+    killed = newest_step(tmp_path)
+    assert killed >= terminated
+    seconds = training_seconds(tmp_path)
+
+    run, printed = start(tmp_path, "--resume", "first")
+    assert f"resuming from the checkpoint of step {killed}\n" in printed
+    hung_up = stop(run, printed, signal.SIGHUP, tmp_path)
+    assert newest_step(tmp_path) == hung_up > killed
+    assert training_seconds(tmp_path) > seconds > 0

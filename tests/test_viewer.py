@@ -3,8 +3,10 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -1156,3 +1158,28 @@ def test_an_unsupported_module_fails_with_its_line(modules, text):
         match=r"unsupported form of import|imports|import each other in a cycle|script",
     ):
         render(REPORTS["first"], [], [], static=modules)
+
+
+@pytest.mark.parametrize(("address", "lines"), [("::1", 2), ("127.0.0.1", 2), ("0.0.0.0", 3)])
+def test_the_page_warns_if_others_can_read_the_connection(tmp_path, address, lines):
+    SQLiteStore(tmp_path / "results.sqlite").check()
+    words = ["view", "--no-browser", "--port", "0", "--bind", address, "--output", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ray_detox", *words],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as view:
+        assert view.stdout is not None
+        printed = [view.stdout.readline() for _ in range(lines - 1)]
+        url = urlsplit(printed[0].split()[3])
+        with contextlib.closing(http.client.HTTPConnection(url.hostname, url.port)) as connection:
+            connection.request("GET", "/")
+            assert connection.getresponse().status == 403  # without the key; it serves now
+        view.send_signal(signal.SIGINT)
+        printed += view.stdout.readlines()
+
+    assert printed[0].startswith("Serving results at http://")
+    assert ("without encryption" in printed[1]) == (lines == 3)
+    assert printed[-1] == "Stopped.\n"
+    assert len(printed) == lines

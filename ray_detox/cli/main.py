@@ -16,19 +16,33 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_detox import __version__
 from ray_detox.cli import jobs as cli_jobs
 from ray_detox.cli import results as cli_results
-from ray_detox.cli.output import is_unicode, path, print_error, replace_unencodable
+from ray_detox.cli.output import (
+    describe_os_error,
+    discard_output,
+    is_unicode,
+    path,
+    print_error,
+    replace_unencodable,
+)
 from ray_detox.errors import ConfigError
 from ray_detox.machine import built_without, cpu_count, missing_modules, prepare_environment
-from ray_detox.recipes.loading import load_config, make_importable, recipe_names, split_words
+from ray_detox.recipes.loading import (
+    is_setting,
+    load_config,
+    make_importable,
+    recipe_names,
+    split_words,
+)
 from ray_detox.recipes.names import absolute_names
 from ray_detox.runs.folder import RunFolder, new_run_id
-from ray_detox.runs.printable import printable
+from ray_detox.runs.printable import counted, printable
 from ray_detox.store.errors import StoreError
 from ray_detox.store.protocol import check_run_id
 
@@ -61,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Settings may stand before or after options; argparse would refuse the latter.
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
+        name = unknown[0].lstrip("-")
+        if is_setting(name.partition("=")[0]):
+            parser.error(f"unknown option {unknown[0]}; a setting has no dashes: {name}")
         parser.error(f"unknown option {unknown[0]}; see ray-detox {args.command} --help")
     if rest and not hasattr(args, "words"):
         parser.error(f"{args.command} takes no {rest[0]!r}")
@@ -93,8 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     except BrokenPipeError:
         # The reader of the pipe, such as head, has what it wanted and is gone.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
+    except OSError as error:
+        # Also of the standard output, such as a file on a full disk.
+        print_error(describe_os_error(error))
+        discard_output()
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,7 +253,7 @@ def _check(args: argparse.Namespace) -> int:
     print(
         f"each step: {config.ppo.prompts_per_step} prompts, "
         f"about {config.ppo.prompts_per_step // workers} on each of "
-        f"{workers} worker(s); {config.ppo.epochs * config.ppo.minibatches} optimiser "
+        f"{counted(workers, 'worker')}; {config.ppo.epochs * config.ppo.minibatches} optimiser "
         f"steps of {config.ppo.minibatch_size} sequences"
     )
     print(f"in all: {config.train.steps * config.ppo.prompts_per_step:,} responses")
@@ -268,7 +290,7 @@ def _check_live(config: "RunConfig", output: Path, try_functions: bool) -> int:
         for node, (workers, actors) in zip(nodes, placement(need.phases[0], nodes), strict=True):
             console.line(
                 f"node {node.address}: {node.total}, free {node.free}; would take "
-                f"{workers} worker(s) and {actors} actor(s)"
+                f"{counted(workers, 'worker')} and {counted(actors, 'actor')}"
             )
         grows = admission.has_autoscaler()
         console.line(f"autoscaler: {'yes' if grows else 'no, the nodes are those there are'}")
@@ -349,9 +371,9 @@ def _run(args: argparse.Namespace) -> int:
     except pipeline.LeaseLost as error:
         print_error(error)  # without a command to go on: another process does
         return FAILED
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         # TrainingError, RewardError: the message is for the user; the details are in Ray's logs.
-        print_error(error)
+        print_error(describe_os_error(error) if isinstance(error, OSError) else error)
         print_error(f"go on from the last checkpoint with: {go_on}")
         return FAILED
     samples = (folder.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
@@ -407,21 +429,30 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ray_detox.runs.checkpoint_store import adapter_files, read_files, unpack_folder
+    from ray_detox.runs.card import CARD, model_card
+    from ray_detox.runs.checkpoint_store import adapter_files, unpack_folder
     from ray_detox.runs.resume import kept_checkpoint
 
     folder = RunFolder(args.output, check_run_id(args.run_id))
     config = folder.read_config()
+    report, steps = None, config.train.steps
     if args.checkpoint is None:
         folder.require_adapter()
-        adapter = read_files(folder.adapter)
+        adapter = folder.read_adapter()
+        with suppress(ConfigError):  # it has not been measured
+            report, _ = folder.read_result()
     else:
-        adapter = adapter_files(kept_checkpoint(config, folder, args.checkpoint).files)
+        found = kept_checkpoint(config, folder, args.checkpoint)
+        adapter, steps = adapter_files(found.files), found.step
+    if args.folder.exists() and not args.folder.is_dir():
+        raise ConfigError(f"{args.folder} is not a folder. Give a new folder for the model.")
     if args.folder.exists() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder} is not empty. Give a new folder for the model.")
     from ray_detox.models.loading import export_model
 
     unpack_folder(adapter, lambda files: export_model(config.policy, files, args.folder))
+    card = model_card(config, folder.run_id, report, steps=steps, merged=True)
+    (args.folder / CARD).write_text(card, encoding="utf-8")
     _readable_files(args.folder)  # safetensors writes files that only their owner can read
     print(
         f"Saved to {printable(args.folder)}; it loads with AutoModelForSeq2SeqLM.from_pretrained."

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,8 +190,16 @@ def _table(args: argparse.Namespace) -> int:
     store = DynamoDBStore(name, region=region, endpoint_url=endpoint_url)
     try:
         if args.what == "create":
-            store.create_table()
-            print(f"Table {name} is ready; use it with results.store=dynamodb.")
+            made = store.create_table()
+            state = "is ready" if made else "exists already, and can hold results"
+            words = [w for w in args.words if not w.startswith("results.store=")]
+            words = ["results.store=dynamodb", *words]
+            words += (
+                []
+                if any(w.startswith("results.table=") for w in words)
+                else [f"results.table={name}"]
+            )
+            print(f"Table {printable(name)} {state}; use it with {printable(shlex.join(words))}.")
         elif is_notebook_table(name, region=region, endpoint_url=endpoint_url):
             print(
                 f"Table {name} has the published notebook's key: it can hold the samples "

@@ -16,6 +16,7 @@ from ray_detox.config import ConfigError, DataConfig
 from ray_detox.data.prompts import PROBLEM, reason_to_leave_out
 from ray_detox.data.reading import kind_of, read_file
 from ray_detox.errors import first_line
+from ray_detox.lab import corpus
 from ray_detox.models.s3 import advice, open_s3, same_options
 from ray_detox.models.sources import looks_like_path
 
@@ -58,8 +59,6 @@ def locate(config: DataConfig) -> Source:
     Raises:
         ConfigError: the path does not exist, or its files are of no supported kind.
     """
-    from pyarrow import fs
-
     path = config.path
     if path == "lab":
         return Source("lab")
@@ -68,6 +67,8 @@ def locate(config: DataConfig) -> Source:
     local = Path(path).expanduser().absolute()
     try:
         if local.is_dir():
+            from pyarrow import fs  # here: it loads slowly
+
             for file in local.iterdir():
                 if kind_of(file.name) and file.is_symlink() and not file.exists():
                     raise ConfigError(
@@ -241,8 +242,6 @@ def check_rows(source: Source, config: DataConfig) -> None:
     Raises:
         ConfigError: a column is missing, or no row is left after filtering.
     """
-    if source.kind == "lab":
-        return
     seen, reasons, columns = 0, dict[str, int](), dict[str, None]()
     for row in peek(source, config):
         if config.limit is not None and seen >= config.limit:
@@ -298,7 +297,10 @@ def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:
     """Read rows lazily, one after another, in this process."""
     if source.kind == "hub":
         yield from load_hub(config)
-        return
+    elif source.kind == "lab":
+        first = corpus.rows("ppo", 20)  # almost always enough, and all take half a second
+        yield from first
+        yield from corpus.rows("ppo", LAB_ROWS)[len(first) :]
     for path in source.paths:
         yield from read_file(path, source.kind, config)
 

@@ -29,7 +29,7 @@ class RunFacts:
     rows: Mapping[str, Any]
     """Counts of rows read, left out, trained on and held out."""
     seconds: Mapping[str, float]
-    """Wall time by phase."""
+    """Wall time by phase; of a run that was resumed, of all its processes together."""
     training: Mapping[str, Any]
     """Further values of the training, such as peak memory; empty if nothing was trained."""
     fingerprints: Mapping[str, str]

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +56,14 @@ def lora_config(config: PolicyConfig) -> LoraConfig:
     )
 
 
+@contextmanager
+def quiet_deprecations() -> Iterator[None]:
+    """Suppress warnings about a library's use of another one, such as peft's of transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def load_policy(
     config: PolicyConfig,
     sampling: SamplingConfig,
@@ -84,14 +94,16 @@ def load_policy(
     if config.adapter is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = get_peft_model(base, lora_config(config))
+            with quiet_deprecations():
+                model = get_peft_model(base, lora_config(config))
     else:
         start = str(local_folder(config.adapter, None, "policy.adapter"))
         read_adapter(Path(start), config.adapter)
         settings = LoraConfig.from_pretrained(start)
         check_adapter_settings(settings, config.adapter)
         check_patterns(settings, base, config.adapter)
-        model = PeftModel.from_pretrained(base, start, adapter_name=POLICY, is_trainable=True)
+        with quiet_deprecations():
+            model = PeftModel.from_pretrained(base, start, adapter_name=POLICY, is_trainable=True)
         # The reference is the starting adapter and not the base model: otherwise the first step's
         # KL would already contain everything that the starting adapter has learned.
         model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
@@ -152,14 +164,37 @@ def export_model(config: PolicyConfig, adapter: Path, out: Path) -> None:
         merged.generation_config.forced_bos_token_id = forced_bos_id(tokenizer, config)
     merged.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
-
     if not head_is_tied:
         # transformers 5 writes true for every T5, tied or not. Version 4 would believe it, tie the
         # head and compute other logits without an error.
-        file = out / "config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings["tie_word_embeddings"] = False
-        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _change_settings(out / "config.json", {"tie_word_embeddings": False})
+    _suit_version_4(out / "tokenizer_config.json")
+
+
+def _suit_version_4(file: Path) -> None:
+    """Change the settings of a tokenizer that transformers 5 wrote so that version 4 loads it as well."""
+    if not file.is_file():
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    changes: dict[str, Any] = {}
+    if (
+        settings.get("tokenizer_class") == "TokenizersBackend"
+    ):  # a class that version 4 does not know
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):  # version 4 expects them by name
+        changes["additional_special_tokens"] = settings["extra_special_tokens"]
+        changes["extra_special_tokens"] = None
+    # How this process found the tokenizer is no property of it.
+    _change_settings(file, {**changes, "is_local": None, "local_files_only": None})
+
+
+def _change_settings(file: Path, changes: Mapping[str, Any]) -> None:
+    """Change values of a JSON file; None removes one."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | changes
+    kept = {
+        name: value for name, value in settings.items() if name not in changes or value is not None
+    }
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merge(base: Any, adapter: str, name: str) -> Any:

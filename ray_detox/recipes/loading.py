@@ -71,6 +71,10 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     recipes = [
         word for word in words if "=" not in word or (is_recipe_file(word) and _is_file(Path(word)))
     ]
+    for word in recipes:
+        name, colon, value = word.partition(":")
+        if colon and is_setting(name.strip()):
+            raise ConfigError(f"{word!r} has no '='; write {name.strip()}={value.strip()}.")
     if len(recipes) > 1 and (names := [word for word in recipes if is_setting(word)]):
         raise ConfigError(f"{names[0]!r} is a setting without a value; write {names[0]}=value.")
     if len(recipes) > 1:

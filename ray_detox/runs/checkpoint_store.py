@@ -541,6 +541,12 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def adapter_files(checkpoint: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the adapter's files of a packed checkpoint, by their names in the adapter's folder."""
+    """Return the adapter's files of a packed checkpoint, by their names in the adapter's folder.
+
+    Without peft's model card, in which nothing is filled in; `runs/card.py` writes another one.
+    """
     prefix = "adapter/"
-    return {n.removeprefix(prefix): c for n, c in checkpoint.items() if n.startswith(prefix)}
+    names = [
+        name for name in checkpoint if name.startswith(prefix) and not name.endswith("/README.md")
+    ]
+    return {name.removeprefix(prefix): checkpoint[name] for name in names}

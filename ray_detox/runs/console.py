@@ -39,7 +39,7 @@ def step_line(stats: "UpdateStats", steps: int, width: int | None = None) -> str
         "step": f"step {stats.step:>{digits}}/{steps}",
         "score": f"score {stats.score:+.2f}",
         "toxicity": f"toxicity {stats.toxicity:.2f}",
-        "kl": f"kl {stats.kl:5.2f} nat",
+        "kl": f"kl {round(stats.kl, 2) or 0.0:5.2f} nat",  # not -0.00
         "clip": f"clip {stats.clip_fraction:4.0%}",
         "explained variance": f"explained variance {stats.explained_variance:+.2f}",
         "length": f"length {stats.length:3.0f}",
@@ -96,6 +96,8 @@ class Console:
         self.seconds_between = seconds_between
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self._running: dict[str, float] = {}
+        """When each stage began that has not ended, on the performance counter."""
         self._drawn: TerminalBar | None = None
 
     @property
@@ -146,13 +148,23 @@ class Console:
     def stage(self, name: str, what: str) -> Iterator[list[str]]:
         """Announce a stage, and print what is appended to the list when it ends, with its time."""
         self.line(f"{name:<9} {what}")
-        began = time.perf_counter()
+        self._running[name] = time.perf_counter()
         made: list[str] = []
-        yield made
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        try:
+            yield made
+        finally:
+            self.seconds = self.elapsed()
+            del self._running[name]
         for text in made:
             self.line(f"{'':<9} {text}")
         self.line(f"{'':<9} done in {self.seconds[name]:.1f} s")
+
+    def elapsed(self) -> dict[str, float]:
+        """Return the seconds of each stage so far, also of one that has not ended."""
+        now, total = time.perf_counter(), dict(self.seconds)
+        for name, began in list(self._running.items()):
+            total[name] = total.get(name, 0.0) + now - began
+        return total
 
     @contextmanager
     def bar(

@@ -32,7 +32,8 @@ from ray_detox.errors import ConfigError
 from ray_detox.evaluation.examples import PairedExample
 from ray_detox.recipes.loading import config_from_dict
 from ray_detox.recipes.names import absolute_names
-from ray_detox.runs.checkpoint_store import adapter_files, write_files
+from ray_detox.runs.card import CARD, model_card
+from ray_detox.runs.checkpoint_store import adapter_files, read_files, write_files
 from ray_detox.runs.commands import command
 from ray_detox.runs.metrics_log import read_metrics
 from ray_detox.runs.report_text import describe_run
@@ -41,9 +42,6 @@ from ray_detox.store.private import make_folder
 
 if TYPE_CHECKING:
     from ray_detox.config import RunConfig
-
-
-BLANK_CARD = b"[More Information Needed]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +82,14 @@ class RunFolder:
         """
         part = self.adapter.with_name(self.adapter.name + ".part")
         _remove(part)
-        files = adapter_files(checkpoint)
-        if BLANK_CARD in files.get("README.md", b""):  # peft's, with nothing filled in
-            del files["README.md"]
-        write_files(files, part)
+        write_files(adapter_files(checkpoint), part)
         _remove(self.adapter)
         part.rename(self.adapter)
+
+    def read_adapter(self) -> dict[str, bytes]:
+        """Return the files of the adapter by name, without its model card."""
+        files = read_files(self.adapter)
+        return {name: content for name, content in files.items() if name != CARD}
 
     def require_adapter(self) -> None:
         """Check that the run has finished training.
@@ -141,13 +141,16 @@ class RunFolder:
         return read_metrics(self.path / "metrics.jsonl")
 
     def write_result(self, report: Mapping[str, Any], examples: Sequence[PairedExample]) -> None:
-        """Write report.json, report.txt and samples.jsonl, each atomically."""
+        """Write report.json, report.txt, samples.jsonl and the adapter's card, each atomically."""
         make_folder(self.path)
         samples = [example.to_json() for example in examples]
         lines = "".join(json.dumps(sample) + "\n" for sample in samples)
         write_atomic(self.path / "samples.jsonl", lines)
         write_atomic(self.path / "report.txt", describe_run(report, samples) + "\n")
-        # Written last: if report.json exists, the other two files do as well.
+        if self.adapter.is_dir():
+            config = config_from_dict(report["config"])
+            write_atomic(self.adapter / CARD, model_card(config, self.run_id, report))
+        # Written last: if report.json exists, the other files do as well.
         write_atomic(self.path / "report.json", json.dumps(report, indent=2) + "\n")
 
     def read_result(self) -> tuple[dict[str, Any], list[PairedExample]]:

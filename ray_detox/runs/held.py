@@ -75,6 +75,14 @@ class HeldRun:
         """Note that the checkpoint of a step is in the storage; the record has it with the next beat."""
         self.leases[0].note_step(step)
 
+    def measure(self, clock: Callable[[], Mapping[str, float]]) -> None:
+        """Have the record count the seconds by phase that `clock` returns, as those of this process."""
+        self.leases[0].measure(clock)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the wall time of the run by phase, of all its processes together."""
+        return self.leases[0].seconds()
+
     def check(self) -> None:
         """Raise LeaseLost if another process has taken the run, as far as this one knows."""
         for lease in self.leases:

@@ -22,7 +22,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -156,6 +156,8 @@ class Lease:
         self._version = version
         self._lock = threading.Lock()
         self._lost: LeaseLost | None = None
+        self._seconds_before = dict(record.seconds)
+        self._clock: Callable[[], Mapping[str, float]] = dict
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -179,6 +181,22 @@ class Lease:
         """Have the next beat write that the checkpoint of a step is in the storage."""
         with self._lock:
             self.record = replace(self.record, step=step)
+
+    def measure(self, clock: Callable[[], Mapping[str, float]]) -> None:
+        """Have each beat write the run's wall time.
+
+        Args:
+            clock: returns the seconds of this process by phase.
+        """
+        with self._lock:
+            self._clock = clock
+
+    def seconds(self) -> dict[str, float]:
+        """Return the wall time of the run by phase: of this process and those before it."""
+        total = dict(self._seconds_before)
+        for phase, seconds in self._clock().items():
+            total[phase] = total.get(phase, 0.0) + seconds
+        return total
 
     def release(self) -> None:
         """End the thread and free the run; does nothing if the lease is lost or the storage is away."""
@@ -205,6 +223,7 @@ class Lease:
                 log.debug("The lease was not renewed: %s", error)
 
     def _write(self, record: RunRecord) -> None:
+        record = replace(record, seconds=self.seconds())
         for _ in range(ATTEMPTS):
             try:
                 self._version = self._file.replace(record.to_json(), self._version)

@@ -27,6 +27,12 @@ def printable(text: object) -> str:
     return escape_control(one_line).strip()
 
 
+def counted(count: float | str, noun: str) -> str:
+    """Return a number or a range with its noun, such as `1 worker`, `2 workers` or `2..4 workers`."""
+    number = count if isinstance(count, str) else f"{count:g}"
+    return f"{number} {noun}{'' if number == '1' else 's'}"
+
+
 def escape_control(text: str) -> str:
     """Write out every invisible character and redact addresses; ends of lines and tabs stay.
 

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,8 @@ class RunRecord:
     """Settings that changed when the run was resumed."""
     step: int | None
     """Step of the newest checkpoint in the storage; None if there is none."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time by phase, of all processes that have written the run; each beat adds to it."""
 
     def to_json(self) -> bytes:
         """Return the file's content."""

@@ -51,6 +51,16 @@ def describe_run(
     return "\n\n".join(block for block in blocks if block)
 
 
+def describe_result(report: Mapping[str, Any]) -> str:
+    """Describe the verdict and the measurements of a run, without its prompts, in a file's width."""
+    blocks = [
+        _verdict(report.get("verdict"), WIDTH),
+        _table(report, WIDTH),
+        _metrics(report, WIDTH),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
 def list_line(summary: Mapping[str, Any]) -> str:
     """Describe a run in one line: when, which, how many prompts, toxicity, verdict."""
     created, run_id, recipe, prompts, toxicity, verdict = _cells(summary)
@@ -192,7 +202,8 @@ def _row(name: str, before: Any, after: Any, kind: Kind) -> tuple[str, str, str,
     change = after - before
     if kind == "share":
         return name, show(before), show(after), f"{_signed(100 * change, 1)} pt", ""
-    relative = kind == "amount" and before > 0
+    # A percentage of a value of which the table shows one digit would not be that of what it shows.
+    relative = kind == "amount" and before >= 0.01
     percent = f"({_signed(100 * change / before, 1)}%)" if relative else ""
     return name, show(before), show(after), _signed(change), percent
 
@@ -222,10 +233,15 @@ def _comparison(metrics: Mapping[str, Any]) -> Iterator[str]:
             line += f", effect size d_z {_signed(metrics['effect_size'], 2)}"
         yield line
     if _is_number(metrics.get("improvement")):
-        line = f"toxicity reduction {_percent(metrics['improvement'])}"
+        name, sign = "reduction", 1
         low, high = metrics.get("improvement_low"), metrics.get("improvement_high")
+        if round(metrics["improvement"], 3) < 0:  # it rose
+            name, sign = "increase", -1
+            low, high = high, low
+        line = f"toxicity {name} {_percent(sign * metrics['improvement'])}"
         if _is_number(low) and _is_number(high):
-            line += f", 95% interval {_percent(low)} to {_percent(high)}"
+            ends = [_percent(sign * end) for end in (low, high)]  # type: ignore[operator]
+            line += f", 95% interval {' to '.join(ends)}"
         yield line
     counts = [
         f"{printable(metrics[word])} {word}"

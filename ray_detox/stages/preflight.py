@@ -18,7 +18,6 @@ from ray_detox.data.files import Source, check_rows, locate, peek
 from ray_detox.data.prompts import prompt_text, reason_to_leave_out
 from ray_detox.errors import first_line
 from ray_detox.evaluation.judges import check_judge
-from ray_detox.lab import corpus
 from ray_detox.models.sources import (
     hub_has_safetensors,
     is_hub_offline,
@@ -273,13 +272,24 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
         )
 
 
+def _tokenizer_class(folder: Path, name: str, setting: str) -> Any:
+    """Return the class that a tokenizer's settings name; None if there are no settings, or no name."""
+    try:
+        content = read_if_there(folder / "tokenizer_config.json")
+        return parse_object(content).get("tokenizer_class") if content else None
+    except DamagedError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and no tokenizer can be loaded from it: tokenizer_config.json: {error}. "
+            "Save the tokenizer into the same folder with save_pretrained."
+        ) from None
+
+
 def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
     """Check that a tokenizer is in the folder, and return it."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     # Without these files transformers 5 does not fail: it returns a tokenizer with no vocabulary.
-    described = read_if_there(folder / "tokenizer_config.json")
-    kind = parse_object(described).get("tokenizer_class") if described else None
+    kind = _tokenizer_class(folder, name, setting)
     has_vocabulary = any(file for pattern in VOCABULARIES for file in folder.glob(pattern))
     if not has_vocabulary and kind not in WITHOUT_VOCABULARY:
         raise ConfigError(
@@ -580,8 +590,6 @@ def _try_reward(config: RunConfig, source: Source, functions: bool) -> None:
 
 def _first_row(config: RunConfig, source: Source) -> dict[str, Any]:
     """Return the first row of the data that becomes a prompt; `check_rows` has found one."""
-    if source.kind == "lab":
-        return dict(corpus.rows("ppo", 1)[0])
     rows = peek(source, config.data)
     row = next(row for row in rows if reason_to_leave_out(row, config.data) is None)
     # Functions get JSON values, as `data.prompts.prepare` makes them.

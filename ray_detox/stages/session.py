@@ -28,6 +28,7 @@ from ray_detox.runs.checkpoint_store import CheckpointWriter
 from ray_detox.runs.console import Bar, Console, step_line
 from ray_detox.runs.held import HeldRun
 from ray_detox.runs.metrics_log import MetricsLog
+from ray_detox.runs.printable import counted
 from ray_detox.signals import stop_on_signal
 from ray_detox.stages.cluster.admission import (
     CapacityWatchdog,
@@ -45,6 +46,8 @@ from ray_detox.stages.train import TrainingOutcome, run_training
 
 MODEL_LOAD_TIMEOUT_S = 300.0
 """Minimum timeout for loading the reward model, which may have to be downloaded first."""
+
+NO_CHECKPOINT = "the run has no checkpoint yet, and begins with step 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ class Session:
             lines += describe_rows(data.counts)
             lines += [source.note] if source.note else []
         models = " and ".join(each.model for _, each in config.reward.classifiers)
-        with self.console.stage("reward", f"{config.reward.actors} actor(s) of {models}") as lines:
+        with self.console.stage(
+            "reward", f"{counted(config.reward.actors, 'actor')} of {models}"
+        ) as lines:
             actors = self.pool.wait(
                 timeout_s=max(MODEL_LOAD_TIMEOUT_S, config.cluster.capacity_timeout_s)
             )
@@ -118,6 +123,8 @@ class Session:
         config, folder = self.config, held.folder
         newest = held.checkpoints(config.train.checkpoints_kept).newest(on_damage=self._say)
         done = newest.step if newest else 0
+        if held.record.token > 1:
+            self._say(f"resuming from the checkpoint of step {done}" if done else NO_CHECKPOINT)
         held.begin(done)
         store = held.checkpoints(config.train.checkpoints_kept)
         writer = CheckpointWriter(store, newest, on_event=self._say, on_saved=held.note_step)
@@ -234,16 +241,17 @@ class Session:
             case GroupStarted(number=0):
                 pass  # the heading of the stage describes the first group
             case GroupStarted():
-                self._say(f"resuming from step {event.step} with {event.workers} worker(s)")
+                workers = counted(event.workers, "worker")
+                self._say(f"resuming from step {event.step} with {workers}")
             case GroupLost():
                 self._say(f"{event.cause}; the newest checkpoint is that of step {event.step}")
 
     def _describe_training(self) -> str:
         config, gpus = self.config, self.need.gpus_per_worker
-        each = f"{gpus:g} GPU" if gpus else f"{config.cluster.cpus_per_worker:g} CPU"
+        each = counted(gpus, "GPU") if gpus else counted(config.cluster.cpus_per_worker, "CPU")
         return (
             f"{config.train.steps} PPO steps of {config.ppo.prompts_per_step} prompts on "
-            f"{config.train.workers} worker(s) with {each} each"
+            f"{counted(config.train.workers, 'worker')} with {each} each"
         )
 
 

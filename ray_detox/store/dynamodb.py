@@ -26,7 +26,7 @@ import botocore.exceptions
 from botocore.config import Config
 
 from ray_detox.store.backoff import MAX_ATTEMPTS, pause_before
-from ray_detox.store.dynamodb_errors import to_store_error, too_busy
+from ray_detox.store.dynamodb_errors import TableExists, to_store_error, too_busy
 from ray_detox.store.dynamodb_items import (
     BY_TIME,
     LIST_PK,
@@ -446,18 +446,25 @@ class DynamoDBStore:
                     "ray-detox table create, or set results.table to another one."
                 )
 
-    def create_table(self) -> None:
+    def create_table(self) -> bool:
         """Create the table, billed per request and with backups, and wait until it is active.
 
+        Returns:
+            True, or False if it exists already and can hold results.
+
         Raises:
-            StoreError: it exists, or AWS refuses to create it.
+            StoreError: a table of this name cannot hold results, or AWS refuses to create it.
         """
-        self._call(
-            "create_table",
-            **table_schema(self.table),
-            SSESpecification={"Enabled": True},
-            DeletionProtectionEnabled=True,
-        )
+        try:
+            self._call(
+                "create_table",
+                **table_schema(self.table),
+                SSESpecification={"Enabled": True},
+                DeletionProtectionEnabled=True,
+            )
+        except TableExists:
+            self.check()
+            return False
         try:
             waiter = self.client.get_waiter("table_exists")
             waiter.wait(TableName=self.table, WaiterConfig={"Delay": 2, "MaxAttempts": 60})
@@ -480,6 +487,7 @@ class DynamoDBStore:
             TableName=self.table,
             PointInTimeRecoverySpecification={"PointInTimeRecoveryEnabled": True},
         )
+        return True
 
     def close(self) -> None:
         """Close the client's connections, if there are any."""

@@ -24,6 +24,10 @@ _TOO_BUSY = (
 )
 
 
+class TableExists(StoreError):
+    """A table that should be created exists, or is being changed."""
+
+
 def to_store_error(
     error: Exception, operation: str, table: str, region: str | None, endpoint_url: str | None
 ) -> StoreError:
@@ -95,7 +99,7 @@ def _refusal(code: str, operation: str, table: str, region: Any) -> StoreError:
             "cluster/results.yaml), or set results.store=sqlite to keep results locally."
         )
     if code == "ResourceInUseException":
-        return StoreError(f"Table {table!r} exists in {region}, or is being changed.")
+        return TableExists(f"Table {table!r} exists in {region}, or is being changed.")
     if code in ("AccessDeniedException", "AccessDenied"):
         return StoreError(
             f"AWS does not allow {operation} on table {table!r} in {region}. "

@@ -434,6 +434,12 @@ class SQLiteStore:
         try:
             yield
         except sqlite3.Error as error:
+            effective = os.access in os.supports_effective_ids
+            if self.path.exists() and not os.access(self.path, os.R_OK, effective_ids=effective):
+                raise StoreError(
+                    f"The results file {self.path} cannot be read by this user. Ask its owner for the right "
+                    "to read it, or choose another output folder."
+                ) from error
             raise StoreError(
                 f"The results file {self.path} cannot be used: {error}. "
                 "Check that it is a results file, that its folder is writable, that the disk has free "

@@ -91,7 +91,7 @@ def serve(
         if run_id is not None:
             address += f"#/run/{run_id}"
         say(f"Serving results at {address} (press Ctrl-C to stop)")
-        if host not in LOOPBACK_HOSTS:
+        if host not in (*LOOPBACK_HOSTS, "::1"):
             say(
                 f"It listens on {host}, without encryption: whoever can read the connection can read the "
                 "key and the results."

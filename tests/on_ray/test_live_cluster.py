@@ -162,7 +162,7 @@ def test_a_cluster_that_fits_is_shown_with_the_probe_of_every_node(checked):
     "what, sentence",
     [
         ("too many", "The run needs 10 CPUs (train.workers=9 with cpus_per_worker=1"),
-        ("too large", "1 of 1 training worker(s) (train.workers=1) with 4 CPUs each fit on no"),
+        ("too large", "1 of 1 training worker (train.workers=1) with 4 CPUs each fit on no"),
         ("no storage", "/file', and no checkpoint can be kept there"),
         ("no table", "DynamoDB could not be reached at 127.0.0.1:9"),
     ],

@@ -27,6 +27,7 @@ from ray_detox.machine import cpu_count
 from ray_detox.recipes.loading import FOLDERS_VARIABLE
 from ray_detox.recipes.names import JOB_VARIABLE
 from ray_detox.runs.console import Console
+from ray_detox.runs.printable import counted
 from ray_detox.signals import defer_signals, end_on_signal
 from ray_detox.stages.cluster.private import (
     LOOPBACK,
@@ -99,8 +100,8 @@ def connected(config: RunConfig, console: Console) -> Iterator[None]:
                         _connect(config, folder)
                     total = ray.cluster_resources()
                     made.append(
-                        f"{len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, "
-                        f"{total.get('GPU', 0):g} GPUs"
+                        f"{counted(len(ray.nodes()), 'node')}, {counted(total.get('CPU', 0), 'CPU')}, "
+                        f"{counted(total.get('GPU', 0), 'GPU')}"
                     )
                     if folder is not None and total.get("CPU", 0) > (have := cpu_count()):
                         made.append(

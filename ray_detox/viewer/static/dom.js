@@ -117,6 +117,9 @@ export function signed(value, digits = 3) {
   return isNumber(value) && Number(value.toFixed(digits)) > 0 ? `+${number(value, digits)}` : number(value, digits);
 }
 
+/** Whether toxicity rose, as far as its reduction in percent shows it. */
+export const rose = (improvement) => isNumber(improvement) && improvement <= -0.0005;
+
 /** 91.5% */
 export function percent(value, digits = 1) {
   return isNumber(value) ? `${number(100 * value, digits)}%` : MISSING;

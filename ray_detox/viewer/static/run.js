@@ -1,6 +1,6 @@
 // One run: overview, training history, then samples.
 
-import { count, h, isNumber, listedMoment, mean, number, part, percent, plain, show, signed } from "./dom.js";
+import { count, h, isNumber, listedMoment, mean, number, part, percent, rose, plain, show, signed } from "./dom.js";
 import { historyPanel, histogramPanel } from "./charts.js";
 import { showComparison } from "./compare.js";
 import { verdictClass } from "./runs.js";
@@ -74,11 +74,18 @@ function headline({ toxicity = {}, n, kl }) {
     "dl",
     { class: "metrics" },
     metric("Mean toxicity", `${number(mean(before))} → ${number(mean(after))}`, `change ${signed(delta.mean)}, ${interval(delta.low, delta.high, signed)}`),
-    metric("Toxicity reduction", percent(toxicity?.improvement), interval(toxicity?.improvement_low, toxicity?.improvement_high, percent)),
+    reduction(toxicity ?? {}, interval),
     metric(`Responses with toxicity above ${number(toxicity?.toxic_above ?? 0.5, 2)}`, `${percent(before.share)} → ${percent(after.share)}`, `of ${count(toxicity?.scored ?? n)} scored prompts`),
     metric("KL from reference", isNumber(mean(kl)) ? `${number(mean(kl), 2)} nats` : number(null), "mean per response"),
     outcomes(toxicity ?? {}),
   );
+}
+
+/** How much toxicity fell in percent, or by how much it rose. */
+function reduction({ improvement, improvement_low: low, improvement_high: high }, interval) {
+  if (!rose(improvement)) return metric("Toxicity reduction", percent(improvement), interval(low, high, percent));
+  const rise = (value) => percent(-value);
+  return metric("Toxicity increase", rise(improvement), interval(high, low, rise));
 }
 
 function metric(name, value, about) {
@@ -147,7 +154,7 @@ function notes({ notes: given }) {
 
 /** Settings, versions, fingerprints and durations of a run, as names and values. */
 function settings(report) {
-  const rows = [...flatten(report.config ?? {}, ""), ...flatten(report.versions ?? {}, "version of "), ...flatten(report.fingerprints ?? {}, "fingerprint of "), ...flatten(report.seconds ?? {}, "seconds for ")];
+  const rows = [...flatten(report.config ?? {}, ""), ...flatten(report.versions ?? {}, "version of "), ...flatten(report.fingerprints ?? {}, "fingerprint of "), ...flatten(report.seconds ?? {}, "seconds for ").map(([name, value]) => [name, isNumber(value) ? Number(value.toFixed(1)) : value])];
   return h(
     "details",
     { class: "settings" },

@@ -1,6 +1,6 @@
 // The list of runs, newest first; those whose clock was ahead are last.
 
-import { announce, count, h, listedMoment, mean, number, part, percent, show } from "./dom.js";
+import { announce, count, h, listedMoment, mean, number, part, percent, rose, show } from "./dom.js";
 
 export async function showRuns({ main, source, signal, errorBox }) {
   document.title = "Runs · ray-detox";
@@ -33,6 +33,7 @@ export async function showRuns({ main, source, signal, errorBox }) {
 
 function row(run) {
   const toxicity = run.toxicity ?? {};
+  const sign = rose(toxicity.improvement) ? -1 : 1;
   const verdict = run.verdict?.name ?? run.status ?? "";
   return h(
     "a",
@@ -40,7 +41,7 @@ function row(run) {
     h("span", { class: "run-name" }, run.run_id),
     h("span", { class: "run-about" }, `${run.recipe} · ${listedMoment(run.created)} · ${count(run.n)} prompts`),
     h("span", { class: "run-metric" }, `${number(mean(toxicity.before))} → ${number(mean(toxicity.after))}`, h("small", {}, "toxicity")),
-    h("span", { class: "run-metric" }, percent(toxicity.improvement), h("small", {}, "reduction")),
+    h("span", { class: "run-metric" }, percent(sign * toxicity.improvement), h("small", {}, sign < 0 ? "increase" : "reduction")),
     h("span", { class: `badge ${verdictClass(verdict)}` }, verdict),
   );
 }
