@@ -32,6 +32,7 @@ GROUPS = {
     "tests/test_cli_jobs.py": RAY,
     "tests/test_kuberay.py": RAY,
     "tests/test_stopping.py": RAY,
+    "tests/test_template.py": RAY,
     # They start Ray as well, in processes of their own, and wait more than they compute.
     "tests/many_nodes/test_many_nodes.py": NODES,
     "tests/on_ray/test_autoscaler.py": NODES,

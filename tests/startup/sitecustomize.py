@@ -10,5 +10,9 @@ import os
 import sys
 
 gc.set_threshold(100_000, 50, 1000)
-if "TESTS_TEMPLATE" in os.environ and " ".join(sys.orig_argv[1:2]).endswith("/default_worker.py"):
+if (
+    "TESTS_TEMPLATE" in os.environ
+    and sys.orig_argv[1:2]
+    and (sys.orig_argv[1].endswith(("/default_worker.py", "/setup_worker.py")))
+):
     importlib.import_module("template").hand_over()

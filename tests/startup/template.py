@@ -2,7 +2,8 @@
 
     pytest --starts--> template: imports torch, transformers, peft and what Ray itself imports
     raylet --starts--> python default_worker.py --hands over--> template --forks--> default_worker.py
-                       (`sitecustomize` calls `hand_over`; this process ends)
+                       (or setup_worker.py, which would start it; `sitecustomize` calls `hand_over`, and
+                       this process ends)
 
 A worker process needs 5 to 8 seconds of CPU time for these imports, and the tests start hundreds. The
 forked process has the arguments, environment, folder, open files, signals, namespaces and `sys.path` that
@@ -105,11 +106,14 @@ def _state() -> dict[str, Any]:
 
 def hand_over() -> None:
     """Let the template fork this worker process, and end; return if it has to start as usual."""
+    command = _command(sys.orig_argv[1:])
+    if command is None:
+        return
     ignored = [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
     request = {
         "state": _state(),
         "raylet": os.getppid(),
-        "arguments": sys.orig_argv[1:],
+        "arguments": command,
         "environment": dict(os.environ),
         "path": sys.path,
         "folder": os.getcwd(),
@@ -128,6 +132,27 @@ def hand_over() -> None:
         connection.sendall(content)
         if connection.recv(1):
             os._exit(0)
+
+
+def _command(words: list[str]) -> list[str] | None:
+    """Return the command of a worker process, with its variables set; None if it is of another kind."""
+    if words[0].endswith("default_worker.py"):
+        return words
+    command, context = [], {}
+    for word in words[1:]:
+        name, _, value = word.partition("=")
+        if name == "--serialized-runtime-env-context":
+            context = json.loads(value)
+        elif name != "--language":
+            command.append(word)
+    variables = context.pop("env_vars", None) or {}
+    usual = {"py_executable": sys.executable, "command_prefix": [], "java_jars": []}
+    is_plain = all(value in (None, usual.get(name)) for name, value in context.items())
+    is_plain = is_plain and not any("$" in value for value in variables.values())
+    if not is_plain or not command or not command[0].endswith("default_worker.py"):
+        return None
+    os.environ.update(variables)
+    return command
 
 
 def _umask() -> int:

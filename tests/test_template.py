@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from tests.startup.template import SOCKET_VARIABLE
 
@@ -45,14 +46,28 @@ def template():
         time.sleep(0.1)
 
 
-def run(folder, *prefix, **environment):
-    """Run a program in the place of Ray's `default_worker.py`; return its facts, and if it was forked."""
+SETUP = Path(ray.__file__).parent / "_private" / "workers" / "setup_worker.py"
+
+
+def run(folder, *prefix, context=None, **environment):
+    """Run a program in the place of Ray's `default_worker.py`; return its facts, and if it was forked.
+
+    With a context of a runtime environment, Ray's `setup_worker.py` starts it.
+    """
     script = folder / "default_worker.py"
     script.write_text(SCRIPT)
     output = folder / "output"
+    command = [sys.executable, script]
+    if context is not None:
+        command[1:] = [
+            SETUP,
+            script,
+            "--language=PYTHON",
+            f"--serialized-runtime-env-context={json.dumps(context)}",
+        ]
     with output.open("w") as file:
         subprocess.run(
-            [*prefix, sys.executable, script, "--one", "two words"],
+            [*prefix, *command, "--one", "two words"],
             cwd=folder,
             env={"OMP_NUM_THREADS": "1", "MINE": "ä", **os.environ, **environment},
             input="given",
@@ -78,6 +93,26 @@ def test_a_forked_process_differs_from_a_new_one_only_in_its_imports(template, t
 
     assert (has_torch, has_torch_usually) == (True, False)
     assert facts["environment"].pop(SOCKET_VARIABLE) != usual["environment"].pop(SOCKET_VARIABLE)
+    assert facts == usual
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"env_vars": {"MINE": "other", "NEW": "two words"}, "py_executable": sys.executable},
+        {"env_vars": {"MINE": "${HOME}x"}},
+        {"py_executable": f"env MINE=prefix {sys.executable}"},
+    ],
+)
+def test_a_forked_process_has_the_variables_of_its_runtime_environment(template, tmp_path, context):
+    facts, has_torch = run(tmp_path, context=context)
+    usual, _ = run(tmp_path, context=context, **{SOCKET_VARIABLE: "/nowhere"})
+
+    assert has_torch
+    for environment in (facts["environment"], usual["environment"]):
+        del environment[SOCKET_VARIABLE]
+        for name in ("_", "SHLVL", "RAY_CLIENT_MODE", "PYTHONBREAKPOINT", "OLDPWD", "PWD"):
+            environment.pop(name, None)
     assert facts == usual
 
 
