@@ -205,9 +205,7 @@ def test_rows_left_out_are_counted_and_named_by_reason(tmp_path, rows, tiny_t5):
 
     counts = found.counts
     expected = {reason: len(some) for reason, some in bad.items()}
-    expected["no dialogue"] += (
-        3  # three lines that are not JSON objects; the empty line does not count
-    )
+    expected["not a JSON object"] = 3  # the empty line does not count
     expected["dialogue is not valid Unicode"] += 1  # a line in Latin 1
     assert counts.left_out == expected
     assert counts.read == ROWS + sum(expected.values())
