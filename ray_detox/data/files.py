@@ -127,10 +127,11 @@ def _choose(filesystem: Any, root: str, config: DataConfig) -> tuple[list[str], 
         return _saved(filesystem, inner, config), _split_note(config.split, others)
     if is_saved:
         return _saved(filesystem, root, config), ""
-    inner = {path: PurePosixPath(path).relative_to(root) for path in _list(filesystem, root)}
-    above = [path for path, name in inner.items() if len(name.parts) == 1]
-    files, note = _of_split(above or list(inner), root, config)
-    below = sorted({name.parts[0] for name in inner.values() if above and len(name.parts) > 1})
+    files = _list(filesystem, root)
+    names_in = {file: PurePosixPath(file).relative_to(root) for file in files}
+    above = [file for file, path in names_in.items() if len(path.parts) == 1]
+    files, note = _of_split(above or files, root, config)
+    below = sorted({path.parts[0] for path in names_in.values() if above and len(path.parts) > 1})
     notes = [f"files in folders of data.path are not read: {', '.join(below)}"] if below else []
     return files, "; ".join([note, *notes] if note else notes)
 

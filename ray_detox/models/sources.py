@@ -107,6 +107,11 @@ def _check_files(folder: Path, name: str, setting: str) -> None:
         if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
             try:
                 about = file.stat()
+                if about.st_size < 1024 and file.is_file() and _is_pointer(file):
+                    raise ConfigError(
+                        f"{setting} is {name!r}, and its {file.name} is a pointer of Git LFS and not the "
+                        "file. Fetch it with: git lfs pull"
+                    )
                 if file.suffix == ".json" or not stat.S_ISREG(about.st_mode):
                     _check_json(file, _state(about))
             except OSError as error:
@@ -119,6 +124,11 @@ def _check_files(folder: Path, name: str, setting: str) -> None:
                 f"{setting} is {name!r}, and its {file.name} {reason}. Correct the file, or copy the "
                 "model again."
             )
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(64).startswith(b"version https://git-lfs")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -177,8 +187,9 @@ def _find_folder(name: str, revision: str | None, setting: str, weights: bool) -
     if path.is_dir():
         return path.resolve()
     if looks_like_path(name):
+        problem = "this is a file and no folder" if path.exists() else "no such folder is here"
         raise ConfigError(
-            f"{setting} is {name!r}, and no such folder is here. Give the folder of a model that "
+            f"{setting} is {name!r}, and {problem}. Give the folder of a model that "
             "save_pretrained wrote, a hub id or an s3:// address."
         )
     return _from_hub(name, revision, setting, weights)
