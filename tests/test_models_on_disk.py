@@ -67,6 +67,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy, model):
     assert "resize_token_embeddings" in message
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "sentencepiece.model"])
+def test_a_tokenizer_without_words_is_refused(copy, name):
+    folder = copy(lab.T5)
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(b"")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+
+    message = refusal(f"policy.model={folder}")
+
+    assert "T5Tokenizer has no vocabulary, so every word would be unknown" in message
+    assert "it reads spiece.model, tokenizer.json" in message
+
+
 @pytest.mark.parametrize("model", ["policy", "reward"])
 def test_a_missing_file_of_the_weights_is_named(copy, model):
     folder = copy({"policy": lab.T5, "reward": lab.ROBERTA}[model])
@@ -164,7 +177,9 @@ def test_weights_of_other_programs_are_named(copy, name):
 def test_the_folder_of_a_model_below_the_one_given_is_pointed_out(tmp_path, inner):
     shutil.copytree(lab.T5, tmp_path / inner)
 
-    assert f"such as {tmp_path / inner} that save_pretrained" in refusal(f"policy.model={tmp_path}")
+    assert f"such as {tmp_path / inner}, that save_pretrained" in refusal(
+        f"policy.model={tmp_path}"
+    )
 
 
 def test_an_archive_in_place_of_a_models_folder_is_refused(tmp_path):

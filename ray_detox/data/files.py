@@ -18,7 +18,7 @@ from ray_detox.data.prompts import PROBLEM, name_of, reason_to_leave_out
 from ray_detox.data.reading import kind_of, read_file
 from ray_detox.errors import first_line
 from ray_detox.models.s3 import advice, open_s3, same_options
-from ray_detox.models.sources import looks_like_path
+from ray_detox.models.sources import address_hint, looks_like_path
 
 EXPECTED = {
     "jsonl": "a JSON object in each line, or one list of objects",
@@ -61,16 +61,19 @@ def locate(config: DataConfig) -> Source:
     Raises:
         ConfigError: the path does not exist, or its files are of no supported kind.
     """
-    from pyarrow import fs
-
     path = config.path
     if path == "lab":
         return Source("lab")
     if path.startswith("s3://"):
         return _locate_s3(config)
+    hint = address_hint(path)
+    if hint is not None:
+        raise ConfigError(f"data.path is {path!r}, which is no address of data. {hint}.")
     local = Path(path).expanduser().absolute()
     try:
         if local.is_dir():
+            from pyarrow import fs
+
             files, note = _choose(fs.LocalFileSystem(), str(local), config)
             return _source_of_files(files, path, note)
         if local.is_file():
@@ -368,7 +371,7 @@ def _check_summary_column(row: Mapping[str, Any], config: DataConfig) -> None:
 
 def _names(columns: Iterable[str]) -> str:
     """List column names; without a header the first row's texts are taken for names, so each is cut."""
-    names = (name if name.isprintable() else repr(name) for name in columns)
+    names = (" ".join(name.split("\n")) for name in columns)  # a field may have several lines
     return ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in names)
 
 

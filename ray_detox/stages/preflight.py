@@ -232,7 +232,8 @@ def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
         patterns = ("*", "snapshots/*", "*/snapshots/*")  # checkpoints, and caches of the hub
         below = [found for one in patterns for found in folder.glob(f"{one}/config.json")]
         newest = max(below, key=lambda found: found.stat().st_mtime, default=None)
-        other = f"that of a model, such as {newest.parent}" if newest else "one of a model"
+        inner = newest and f"{name.rstrip('/')}/{newest.parent.relative_to(folder)}"
+        other = f"that of a model, such as {inner}," if inner else "one of a model"
         raise ConfigError(
             f"{setting} is {name!r}, and no config.json is in that folder. Set it to {other} that "
             "save_pretrained wrote."
@@ -326,6 +327,13 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
         raise ConfigError(
             f"{setting} is {name!r}, and its tokenizer_class is {type(tokenizer).__name__}, which does "
             "not turn texts into tokens by itself. Use a model with a plain tokenizer."
+        )
+    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    if kind not in WITHOUT_VOCABULARY and len(tokenizer.get_vocab().keys() - special) < 2:
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ConfigError(
+            f"{setting} is {name!r}, and its {type(tokenizer).__name__} has no vocabulary, so every word "
+            f"would be unknown; it reads {files}. Copy the tokenizer's files again, under these names."
         )
     return tokenizer
 
