@@ -666,6 +666,7 @@ ROW = json.dumps(make_rows(LONG)[0])
         (f"[\n{ROW},\n{ROW[:-9]}", "a part of it is missing"),
         (f"\n\n[{ROW} {ROW}]", f"line 3, column {len(ROW) + 3}: Expecting ',' delimiter at"),
         ("[" * 5000, "nested too deeply"),
+        ('{"a":' * 5000, "nested too deeply"),
     ],
 )
 def test_a_fault_of_a_whole_file_of_json_is_told_with_its_place(tmp_path, text, expected):
@@ -673,6 +674,16 @@ def test_a_fault_of_a_whole_file_of_json_is_told_with_its_place(tmp_path, text, 
     path.write_text(text)
 
     assert expected in error_of(DataConfig(path=str(path)))
+
+
+def test_a_row_that_is_nested_too_deeply_is_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"dialogue": "x", "more": {"[" * 5000}{"]" * 5000}}}\n{ROW}\n')
+
+    first, second = read(path)
+
+    assert reason_to_leave_out(first, DataConfig()) == "not a JSON object"
+    assert second == make_rows(LONG)[0]
 
 
 @pytest.mark.parametrize("make", ["{}\n{}\n", "[{}, {}]", "[\n{},\n{}\n]"])
@@ -738,6 +749,31 @@ def test_quotes_may_be_doubled_or_follow_a_backslash(tmp_path, doubled, first):
     assert read(path) == rows
 
 
+@pytest.mark.parametrize("end", ["", ' "'])
+def test_rows_between_two_quotes_that_are_never_closed_are_reported(tmp_path, end):
+    path = tmp_path / "rows.csv"
+    lines = ["id,dialogue,summary", *(f"{i},{'word ' * 60},short" for i in range(10))]
+    for i in (4, 7):
+        lines[i] = f'{i - 1},"Hello said she{end},short'
+    path.write_text("\n".join(lines) + "\n")
+
+    rows = read(path)
+
+    config = DataConfig()
+    left_out = {
+        name_of(row, config): reason_to_leave_out(row, config) for row in rows if "id" not in row
+    }
+    if end:
+        assert not left_out
+        assert len(rows) == 10
+    else:
+        assert left_out == {
+            "lines 5 to 8": "text after a closing quote, over several lines (is a quote missing or not "
+            "doubled?)"
+        }
+        assert len(rows) == 7
+
+
 def test_a_backslash_before_the_end_of_a_field_is_text(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f'a,dialogue,summary\n"C:\\dir\\","{LONG}","5\\"\n1,"{LONG}",5\\" long\n')
@@ -793,6 +829,17 @@ def test_files_in_folders_beside_files_are_not_read_and_said(tmp_path):
     assert len(read(tmp_path)) == 1
     note = locate(DataConfig(path=str(tmp_path))).note
     assert note == "files in folders of data.path are not read: old"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_without_the_column_that_others_of_its_folder_have_is_refused(tmp_path, kind):
+    WRITERS[kind](tmp_path / f"a.{kind}", make_rows(LONG))
+    WRITERS[kind](tmp_path / f"b.{kind}", [{"text": LONG, "summary": "s"}])
+
+    message = error_of(DataConfig(path=str(tmp_path)))
+
+    assert f"b.{kind} has no column 'dialogue'" in message
+    assert "its columns are text, summary" in message
 
 
 def test_names_that_are_not_utf_8_are_refused(tmp_path):

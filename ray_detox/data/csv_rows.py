@@ -19,6 +19,7 @@ MAX_FIELD_CHARACTERS = 1 << 30
 DELIMITERS = ",\t;|"
 _END = "\0end of the file\0"
 """A last line after those of a file; it is part of a field if a quote is open."""
+_SEVERAL_LINES = "over several lines (is a quote missing or not doubled?)"
 _ESCAPED_QUOTE = re.compile(r'(?<!\\)(?:\\\\)*\\"')
 _UNESCAPED_QUOTE = re.compile(r'(?<!\\)(?:\\\\)*"')
 _ESCAPE = re.compile(r'\\([\\"])')
@@ -45,7 +46,9 @@ def csv_rows(lines: Iterable[str], config: DataConfig, path: str) -> Iterator[di
     else:
         delimiter = _delimiter(first, delimiter, config)
     names: list[str] | None = None
-    for fields, begin, end in _Records(itertools.chain([first], lines), delimiter, before):
+    for fields, begin, end, is_whole in _Records(
+        itertools.chain([first], lines), delimiter, before
+    ):
         if not fields or fields == [_END]:
             continue
         if fields[-1].endswith(_END):
@@ -53,19 +56,25 @@ def csv_rows(lines: Iterable[str], config: DataConfig, path: str) -> Iterator[di
         elif names is None:
             names = [name.strip() for name in fields]
             check_names(names, path)
+        elif not is_whole:
+            yield unreadable_row(
+                f"text after a closing quote, {_SEVERAL_LINES}", f"lines {begin} to {end}"
+            )
         elif len(fields) == len(names):
             yield dict(zip(names, fields, strict=True))
         else:
             reason = f"{'more' if len(fields) > len(names) else 'fewer'} fields than the first line"
             if end > begin:
-                several = f"{reason}, over several lines (is a quote missing or not doubled?)"
-                yield unreadable_row(several, f"lines {begin} to {end}")
+                yield unreadable_row(f"{reason}, {_SEVERAL_LINES}", f"lines {begin} to {end}")
             else:
                 yield unreadable_row(reason, f"line {begin}")
 
 
 class _Records:
-    """Fields of each record with its first and last line, in either way to write quotes."""
+    """Fields of each record, its first and last line, and whether its quotes fit, if it has several lines.
+
+    Two quotes that are never closed join all rows between them, which no other sign may show.
+    """
 
     def __init__(self, lines: Iterable[str], delimiter: str, before: int) -> None:
         self._lines = itertools.chain(lines, [_END])
@@ -77,7 +86,7 @@ class _Records:
         """Quotes in them that no backslash escapes."""
         self._has_backslashes = False
 
-    def __iter__(self) -> Iterator[tuple[list[str], int, int]]:
+    def __iter__(self) -> Iterator[tuple[list[str], int, int, bool]]:
         reader = csv.reader(self._feed(), delimiter=self._delimiter)
         while True:
             try:
@@ -90,16 +99,27 @@ class _Records:
                 self._held, self._quotes = [], 0
                 reader = csv.reader(self._feed(), delimiter=self._delimiter)
                 continue
+            is_whole = len(self._held) < 2 or self._is_strict()
             begin, self._end = self._end + 1, self._end + len(self._held)
             self._held, self._quotes = [], 0
-            yield fields, begin, self._end
+            yield fields, begin, self._end, is_whole
+
+    def _is_strict(self) -> bool:
+        """Return whether a delimiter or an end follows each closing quote of the record."""
+        try:
+            next(csv.reader(self._held, delimiter=self._delimiter, strict=True))
+        except csv.Error:
+            return False
+        return True
 
     def _feed(self) -> Iterator[str]:
         for line in self._lines:
-            self._held.append(line)
             if self._has_backslashes:
-                yield _ESCAPE.sub(lambda found: '""' if found[1] == '"' else "\\", line)
+                line = _ESCAPE.sub(lambda found: '""' if found[1] == '"' else "\\", line)
+                self._held.append(line)
+                yield line
                 continue
+            self._held.append(line)
             if '\\"' in line:
                 if self._is_escaped(line):
                     raise _BackslashError

@@ -347,7 +347,11 @@ def _no_column(source: Source, columns: Mapping[str, Any], config: DataConfig) -
             f"{said}, or move the names inside {outer!r}, which has it, to the top, such as with "
             "pandas.json_normalize."
         )
-    return f"{said}{'; the first line has to name them' * (source.kind == 'csv')}."
+    if source.kind == "csv":
+        return (
+            f"{said}; the first line has to name them, separated by a comma, tab, semicolon or |."
+        )
+    return f"{said}."
 
 
 def _advice(reasons: Iterable[str], config: DataConfig) -> str:
@@ -357,6 +361,8 @@ def _advice(reasons: Iterable[str], config: DataConfig) -> str:
             f"Write the dialogue of a row as one text into the column {config.dialogue_column!r}, such as "
             "its messages joined by line breaks, or set data.dialogue_column to another column."
         )
+    if all("valid Unicode" in reason for reason in reasons):
+        return "Write the file again in UTF-8."
     return "Widen data.min_chars and data.max_chars, or check data.dialogue_column."
 
 
@@ -376,9 +382,21 @@ def _names(columns: Iterable[str]) -> str:
 
 
 def _check_files(source: Source, config: DataConfig) -> None:
-    """Open each file and read its first row, so that a damaged one is found before a run starts."""
+    """Open each file and read its first row, so that a damaged one is found before a run starts.
+
+    Raises:
+        ConfigError: one is damaged, or is a table without the column of the dialogues.
+    """
     for path in source.paths[:MOST_FILES_TO_OPEN]:
-        next(read_file(path, source.kind, config), None)
+        row = next(read_file(path, source.kind, config), None)
+        if row is None or PROBLEM in row or source.kind == "jsonl":
+            continue
+        if config.dialogue_column not in row:
+            raise ConfigError(
+                f"data.path: {path} has no column {config.dialogue_column!r}, which other files of the "
+                f"folder have; its columns are {_names(row)}. Rename its column, or take the file out of "
+                "the folder."
+            )
 
 
 def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:

@@ -95,21 +95,24 @@ def _rest(lines: io.TextIOWrapper, path: str) -> str:
 
 def _whole_text(text: str, config: DataConfig, path: str) -> Iterable[dict[str, Any]]:
     """Return the rows of a text whose first line is not a JSON value."""
+    fault: json.JSONDecodeError | None = None
     try:
         return _rows_of(_documents(text), config, path)
     except json.JSONDecodeError as error:
         fault = error
     except RecursionError:
-        raise ConfigError(
-            f"data.path: {path} is JSON that is nested too deeply. Convert it to one flat JSON object in "
-            "each line."
-        ) from None
+        pass
     if text.lstrip()[0] == "{":
         rows = [
             parse_json_row(line, i) for i, line in enumerate(text.split("\n"), 1) if line.strip()
         ]
         if any(PROBLEM not in row for row in rows):
             return rows
+    if fault is None:
+        raise ConfigError(
+            f"data.path: {path} is JSON that is nested too deeply. Convert it to one flat JSON object in "
+            "each line."
+        )
     raise ConfigError(
         f"data.path: {path} is not valid JSON: line {fault.lineno}, column {fault.colno}: "
         f"{_cause(text, fault)}. Correct it there, or write the file again, such as with json.dump or "

@@ -43,7 +43,11 @@ def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | Non
     except UnicodeEncodeError as error:
         # Python's own marks for bytes that are not UTF-8.
         is_bytes = "\udc80" <= dialogue[error.start] <= "\udcff"
-        advice = " (no UTF-8; convert the file: iconv -f cp1252 -t utf-8)" if is_bytes else ""
+        advice = (
+            " (no UTF-8; convert the file from its encoding, such as: iconv -f cp1252 -t utf-8)"
+            if is_bytes
+            else ""
+        )
         return f"{config.dialogue_column} is not valid Unicode{advice}"
     if len(dialogue) <= config.min_chars:
         return f"not over {config.min_chars} characters"
