@@ -187,6 +187,8 @@ class DataConfig(Section):
     """`lab` (the embedded corpus), a .jsonl, .json, .csv or .parquet file or folder, `s3://` or a hub id."""
     revision: str | None = None
     """Commit or tag of a hub dataset."""
+    configuration: str | None = None
+    """Configuration of a hub dataset."""
     split: NonEmpty = "train"
     """Split of a hub dataset, or of a folder whose file names say their splits."""
     dialogue_column: NonEmpty = "dialogue"

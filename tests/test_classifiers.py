@@ -308,7 +308,7 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path):
 
     sentence = refused(tmp_path)
 
-    assert "has no weights for classifier.bias and 1 more" in sentence
+    assert "have no weights for classifier.bias and 1 more" in sentence
 
 
 def test_labels_that_do_not_fit_the_head_are_refused_with_the_shapes(tmp_path):

@@ -6,6 +6,7 @@ import datetime
 import gzip
 import json
 import lzma
+import os
 
 import datasets
 import pyarrow as pa
@@ -14,8 +15,8 @@ from pyarrow import parquet
 
 from ray_detox.config import ConfigError, DataConfig
 from ray_detox.data.files import Source, check_rows, load_hub, locate, peek
-from ray_detox.data.prompts import reason_to_leave_out
-from ray_detox.data.reading import parse_json_row
+from ray_detox.data.json_rows import parse_json_row
+from ray_detox.data.prompts import name_of, reason_to_leave_out, unreadable_row
 from ray_detox.stages.ingest import read_as_json
 
 LONG = "#Person1#: Did you see the match?\n#Person2#: I did, and what a match it was!\n" * 4
@@ -135,7 +136,7 @@ def test_rows_beyond_the_limit_are_not_read(write):
 # ---- faults of a single kind of file -----------------------------------------------------------
 
 
-def test_lines_that_are_not_json_objects_become_empty_rows(tmp_path):
+def test_lines_that_are_not_json_objects_are_left_out_with_their_place(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"dialogue": LONG, "summary": "s"})
     path.write_text(f'{{"dialogue": \n[1, 2]\n"text"\n\n{good}\n', encoding="utf-8")
@@ -143,13 +144,16 @@ def test_lines_that_are_not_json_objects_become_empty_rows(tmp_path):
 
     rows = list(peek(locate(config), config))
 
-    assert rows == [{}, {}, {}, {"dialogue": LONG, "summary": "s"}]
+    *bad, good_row = rows
+    assert good_row == {"dialogue": LONG, "summary": "s"}
+    assert {reason_to_leave_out(row, config) for row in bad} == {"not a JSON object"}
+    assert [name_of(row, config).partition(":")[0] for row in bad] == ["line 1", "line 2", "line 3"]
     check(config)
 
 
 @pytest.mark.parametrize("line", ["{", "null", "3", '["a"]', "NaN", ""])
-def test_a_line_that_is_not_a_json_object_is_an_empty_row(line):
-    assert parse_json_row(line) == {}
+def test_a_line_that_is_not_a_json_object_is_an_unreadable_row(line):
+    assert parse_json_row(line, 7) == unreadable_row("not a JSON object", f"line 7: {line!r}")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,8 @@ def test_a_file_without_a_readable_row_is_rejected_with_the_expected_format(
 
     message = error_of(DataConfig(path=str(path)))
 
-    assert f"None of the 2 rows of data.path={path} can be read as {kind}" in message
+    assert f"None of the 2 rows of data.path={path} can be read as {kind} (2 " in message
+    assert "first line" in message
     assert expected in message
 
 
@@ -209,15 +214,18 @@ def test_a_csv_dialogue_of_digits_is_text(tmp_path):
     assert next(iter(peek(locate(config), config)))["dialogue"] == "12"
 
 
-@pytest.mark.parametrize("row", ["a,b", "a,b,c,d"])
-def test_a_csv_row_with_another_number_of_fields_becomes_an_empty_row(tmp_path, row):
+@pytest.mark.parametrize(("row", "which"), [("a,b", "fewer"), ("a,b,c,d", "more")])
+def test_a_csv_row_with_another_number_of_fields_is_left_out_with_its_line(tmp_path, row, which):
     path = tmp_path / "rows.csv"
     path.write_text(f'id,dialogue,summary\n1,"two\nlines",short\n{row}\n')
     config = DataConfig(path=str(path))
 
     rows = list(peek(locate(config), config))
 
-    assert rows == [{"id": "1", "dialogue": "two\nlines", "summary": "short"}, {}]
+    assert rows == [
+        {"id": "1", "dialogue": "two\nlines", "summary": "short"},
+        unreadable_row(f"{which} fields than the first line", "line 4"),
+    ]
 
 
 def test_a_csv_field_may_be_longer_than_the_default_limit_of_the_csv_module(tmp_path):
@@ -441,8 +449,9 @@ def test_rows_joined_by_a_late_quote_are_reported_with_their_lines(tmp_path):
     row = list(peek(locate(config), config))[1]
 
     assert reason_to_leave_out(row, config) == (
-        "in lines 3 to 5, joined by a quote that ends too late"
+        "more fields than the first line, over several lines (is a quote missing or not doubled?)"
     )
+    assert name_of(row, config) == "lines 3 to 5"
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -557,7 +566,6 @@ def test_a_link_to_nothing_is_named(tmp_path):
             "refs/convert/parquet",
         ),
         (datasets.exceptions.DatasetGenerationError("failed"), "refs/convert/parquet"),
-        (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']"), "['a', 'b']"),
         (ValueError('Unknown split "x". Should be one of [...]'), "data.split='train'"),
         (ConnectionError("no network"), "cannot be loaded from here"),
     ],
@@ -598,8 +606,278 @@ def test_compressed_text_without_a_suffix_and_answers_of_the_hubs_server_are_rea
     assert read(path) == rows
 
 
-def test_a_pointer_of_git_lfs_is_named(tmp_path):
-    path = tmp_path / "rows.parquet"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+# ---- contents that the name of a file does not say ---------------------------------------------
 
-    assert "git lfs pull" in error_of(DataConfig(path=str(path)))
+
+def parquet_bytes():
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(make_rows(LONG)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "git lfs pull",
+        ),
+        ("a.csv", b"\n<!DOCTYPE html>\n<html><body>Sign in, please</body></html>", "a web page"),
+        ("a.csv", b'<table border="1">\n<tr><th>dialogue</th></tr>', "a web page"),
+        ("a.jsonl", b"<html>404</html>", "a web page"),
+        ("a.jsonl.gz", gzip.compress(b"<html>404</html>"), "a web page"),
+        ("a.parquet", b"<?xml version='1.0'?><Error/>" * 9, "a web page or XML"),
+        ("a.csv", b"PK\3\4 xl/workbook.xml", "save the sheet as .csv"),
+        ("a.csv", b'[{"id": 1, "a": "b, c"}]', "is JSON and not csv. Rename it"),
+        ("a.jsonl.gz", gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar"), "a tar archive"),
+        ("a.parquet", gzip.compress(b"PAR1"), "Decompress it"),
+        ("a.csv", parquet_bytes(), "end in .parquet"),
+    ],
+)
+def test_content_of_another_kind_than_the_name_says_is_named(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+
+    assert expected in error_of(DataConfig(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.bz2", "rows.jsonl", "rows.jsonl.zst"])
+def test_the_content_and_not_the_suffix_says_how_a_text_is_compressed(tmp_path, name):
+    rows = make_rows(LONG)
+    write_jsonl(tmp_path / "plain", rows)
+    (tmp_path / name).write_bytes(lzma.compress((tmp_path / "plain").read_bytes()))
+    assert read(tmp_path / name) == rows
+
+    (tmp_path / name).write_bytes((tmp_path / "plain").read_bytes())
+    assert read(tmp_path / name) == rows
+
+
+ROW = json.dumps(make_rows(LONG)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"[{ROW},\n{ROW},\n]", "line 3, column 1: a comma before ]"),
+        (f"[{ROW},\n{ROW[:-1]},}},\n{ROW}\n]", f"line 2, column {len(ROW) + 1}: a comma before }}"),
+        (f"{ROW},\n{ROW},\n", "a comma between lines; write one list in [ ]"),
+        (f"[\n{ROW}, // the first\n{ROW}]", f"line 2, column {len(ROW) + 3}: a comment"),
+        (str(make_rows(LONG)[0]), "line 1, column 2: a text in single quotes"),
+        (f"[\n{ROW},\n{ROW[:-9]}", "a part of it is missing"),
+        (f"\n\n[{ROW} {ROW}]", f"line 3, column {len(ROW) + 3}: Expecting ',' delimiter at"),
+        ("[" * 5000, "nested too deeply"),
+        ('{"a":' * 5000, "nested too deeply"),
+    ],
+)
+def test_a_fault_of_a_whole_file_of_json_is_told_with_its_place(tmp_path, text, expected):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+
+    assert expected in error_of(DataConfig(path=str(path)))
+
+
+def test_a_row_that_is_nested_too_deeply_is_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"dialogue": "x", "more": {"[" * 5000}{"]" * 5000}}}\n{ROW}\n')
+
+    first, second = read(path)
+
+    assert reason_to_leave_out(first, DataConfig()) == "not a JSON object"
+    assert second == make_rows(LONG)[0]
+
+
+@pytest.mark.parametrize("make", ["{}\n{}\n", "[{}, {}]", "[\n{},\n{}\n]"])
+def test_a_number_of_thousands_of_digits_is_kept_as_text(tmp_path, make):
+    row = f'{ROW[:-1]}, "n": {"9" * 5000}}}'
+    path = tmp_path / "rows.json"
+    path.write_text(make.replace("{}", row))
+
+    first, second = read(path)
+
+    assert first == second == make_rows(LONG)[0] | {"n": "9" * 5000}
+    json.dumps(first)
+
+
+def test_names_and_lists_of_values_as_pandas_splits_them_are_rows(tmp_path):
+    rows = make_rows(LONG, LONG + "!")
+    path = tmp_path / "rows.json"
+    data = [list(row.values()) for row in rows]
+    path.write_text(json.dumps({"columns": list(rows[0]), "index": [0, 1], "data": data}))
+
+    assert read(path) == rows
+
+
+def test_a_column_inside_another_is_pointed_out(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"id": 1, "data": make_rows(LONG)[0]}]))
+
+    assert "move the names inside 'data'" in error_of(DataConfig(path=str(path)))
+
+
+def test_lists_of_messages_are_refused_with_what_is_expected(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"dialogue": [{"role": "user", "content": LONG}]}])
+
+    assert "Write the dialogue of a row as one text" in error_of(DataConfig(path=str(path)))
+
+
+# ---- quotes in CSV -----------------------------------------------------------------------------
+
+TRICKY = (
+    'He said "no", he did; "really"?\n' + LONG,
+    "C:\\new\\table\\ and \\" + LONG,
+    LONG + ' ends with "quotes"',
+    '"starts" and a backslash before a quote \\"x\\" ' + LONG,
+    'a plain one, with "\n" and \\n ' + LONG,
+)
+
+
+@pytest.mark.parametrize("first", range(len(TRICKY)))
+@pytest.mark.parametrize("doubled", [True, False])
+def test_quotes_may_be_doubled_or_follow_a_backslash(tmp_path, doubled, first):
+    rows = make_rows(LONG, *TRICKY[first:], *TRICKY[:first])
+    # Before the first quote that a backslash escapes, a file does not show which way it is written.
+    if not doubled:
+        rows = make_rows(TRICKY[0], *(row["dialogue"] for row in rows))
+    path = tmp_path / "rows.csv"
+    settings = {} if doubled else {"doublequote": False, "escapechar": "\\"}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), quoting=csv.QUOTE_ALL, **settings)
+        writer.writeheader()
+        writer.writerows(rows)
+
+    assert read(path) == rows
+
+
+@pytest.mark.parametrize("end", ["", ' "'])
+def test_rows_between_two_quotes_that_are_never_closed_are_reported(tmp_path, end):
+    path = tmp_path / "rows.csv"
+    lines = ["id,dialogue,summary", *(f"{i},{'word ' * 60},short" for i in range(10))]
+    for i in (4, 7):
+        lines[i] = f'{i - 1},"Hello said she{end},short'
+    path.write_text("\n".join(lines) + "\n")
+
+    rows = read(path)
+
+    config = DataConfig()
+    left_out = {
+        name_of(row, config): reason_to_leave_out(row, config) for row in rows if "id" not in row
+    }
+    if end:
+        assert not left_out
+        assert len(rows) == 10
+    else:
+        assert left_out == {
+            "lines 5 to 8": "text after a closing quote, over several lines (is a quote missing or not "
+            "doubled?)"
+        }
+        assert len(rows) == 7
+
+
+def test_a_backslash_before_the_end_of_a_field_is_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f'a,dialogue,summary\n"C:\\dir\\","{LONG}","5\\"\n1,"{LONG}",5\\" long\n')
+
+    assert [(row["a"], row["summary"]) for row in read(path)] == [
+        ("C:\\dir\\", "5\\"),
+        ("1", '5\\" long'),
+    ]
+
+
+def test_rows_with_a_name_that_the_first_line_lacks_are_refused_in_one_reason(tmp_path):
+    path = tmp_path / "rows.csv"  # as write.table of R leaves it
+    rows = "".join(f'"{i}","{LONG}","s"\n' for i in range(20))
+    path.write_text(f'"dialogue","summary"\n{rows}')
+
+    message = error_of(DataConfig(path=str(path)))
+
+    assert "(20 more fields than the first line, over several lines" in message
+    assert "first lines 2 to 10)" in message
+
+
+def test_columns_without_names_are_listed_in_one_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f'1,"{LONG}",s\n2,"{LONG}",s\n')
+
+    assert "the first line has to name them" in error_of(DataConfig(path=str(path)))
+
+
+# ---- odd things in folders ---------------------------------------------------------------------
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+
+    for path in (tmp_path, tmp_path / "rows.jsonl", "/dev/null"):
+        assert "is a pipe or a device and not a file" in error_of(DataConfig(path=str(path)))
+
+
+def test_a_folder_that_links_lead_to_again_is_read_once(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data/rows.jsonl", make_rows(LONG))
+    (tmp_path / "data/again").symlink_to(tmp_path)
+    (tmp_path / "more").symlink_to(tmp_path / "data")
+
+    assert len(read(tmp_path)) == 1
+
+
+def test_files_in_folders_beside_files_are_not_read_and_said(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(LONG))
+    (tmp_path / "old").mkdir()
+    write_jsonl(tmp_path / "old/rows.jsonl", make_rows(LONG))
+
+    assert len(read(tmp_path)) == 1
+    note = locate(DataConfig(path=str(tmp_path))).note
+    assert note == "files in folders of data.path are not read: old"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_without_the_column_that_others_of_its_folder_have_is_refused(tmp_path, kind):
+    WRITERS[kind](tmp_path / f"a.{kind}", make_rows(LONG))
+    WRITERS[kind](tmp_path / f"b.{kind}", [{"text": LONG, "summary": "s"}])
+
+    message = error_of(DataConfig(path=str(tmp_path)))
+
+    assert f"b.{kind} has no column 'dialogue'" in message
+    assert "its columns are text, summary" in message
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path):
+    write_jsonl(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), make_rows(LONG))
+
+    assert "is not UTF-8. Rename the file" in error_of(DataConfig(path=str(tmp_path)))
+
+
+def test_columns_in_the_names_of_folders_belong_to_the_rows(tmp_path):
+    for folder in ("topic=food", "topic=a%20b", "topic=__HIVE_DEFAULT_PARTITION__"):
+        (tmp_path / folder).mkdir()
+        write_parquet(tmp_path / folder / "part-0.parquet", make_rows(LONG))
+
+    assert [row["topic"] for row in read(tmp_path)] == [None, "a b", "food"]
+
+
+# ---- configurations of hub datasets ------------------------------------------------------------
+
+
+def test_a_configuration_of_a_hub_data_set_is_chosen_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # A folder with a dataset card is loaded like a repository of the hub.
+    files = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("a", "b"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_rows(name))
+
+    def load(**settings):
+        return load_hub(DataConfig(path=str(tmp_path), **settings))
+
+    assert load(configuration="b")["dialogue"] == ["b"]
+    with pytest.raises(ConfigError, match=r"several conf.*data\.configuration=a; there are a, b\."):
+        load()
+    with pytest.raises(ConfigError, match=r"no configuration 'c'.*=a; there are a, b\."):
+        load(configuration="c")
+
+
+def test_a_configuration_of_files_is_refused(write):
+    message = error_of(write(make_rows(LONG), configuration="a"))
+
+    assert "is no hub dataset, so it has no configurations" in message

@@ -6,6 +6,7 @@ import shutil
 
 import httpx2
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -66,6 +67,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy, model):
     assert "resize_token_embeddings" in message
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "sentencepiece.model"])
+def test_a_tokenizer_without_words_is_refused(copy, name):
+    folder = copy(lab.T5)
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(b"")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+
+    message = refusal(f"policy.model={folder}")
+
+    assert "T5Tokenizer has no vocabulary, so every word would be unknown" in message
+    assert "it reads spiece.model, tokenizer.json" in message
+
+
 @pytest.mark.parametrize("model", ["policy", "reward"])
 def test_a_missing_file_of_the_weights_is_named(copy, model):
     folder = copy({"policy": lab.T5, "reward": lab.ROBERTA}[model])
@@ -78,6 +92,100 @@ def test_a_missing_file_of_the_weights_is_named(copy, model):
     assert f"1 of the 2 files with its weights are missing, such as {names[1]}" in refusal(
         f"{model}.model={folder}"
     )
+
+
+@pytest.mark.parametrize("model", ["policy", "reward"])
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "model.fp16.safetensors", "pytorch.safetensors"]
+)
+def test_weights_in_files_that_transformers_does_not_load_are_refused(copy, model, name):
+    folder = copy({"policy": lab.T5, "reward": lab.ROBERTA}[model])
+    (folder / "model.safetensors").rename(folder / name)
+
+    message = refusal(f"{model}.model={folder}")
+
+    assert f"its weights are in {name}, but transformers loads model.safetensors" in message
+
+
+@pytest.mark.parametrize("model", ["policy", "reward"])
+def test_missing_weights_and_other_shapes_are_found_by_a_check(copy, model):
+    folder = copy({"policy": lab.T5, "reward": lab.ROBERTA}[model])
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    key = next(name for name in sorted(weights) if name.endswith(("wo.weight", "dense.weight")))
+    whole = weights[key]
+    weights[key] = whole[:, 1:].clone()
+    save_file(weights, file, {"format": "pt"})
+    shapes = (
+        f"{key} has shape {tuple(weights[key].shape)}, and config.json (labels, sizes) describes"
+    )
+    assert shapes in refusal(f"{model}.model={folder}")
+
+    del weights[key]
+    save_file(weights, file, {"format": "pt"})
+    assert f"its files have no weights for {key}" in refusal(f"{model}.model={folder}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_policy_in_half_precision_is_accepted(copy, dtype):
+    folder = copy(lab.T5, dtype=dtype)
+    file = folder / "model.safetensors"
+    kind = getattr(torch, dtype)
+    half = {name: weight.to(kind) for name, weight in load_file(file).items()}
+    save_file(half, file, {"format": "pt"})
+
+    check_models(load_config("lab", [f"policy.model={folder}"]))
+
+
+def test_a_policy_whose_config_leaves_out_what_its_family_says_is_accepted(copy):
+    folder = copy(lab.T5)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["is_encoder_decoder"]
+    (folder / "config.json").write_text(json.dumps(settings))
+
+    check_models(load_config("lab", [f"policy.model={folder}"]))
+
+
+@pytest.mark.parametrize("model", ["policy", "reward"])
+def test_quantized_weights_are_refused(copy, model):
+    quantized = {"quant_method": "gptq", "bits": 4}
+    folder = copy({"policy": lab.T5, "reward": lab.ROBERTA}[model], quantization_config=quantized)
+
+    assert "whose weights are quantized (gptq)" in refusal(f"{model}.model={folder}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_named(copy, name):
+    folder = copy(lab.T5)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+
+    assert f"its {name} is a pointer of Git LFS" in refusal(f"policy.model={folder}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "encoder_model.onnx", "tf_model.h5", "flax_model.msgpack", "a.gguf"],
+)
+def test_weights_of_other_programs_are_named(copy, name):
+    folder = copy(lab.T5)
+    (folder / "model.safetensors").rename(folder / name)
+
+    assert f"(it has {name}); save the model again" in refusal(f"policy.model={folder}")
+
+
+@pytest.mark.parametrize("inner", ["checkpoint-500", "snapshots/abc", "models--a--b/snapshots/abc"])
+def test_the_folder_of_a_model_below_the_one_given_is_pointed_out(tmp_path, inner):
+    shutil.copytree(lab.T5, tmp_path / inner)
+
+    assert f"such as {tmp_path / inner}, that save_pretrained" in refusal(
+        f"policy.model={tmp_path}"
+    )
+
+
+def test_an_archive_in_place_of_a_models_folder_is_refused(tmp_path):
+    (tmp_path / "model.zip").write_bytes(b"PK")
+
+    assert "this is a file and no folder" in refusal(f"policy.model={tmp_path}/model.zip")
 
 
 @pytest.mark.parametrize("model", ["policy", "reward"])

@@ -103,6 +103,62 @@ def test_a_profile_without_a_sign_in_is_refused_with_the_command(tmp_path, monke
             act()
 
 
+def test_two_slashes_in_a_key_are_refused_in_a_sentence():
+    with pytest.raises(ConfigError, match="an empty part between two slashes"):
+        open_s3("s3://bucket//data/x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "endpoint", "expected"),
+    [
+        ("", "127.0.0.1:9000", "Invalid endpoint: 127.0.0.1:9000. Set AWS_ENDPOINT_URL"),
+        ("credential_process = echo no JSON", "", "the program in credential_process"),
+        ("credential_process = no-such-program", "", "the program in credential_process"),
+        ("credential_process = false", "", "custom-process"),
+        ("aws_access_key_id = a", "", "missing: aws_secret_access_key"),
+        ("role_arn = arn:aws:iam::123456789012:role/x\nsource_profile = y", "", "does not exist"),
+        ("[not closed", "", "Unable to parse config file"),
+    ],
+)
+def test_settings_of_aws_that_cannot_be_used_are_refused_in_a_sentence(
+    settings, endpoint, expected, tmp_path, monkeypatch
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config").write_text(f"[default]\n{settings}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+
+    with pytest.raises(ConfigError) as caught:
+        open_s3("s3://bucket/key")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("s3a://b/k.jsonl", "s3://BUCKET/KEY"),
+        ("S3://b/k.jsonl", "s3://BUCKET/KEY"),
+        ("arn:aws:s3:::b/k.jsonl", "s3://BUCKET/KEY"),
+        ("https://b.s3.eu-west-1.amazonaws.com/k.jsonl", "s3://BUCKET/KEY"),
+        ("https://huggingface.co/datasets/a/b", "OWNER/NAME"),
+        ("hf://datasets/a/b", "OWNER/NAME"),
+        ("file:///data/k.jsonl", "without file://"),
+        ("gs://b/k.jsonl", "gs:// are not read"),
+        ("https://example.com/k.csv", "https:// are not read"),
+    ],
+)
+def test_addresses_of_other_kinds_are_refused_with_what_to_give(address, expected):
+    with pytest.raises(ConfigError, match=expected):
+        locate(DataConfig(path=address))
+    with pytest.raises(ConfigError, match=expected):
+        local_folder(address, None, "policy.model")
+
+
 REFUSED = ClientError({"Error": {"Code": "AccessDenied"}}, "AssumeRole")
 
 
@@ -127,6 +183,11 @@ def test_credentials_that_cannot_be_had_are_described(error, expected):
         ("AWS Error ACCESS_DENIED during HeadObject", "--request-payer requester"),
         ("AWS Error ACCESS_DENIED: kms:Decrypt", "kms:GenerateDataKey"),
         ("AWS Error NETWORK_CONNECTION", "Check the address"),
+        ("AWS Error NO_SUCH_BUCKET during", "Check the bucket's name"),
+        ("[Errno 2] Path does not exist 'b/k/'", "`aws s3 ls`; the options of an address are"),
+        ("AWS Error UNKNOWN (HTTP status 301)", "in another region"),
+        ("AWS Error UNKNOWN: InvalidObjectState", "restore-object"),
+        ("AWS Error UNKNOWN: RequestTimeTooSkewed", "clock"),
     ],
 )
 def test_errors_of_s3_are_answered_with_what_helps(text, expected):

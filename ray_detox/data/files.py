@@ -5,6 +5,7 @@ process before any node starts. `stages/ingest.py` reads the same `Source` at fu
 """
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,12 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_detox.config import ConfigError, DataConfig
-from ray_detox.data.prompts import PROBLEM, reason_to_leave_out
+from ray_detox.data.prompts import PROBLEM, name_of, reason_to_leave_out
 from ray_detox.data.reading import kind_of, read_file
 from ray_detox.errors import first_line
 from ray_detox.lab import corpus
 from ray_detox.models.s3 import advice, open_s3, same_options
-from ray_detox.models.sources import looks_like_path
+from ray_detox.models.sources import address_hint, looks_like_path
 
 EXPECTED = {
     "jsonl": "a JSON object in each line, or one list of objects",
@@ -37,6 +38,8 @@ SPLITS = (
     ("test", "testing"),
 )
 """Names of splits in the names of files and folders; those in one line mean the same."""
+HIDDEN = (".", "_", "~")
+"""First characters of names that are marks, drafts and copies of Spark, Hadoop, macOS and Excel."""
 MOST_FILES_TO_OPEN = 200
 """Files of a source that a check opens."""
 
@@ -64,21 +67,21 @@ def locate(config: DataConfig) -> Source:
         return Source("lab")
     if path.startswith("s3://"):
         return _locate_s3(config)
+    hint = address_hint(path)
+    if hint is not None:
+        raise ConfigError(f"data.path is {path!r}, which is no address of data. {hint}.")
     local = Path(path).expanduser().absolute()
     try:
         if local.is_dir():
             from pyarrow import fs  # here: it loads slowly
 
-            for file in local.iterdir():
-                if kind_of(file.name) and file.is_symlink() and not file.exists():
-                    raise ConfigError(
-                        f"data.path: {file} is a link to a file that does not exist. Copy the file to "
-                        "its place, or remove the link."
-                    )
             files, note = _choose(fs.LocalFileSystem(), str(local), config)
             return _source_of_files(files, path, note)
         if local.is_file():
+            _check_name(str(local))
             return _source_of_files([str(local)], path)
+        if local.exists():
+            raise _not_a_file(str(local))
     except OSError as error:
         raise ConfigError(
             f"data.path is {path!r}, and it cannot be listed: {first_line(error)}. Check its "
@@ -128,23 +131,75 @@ def _choose(filesystem: Any, root: str, config: DataConfig) -> tuple[list[str], 
         return _saved(filesystem, inner, config), _split_note(config.split, others)
     if is_saved:
         return _saved(filesystem, root, config), ""
-    found = _list(filesystem, root, recursive=False)
-    return _of_split(found or _list(filesystem, root, recursive=True), root, config)
+    files = _list(filesystem, root)
+    names_in = {file: PurePosixPath(file).relative_to(root) for file in files}
+    above = [file for file, path in names_in.items() if len(path.parts) == 1]
+    files, note = _of_split(above or files, root, config)
+    below = sorted({path.parts[0] for path in names_in.values() if above and len(path.parts) > 1})
+    notes = [f"files in folders of data.path are not read: {', '.join(below)}"] if below else []
+    return files, "; ".join([note, *notes] if note else notes)
 
 
-def _list(filesystem: Any, root: str, *, recursive: bool) -> list[str]:
+def _list(filesystem: Any, root: str) -> list[str]:
+    """Return the data files in a folder and in those below it, sorted."""
     from pyarrow import fs
 
+    if isinstance(filesystem, fs.LocalFileSystem):
+        paths = _walk(root)
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        paths = (info.path for info in infos if info.type == fs.FileType.File)
     found = []
-    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=recursive)):
-        inner = PurePosixPath(info.path).relative_to(root)
-        # Names with these first characters are marks and drafts of Spark, Hadoop and others.
-        hidden = any(part.startswith((".", "_")) for part in inner.parts)
-        if hidden or inner.name in METADATA or kind_of(inner.name) is None:
-            continue
-        if info.type == fs.FileType.File:
-            found.append(info.path)
+    for path in paths:
+        inner = PurePosixPath(path).relative_to(root)
+        hidden = any(part.startswith(HIDDEN) for part in inner.parts)
+        if not hidden and inner.name not in METADATA and kind_of(inner.name) is not None:
+            found.append(path)
     return sorted(found)
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Yield the files below a local folder; a folder that links lead to several times, only once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set[str]()
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            path = os.path.join(folder, name)
+            if kind_of(name) is not None and not name.startswith(HIDDEN):
+                _check_name(path)
+                if not os.path.exists(path):
+                    raise ConfigError(
+                        f"data.path: {path} is a link to a file that does not exist. Copy the file to its "
+                        "place, or remove the link."
+                    )
+                if not os.path.isfile(path):
+                    raise _not_a_file(path)
+                yield path
+
+
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"data.path: the name {path!a} is not UTF-8. Rename the file or folder."
+        ) from None
+
+
+def _not_a_file(path: str) -> ConfigError:
+    return ConfigError(
+        f"data.path: {path} is a pipe or a device and not a file, and a run reads its data more than once. "
+        "Write the data to a file first."
+    )
 
 
 def _read_json(filesystem: Any, path: str) -> dict[str, Any]:
@@ -225,8 +280,9 @@ def _source_of_files(
     if not files or "" in kinds:
         raise ConfigError(
             f"data.path is {path!r}; expected .jsonl, .csv or .parquet files there (also .json, .tsv, "
-            ".arrow, and text compressed as .gz, .bz2, .xz or .zst). Unpack or convert the data, such as "
-            "with pandas and to_parquet."
+            ".arrow, and text compressed as .gz, .bz2, .xz or .zst). Rename files that are of these kinds "
+            "and have no such suffix, unpack archives, and convert others, such as with pandas and "
+            "to_parquet."
         )
     if len(kinds) > 1:
         raise ConfigError(
@@ -242,35 +298,71 @@ def check_rows(source: Source, config: DataConfig) -> None:
     Raises:
         ConfigError: a column is missing, or no row is left after filtering.
     """
-    seen, reasons, columns = 0, dict[str, int](), dict[str, None]()
+    if config.configuration is not None and source.kind != "hub":
+        raise ConfigError(
+            f"data.configuration is {config.configuration!r}, and data.path={config.path} is no hub dataset, "
+            "so it has no configurations. Leave data.configuration out, or set data.path to a hub id."
+        )
+    seen, reasons, columns = 0, dict[str, list[str]](), dict[str, Any]()
     for row in peek(source, config):
         if config.limit is not None and seen >= config.limit:
             break
         seen += 1
-        columns |= dict.fromkeys(name for name in row if name != PROBLEM)
+        if PROBLEM not in row:
+            columns |= row
         reason = reason_to_leave_out(row, config)
         if reason is None:
             _check_summary_column(row, config)
             _check_files(source, config)
             return
-        reasons[reason] = reasons.get(reason, 0) + 1
+        reasons.setdefault(reason, []).append(name_of(row, config) if len(reasons) < 9 else "")
     if not seen:
         raise ConfigError(f"data.path={config.path} holds no rows.")
-    if not columns and not any(" quote " in reason for reason in reasons):
-        raise ConfigError(
-            f"None of the {seen:,} rows of data.path={config.path} can be read as {source.kind}; "
-            f"expected {EXPECTED.get(source.kind, 'columns')}."
-        )
     if columns and config.dialogue_column not in columns:
+        raise ConfigError(_no_column(source, columns, config))
+    why = ", ".join(f"{len(names):,} {reason}" for reason, names in reasons.items())
+    if not columns:
+        first = next(iter(reasons.values()))[0]
         raise ConfigError(
-            f"data.path={config.path} has no column {config.dialogue_column!r}; its columns are "
-            f"{_names(columns)}. Set data.dialogue_column to the one with the dialogues."
+            f"None of the {seen:,} rows of data.path={config.path} can be read as {source.kind} ({why}, "
+            f"first {first}); expected {EXPECTED.get(source.kind, 'columns')}."
         )
-    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
     raise ConfigError(
         f"None of the {seen:,} rows of data.path={config.path} is left after filtering: {why}. "
-        "Widen data.min_chars and data.max_chars, or check data.dialogue_column."
+        f"{_advice(reasons, config)}"
     )
+
+
+def _no_column(source: Source, columns: Mapping[str, Any], config: DataConfig) -> str:
+    """Describe that no row has the dialogue column, with what may be meant."""
+    wanted = config.dialogue_column
+    said = (
+        f"data.path={config.path} has no column {wanted!r}; its columns are {_names(columns)}. Set "
+        "data.dialogue_column to the one with the dialogues"
+    )
+    outer = next((n for n, v in columns.items() if isinstance(v, Mapping) and wanted in v), None)
+    if outer is not None:
+        return (
+            f"{said}, or move the names inside {outer!r}, which has it, to the top, such as with "
+            "pandas.json_normalize."
+        )
+    if source.kind == "csv":
+        return (
+            f"{said}; the first line has to name them, separated by a comma, tab, semicolon or |."
+        )
+    return f"{said}."
+
+
+def _advice(reasons: Iterable[str], config: DataConfig) -> str:
+    """Say what helps if every row is left out for these reasons."""
+    if all(reason.endswith(" is not text") for reason in reasons):
+        return (
+            f"Write the dialogue of a row as one text into the column {config.dialogue_column!r}, such as "
+            "its messages joined by line breaks, or set data.dialogue_column to another column."
+        )
+    if all("valid Unicode" in reason for reason in reasons):
+        return "Write the file again in UTF-8."
+    return "Widen data.min_chars and data.max_chars, or check data.dialogue_column."
 
 
 def _check_summary_column(row: Mapping[str, Any], config: DataConfig) -> None:
@@ -284,13 +376,26 @@ def _check_summary_column(row: Mapping[str, Any], config: DataConfig) -> None:
 
 def _names(columns: Iterable[str]) -> str:
     """List column names; without a header the first row's texts are taken for names, so each is cut."""
-    return ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in columns)
+    names = (" ".join(name.split("\n")) for name in columns)  # a field may have several lines
+    return ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in names)
 
 
 def _check_files(source: Source, config: DataConfig) -> None:
-    """Open each file and read its first row, so that a damaged one is found before a run starts."""
+    """Open each file and read its first row, so that a damaged one is found before a run starts.
+
+    Raises:
+        ConfigError: one is damaged, or is a table without the column of the dialogues.
+    """
     for path in source.paths[:MOST_FILES_TO_OPEN]:
-        next(read_file(path, source.kind, config), None)
+        row = next(read_file(path, source.kind, config), None)
+        if row is None or PROBLEM in row or source.kind == "jsonl":
+            continue
+        if config.dialogue_column not in row:
+            raise ConfigError(
+                f"data.path: {path} has no column {config.dialogue_column!r}, which other files of the "
+                f"folder have; its columns are {_names(row)}. Rename its column, or take the file out of "
+                "the folder."
+            )
 
 
 def peek(source: Source, config: DataConfig) -> Iterator[Mapping[str, Any]]:
@@ -318,7 +423,9 @@ def load_hub(config: DataConfig) -> Any:
     datasets.disable_progress_bars()
     hub_logging.set_verbosity_error()  # otherwise each failed request prints a warning
     try:
-        return datasets.load_dataset(config.path, revision=config.revision, split=config.split)
+        return datasets.load_dataset(
+            config.path, name=config.configuration, revision=config.revision, split=config.split
+        )
     except Exception as error:  # loaders of many formats, each with errors of its own
         raise ConfigError(_hub_failure(error, config)) from error
 
@@ -328,12 +435,13 @@ def _hub_failure(error: Exception, config: DataConfig) -> str:
     said, name = f"{type(error).__name__}: {first_line(error)}", config.path
     text = str(error)
     if "Config name is missing" in text or "BuilderConfig" in text:
-        found = re.search(r"\[.*?\]", text)
-        known = f" {found.group()}" if found else ""
+        found = re.search(r"\[(.*?)\]", text, re.DOTALL)
+        known = re.findall(r"'([^']*)'", found[1]) if found else []
+        wrong = f"no configuration {config.configuration!r}"
         return (
-            f"data.path is the hub dataset {name!r}, which has several configurations{known}. Download "
-            f"one (hf download {name} --repo-type dataset --revision refs/convert/parquet --include "
-            "'CONFIGURATION/*' --local-dir FOLDER) and set data.path=FOLDER."
+            f"data.path is the hub dataset {name!r}, which has "
+            f"{'several configurations' if config.configuration is None else wrong}. Choose one with "
+            f"data.configuration={known[0] if known else 'NAME'}; there are {_names(known) or 'others'}."
         )
     if "script" in text or type(error).__name__.startswith("DatasetGeneration"):
         return (

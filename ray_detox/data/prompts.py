@@ -16,13 +16,23 @@ from ray_detox.config import DataConfig
 from ray_detox.records import LeftOutRow, PreparedRow
 
 PROBLEM = "ray-detox: why this row is left out"
-"""Key of a row that could not be read, with the reason."""
+"""Key of a row that could not be read, with the reason and the place in its file."""
+
+
+def unreadable_row(reason: str, place: str) -> dict[str, Any]:
+    """Return a row that stands for one that could not be read.
+
+    Args:
+        reason: for messages; the same for all rows with this fault, because they are counted by it.
+        place: in the file, such as `line 7`.
+    """
+    return {PROBLEM: [reason, place]}
 
 
 def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | None:
     """Return the reason why a row cannot become a prompt, for messages; None if it can."""
     if PROBLEM in row:
-        return str(row[PROBLEM])
+        return str(row[PROBLEM][0])
     dialogue = row.get(config.dialogue_column)
     if dialogue is None:
         return f"no {config.dialogue_column}"
@@ -35,7 +45,11 @@ def reason_to_leave_out(row: Mapping[str, Any], config: DataConfig) -> str | Non
     except UnicodeEncodeError as error:
         # Python's own marks for bytes that are not UTF-8.
         is_bytes = "\udc80" <= dialogue[error.start] <= "\udcff"
-        advice = " (no UTF-8; convert the file: iconv -f cp1252 -t utf-8)" if is_bytes else ""
+        advice = (
+            " (no UTF-8; convert the file from its encoding, such as: iconv -f cp1252 -t utf-8)"
+            if is_bytes
+            else ""
+        )
         return f"{config.dialogue_column} is not valid Unicode{advice}"
     if len(dialogue) <= config.min_chars:
         return f"not over {config.min_chars} characters"
@@ -83,7 +97,7 @@ def prepare(
                 PreparedRow(prompt_id(texts[i]), texts[i], query_ids[i], columns, 0, ())
             )
         else:
-            prepared.append(LeftOutRow(_name(row, data), reason))
+            prepared.append(LeftOutRow(name_of(row, data), reason))
     return prepared
 
 
@@ -97,8 +111,10 @@ def _with_json_values(row: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _name(row: Mapping[str, Any], config: DataConfig) -> str:
-    """Return a name for a row in messages: its id if it has one, else the start of its dialogue."""
+def name_of(row: Mapping[str, Any], config: DataConfig) -> str:
+    """Return a name for a row in messages: its place, its id, or the start of its dialogue."""
+    if PROBLEM in row:
+        return str(row[PROBLEM][1])
     name = row.get("id", row.get(config.dialogue_column))
     text = repr(name)
     return text if len(text) <= 60 else text[:57] + "..."

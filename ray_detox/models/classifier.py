@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ray_detox.bounded import parse_object, read_file
 from ray_detox.config import ClassifierConfig
 from ray_detox.errors import ConfigError, first_line
-from ray_detox.models.sizes import check_size_of
+from ray_detox.models.sizes import check_loaded, check_size_of
 from ray_detox.models.sources import local_folder
 
 DEFAULT_MAX_TOKENS = 512
@@ -208,8 +208,7 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    missing: set[str] = set()
-    mismatched: list[tuple[str, Any, Any]] = []
+    info: dict[str, Any] = {"missing_keys": (), "mismatched_keys": ()}
     try:
         if weights:
             check_size_of(AutoModelForSequenceClassification, folder, name, setting)
@@ -221,7 +220,6 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
                 ignore_mismatched_sizes=True,  # refused below, with the shapes
                 trust_remote_code=False,
             )
-            missing, mismatched = set(info["missing_keys"]), sorted(info["mismatched_keys"])
         else:
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(
@@ -236,20 +234,7 @@ def load_model(folder: Path, name: str, setting: str, *, weights: bool = True) -
             f"({type(error).__name__}: {first_line(error)}). Set it to a model that this version of "
             "transformers can load."
         ) from error
-    if mismatched:
-        key, found, expected = mismatched[0]
-        raise ConfigError(
-            f"{setting} is {name!r}, and its weights do not fit its config.json: {key} has shape "
-            f"{tuple(found)}, and config.json (labels, sizes) describes {tuple(expected)}. Correct "
-            "config.json."
-        )
-    if missing:
-        # transformers would fill them with random numbers.
-        raise ConfigError(
-            f"{setting} is {name!r}, and its file has no weights for {min(missing)}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. Set it to a model that "
-            "was trained as a sequence classifier."
-        )
+    check_loaded(info, name, setting)
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from ray_detox.models.constraints import forced_bos_id
 from ray_detox.models.critic import make_value_head
 from ray_detox.models.output_head import find_head, head_width
 from ray_detox.models.policy import POLICY, REFERENCE, Policy
-from ray_detox.models.sizes import check_names, check_size_of
+from ray_detox.models.sizes import check_loaded, check_size_of
 from ray_detox.models.sources import local_folder
 
 
@@ -87,9 +87,10 @@ def load_policy(
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with the shapes
         trust_remote_code=False,
     )
-    check_names(info["missing_keys"], config.model, "policy.model")
+    check_loaded(info, config.model, "policy.model")
     base.requires_grad_(False)
     if config.adapter is None:
         with torch.random.fork_rng(devices=[]):

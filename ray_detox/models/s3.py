@@ -29,8 +29,27 @@ _ADVICE = (
     ),
     (("KMS", "kms:"), "Allow the role or user kms:Decrypt and kms:GenerateDataKey for this key"),
     (
+        ("InvalidObjectState", "INVALID_OBJECT_STATE"),
+        "The object is in an archive (Glacier): restore it with aws s3api restore-object",
+    ),
+    (
+        ("HTTP status 301", "PermanentRedirect", "AuthorizationHeaderMalformed"),
+        "The bucket is in another region: set AWS_REGION to the one that `aws s3api "
+        "get-bucket-location` shows, or leave it out",
+    ),
+    (("RequestTimeTooSkewed", "REQUEST_TIME_TOO_SKEWED"), "Set the clock of this machine"),
+    (
+        ("NO_SUCH_BUCKET", "NoSuchBucket"),
+        "Check the bucket's name in s3://BUCKET/KEY, and the endpoint",
+    ),
+    (
+        ("Path does not exist", "NO_SUCH_KEY", "NoSuchKey"),
+        "Check the key with `aws s3 ls`; the options of an address are " + ", ".join(OPTIONS),
+    ),
+    (
         ("ACCESS_DENIED", "AccessDenied", "HTTP status 403", "code: 403"),
-        "Allow the role or user s3:GetObject and s3:ListBucket; if `aws s3 ls` works, export its "
+        "Sign in if you are not (AWS_PROFILE, or aws configure); allow the role or user s3:GetObject and "
+        "s3:ListBucket; if `aws s3 ls` works, export its "
         "credentials (eval $(aws configure export-credentials --format env)); from a bucket whose "
         "requester pays, copy the data with: aws s3 cp --request-payer requester",
     ),
@@ -65,6 +84,11 @@ def open_s3(address: str) -> tuple[Any, str]:
     bucket = path.partition("/")[0]
     if not bucket:
         raise ConfigError(f"{address} names no bucket; expected s3://BUCKET/KEY.")
+    if "//" in path:
+        raise ConfigError(
+            f"{address} has an empty part between two slashes, which cannot be read. Remove one slash; if "
+            "it is part of the key, copy the objects to another key with: aws s3 cp --recursive"
+        )
     found = _from_botocore(address)
     endpoint = options.get("endpoint_override") or found.get("endpoint_override")
     arguments = found | options
@@ -84,7 +108,6 @@ def open_s3(address: str) -> tuple[Any, str]:
 def _from_botocore(address: str) -> dict[str, str]:
     """Return the arguments of `S3FileSystem` that the environment and ~/.aws say."""
     import botocore.session
-    from botocore.exceptions import BotoCoreError, ClientError
 
     profile = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or "default"
     found = {}
@@ -100,7 +123,7 @@ def _from_botocore(address: str) -> dict[str, str]:
             if frozen.token:
                 found["session_token"] = frozen.token
         endpoint = _endpoint(region or "us-east-1", _aws_settings())
-    except (BotoCoreError, ClientError) as error:
+    except Exception as error:  # of any kind: what variables, ~/.aws and its programs say
         raise ConfigError(f"{address} cannot be opened: {in_words(error, profile)}.") from None
     if not (urlsplit(endpoint).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
         found["endpoint_override"] = endpoint
@@ -140,6 +163,16 @@ def in_words(error: Exception, profile: str) -> str:
         return (
             f"the AWS profile {profile!r} does not exist. Set AWS_PROFILE to one of those that "
             "`aws configure list-profiles` shows"
+        )
+    if "Invalid endpoint" in str(error):
+        return (
+            f"{first_line(error)}. Set AWS_ENDPOINT_URL, or endpoint_url of the AWS profile {profile!r}, to "
+            "an address such as http://127.0.0.1:9000"
+        )
+    if isinstance(error, ValueError | FileNotFoundError):
+        return (
+            f"the program in credential_process of the AWS profile {profile!r} cannot be used "
+            f"({first_line(error)}). Correct it in ~/.aws/config, or choose another AWS_PROFILE"
         )
     response = getattr(error, "response", None)
     if response is not None:

@@ -1,4 +1,4 @@
-"""Compare the size of a model that a config.json describes with the weights in its files.
+"""Compare a model that a config.json describes with the weights in its files: sizes, names, shapes.
 
 transformers fills weights that no file has with random numbers, so a config.json alone could ask for
 more memory than any machine has.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from ray_detox.bounded import DamagedError, parse_object, read_file
 from ray_detox.errors import ConfigError, first_line
@@ -31,10 +32,9 @@ def check_size(model: Any, folder: Path, name: str, setting: str) -> None:
     Raises:
         ConfigError: it is larger, or a file is damaged.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder, name, setting)
     if not files:
         return
-    _check_shards(folder, name, setting)
     there, tensors = 0, 0
     keys = set[str]()
     for file in files:
@@ -83,22 +83,94 @@ def _check_prefix(model: Any, keys: set[str], name: str, setting: str) -> None:
     check_names(own, name, setting)
 
 
-def _check_shards(folder: Path, name: str, setting: str) -> None:
-    """Check that every file that the index of the weights names is there."""
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            weights = parse_object(read_file(index)).get("weight_map")
-        except DamagedError as error:
-            raise ConfigError(
-                f"{setting} is {name!r}, and its {index.name} is damaged: {error}. Copy the model again."
-            ) from None
-        files = set(map(str, weights.values())) if isinstance(weights, dict) else set()
-        absent = sorted(file for file in files if not (folder / file).is_file())
-        if absent:
-            raise ConfigError(
-                f"{setting} is {name!r}, and {len(absent)} of the {len(files)} files with its weights "
-                f"are missing, such as {absent[0]}. Copy or download the model again."
-            )
+def weight_files(folder: Path, name: str, setting: str) -> list[Path]:
+    """Return the files from which transformers loads a model's weights; none without safetensors.
+
+    Args:
+        folder: of the model.
+        name: of the model, for messages.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: there are safetensors files, but not those that transformers would load.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not found or whole in found:
+        return [whole] if found else []
+    if not index.is_file():
+        raise ConfigError(
+            f"{setting} is {name!r}, and its weights are in {found[0].name}, but transformers loads "
+            f"{whole.name}, or the parts that {index.name} lists. Rename a file with all weights to "
+            f"{whole.name}; for parts, copy {index.name} as well."
+        )
+    try:
+        weights = parse_object(read_file(index)).get("weight_map")
+    except DamagedError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and its {index.name} is damaged: {error}. Copy the model again."
+        ) from None
+    files = sorted(set(map(str, weights.values())) if isinstance(weights, dict) else set())
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise ConfigError(
+            f"{setting} is {name!r}, and {len(absent)} of the {len(files)} files with its weights "
+            f"are missing, such as {absent[0]}. Copy or download the model again."
+        )
+    return [folder / file for file in files]
+
+
+def check_weights(auto: Any, folder: Path, name: str, setting: str) -> None:
+    """Check names and shapes of all weights as transformers does when it loads them, but load none.
+
+    Args:
+        auto: class such as `AutoModelForSeq2SeqLM`.
+        folder: of the model; without weights in it, do nothing.
+        name: of the model, for messages.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: some are missing, or have another shape.
+    """
+    if not weight_files(folder, name, setting):
+        return
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        _, info = auto.from_pretrained(
+            folder,
+            device_map={"": "meta"},
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except (
+        Exception
+    ):  # a class that cannot be on the meta device; its errors show when it is loaded
+        return
+    check_loaded(info, name, setting)
+
+
+def check_loaded(info: dict[str, Any], name: str, setting: str) -> None:
+    """Check that a model's weights were all in its files, in their shapes.
+
+    Args:
+        info: from `from_pretrained(output_loading_info=True, ignore_mismatched_sizes=True)`.
+        name: of the model, for messages.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: some were not.
+    """
+    if info["mismatched_keys"]:
+        key, found, expected = min(info["mismatched_keys"])
+        raise ConfigError(
+            f"{setting} is {name!r}, and its weights do not fit its config.json: {key} has shape "
+            f"{tuple(found)}, and config.json (labels, sizes) describes {tuple(expected)}. Correct "
+            "config.json."
+        )
+    check_names(info["missing_keys"], name, setting)
 
 
 def check_names(missing: Iterable[str], name: str, setting: str) -> None:
@@ -115,9 +187,15 @@ def check_names(missing: Iterable[str], name: str, setting: str) -> None:
     absent = sorted(missing)
     if absent:
         more = f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+        if setting.startswith("policy."):
+            remedy = (
+                "Save the model again with save_pretrained of its own class, without a wrapper."
+            )
+        else:
+            remedy = "Set it to a model that was trained and saved as a sequence classifier."
         raise ConfigError(
             f"{setting} is {name!r}, and its files have no weights for {absent[0]}{more}, so they would be "
-            "random. Save the model again with save_pretrained of its own class, without a wrapper."
+            f"random. {remedy}"
         )
 
 

@@ -107,6 +107,11 @@ def _check_files(folder: Path, name: str, setting: str) -> None:
         if any(file.match(pattern) for pattern in DESCRIPTION_FILES + WEIGHT_FILES):
             try:
                 about = file.stat()
+                if about.st_size < 1024 and file.is_file() and _is_pointer(file):
+                    raise ConfigError(
+                        f"{setting} is {name!r}, and its {file.name} is a pointer of Git LFS and not the "
+                        "file. Fetch it with: git lfs pull"
+                    )
                 if file.suffix == ".json" or not stat.S_ISREG(about.st_mode):
                     _check_json(file, _state(about))
             except OSError as error:
@@ -119,6 +124,11 @@ def _check_files(folder: Path, name: str, setting: str) -> None:
                 f"{setting} is {name!r}, and its {file.name} {reason}. Correct the file, or copy the "
                 "model again."
             )
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(64).startswith(b"version https://git-lfs")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -176,9 +186,13 @@ def _find_folder(name: str, revision: str | None, setting: str, weights: bool) -
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
+    hint = address_hint(name)
+    if hint is not None:
+        raise ConfigError(f"{setting} is {name!r}, which is no address of a model. {hint}.")
     if looks_like_path(name):
+        problem = "this is a file and no folder" if path.exists() else "no such folder is here"
         raise ConfigError(
-            f"{setting} is {name!r}, and no such folder is here. Give the folder of a model that "
+            f"{setting} is {name!r}, and {problem}. Give the folder of a model that "
             "save_pretrained wrote, a hub id or an s3:// address."
         )
     return _from_hub(name, revision, setting, weights)
@@ -217,6 +231,23 @@ def _hash_file(file: Path, state: tuple[int, ...]) -> str:
 def cache_folder() -> Path:
     """Return the folder for files that can be made again, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-detox"
+
+
+def address_hint(name: str) -> str | None:
+    """Return what to give in place of an address that is neither s3:// nor a path; None if it is none."""
+    scheme, mark, rest = name.partition(":")
+    if not mark or not re.fullmatch(r"[A-Za-z][\w+.-]+", scheme) or Path(name).exists():
+        return None
+    parts = rest.strip("/").split("/")
+    if scheme.lower() in ("s3", "s3a", "s3n") or ".amazonaws.com" in parts[0] or ":s3:" in name:
+        return "Give it as s3://BUCKET/KEY"
+    if scheme == "hf" or parts[0] in ("huggingface.co", "hf.co"):
+        return "Give the id of the hub, OWNER/NAME"
+    if scheme == "file":
+        return "Give the path without file://"
+    if "://" in name:
+        return f"Addresses with {scheme}:// are not read; download the files first, or copy them to s3://"
+    return None
 
 
 def looks_like_path(name: str) -> bool:

@@ -111,7 +111,8 @@ def tiny_model(
     """
     special = (rules.start_id, rules.pad_id, *rules.eos_ids)
     small = shrunken(config, max(special), widths=widths, depth=depth)
-    model = AutoModelForSeq2SeqLM.from_config(small, trust_remote_code=False)
+    # In float32 also for a model that was saved in half precision, whose rounding is no fault.
+    model = AutoModelForSeq2SeqLM.from_config(small, dtype=torch.float32, trust_remote_code=False)
     head = model.get_output_embeddings()
     if not tied and isinstance(head, nn.Linear):
         head.weight = nn.Parameter(head.weight.detach().clone())

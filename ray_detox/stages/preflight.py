@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ VOCABULARIES = (
     "byte_maps.json",
 )
 """Files that may hold the vocabulary of a tokenizer."""
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.h5", "*.msgpack", "*.gguf")
+"""Files of weights that are not read."""
 WITHOUT_VOCABULARY = frozenset({"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"})
 """Tokenizers of bytes or characters, which have no vocabulary."""
 MOST_WEIGHTS_TO_TRY = 1 << 30
@@ -160,7 +163,7 @@ def check_policy(config: RunConfig) -> None:
     policy = config.policy
     folder = local_folder(policy.model, policy.revision, "policy.model", weights=False)
     settings = _settings(folder, policy.model, "policy.model")
-    if not settings.get("is_encoder_decoder"):
+    if not _is_encoder_decoder(folder, settings):
         kind = (_architectures(settings) or [settings.get("model_type", "unknown")])[0]
         raise ConfigError(
             f"policy.model is {policy.model!r}, a {kind}; expected an encoder-decoder such as "
@@ -225,16 +228,41 @@ def generation_notes(config: RunConfig, fetched: Sequence[str]) -> list[str]:
 def _settings(folder: Path, name: str, setting: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
+        patterns = ("*", "snapshots/*", "*/snapshots/*")  # checkpoints, and caches of the hub
+        below = [found for one in patterns for found in folder.glob(f"{one}/config.json")]
+        newest = max(below, key=lambda found: found.stat().st_mtime, default=None)
+        inner = newest and f"{name.rstrip('/')}/{newest.parent.relative_to(folder)}"
+        other = f"that of a model, such as {inner}," if inner else "one of a model"
         raise ConfigError(
-            f"{setting} is {name!r}, and no config.json is in that folder. Set it to a folder that "
+            f"{setting} is {name!r}, and no config.json is in that folder. Set it to {other} that "
             "save_pretrained wrote."
         )
     try:
-        return parse_object(read_file(file))
+        settings = parse_object(read_file(file))
     except DamagedError as error:
         raise ConfigError(
             f"{setting} is {name!r}, and its config.json is damaged: {error}."
         ) from None
+    quantized = settings.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
+        raise ConfigError(
+            f"{setting} is {name!r}, whose weights are quantized ({method or 'quantization_config'}), which "
+            "is not supported. Set it to the model in float32, bfloat16 or float16 that it was made from."
+        )
+    return settings
+
+
+def _is_encoder_decoder(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return what config.json says, or else what its family's class does."""
+    from transformers import AutoConfig
+
+    if "is_encoder_decoder" in settings:
+        return bool(settings["is_encoder_decoder"])
+    try:
+        return bool(AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder)
+    except Exception:  # of any kind, for values that no class expects; refused by the caller
+        return False
 
 
 def _architectures(settings: dict[str, Any]) -> list[str]:
@@ -248,9 +276,11 @@ def _check_safetensors(folder: Path, name: str, setting: str, revision: str | No
     if any(folder.glob("*.safetensors")):
         return
     if is_local:
+        others = sorted(file.name for kind in OTHER_WEIGHTS for file in folder.glob(kind))
         raise ConfigError(
-            f"{setting} is {name!r}, which has no .safetensors file. Pickled weights can run code "
-            "and are not read; save the model again with save_pretrained."
+            f"{setting} is {name!r}, which has no .safetensors file. Pickled weights can run code and are "
+            "not read, nor are those of ONNX, TensorFlow, Flax and GGUF"
+            f"{f' (it has {others[0]})' if others else ''}; save the model again with save_pretrained."
         )
     if setting == "policy.adapter":
         raise ConfigError(
@@ -300,12 +330,20 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises Exception itself
         raise ConfigError(
-            f"{setting} is {name!r}, and no tokenizer can be loaded from it: {first_line(error)}."
+            f"{setting} is {name!r}, and no tokenizer can be loaded from it ({type(error).__name__}: "
+            f"{first_line(error)}). Copy the tokenizer's files again, or save it again with save_pretrained."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
             f"{setting} is {name!r}, and its tokenizer_class is {type(tokenizer).__name__}, which does "
             "not turn texts into tokens by itself. Use a model with a plain tokenizer."
+        )
+    special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    if kind not in WITHOUT_VOCABULARY and len(tokenizer.get_vocab().keys() - special) < 2:
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ConfigError(
+            f"{setting} is {name!r}, and its {type(tokenizer).__name__} has no vocabulary, so every word "
+            f"would be unknown; it reads {files}. Copy the tokenizer's files again, under these names."
         )
     return tokenizer
 
@@ -409,7 +447,7 @@ def _without_weights(folder: Path, name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-    from ray_detox.models.sizes import check_size
+    from ray_detox.models.sizes import check_size, check_weights
 
     try:
         with torch.device("meta"):
@@ -418,9 +456,11 @@ def _without_weights(folder: Path, name: str) -> Any:
     except Exception as error:  # of any kind, for values that no class expects
         raise ConfigError(
             f"policy.model is {name!r}, and transformers has no encoder-decoder language model for "
-            f"its config.json: {first_line(error)}."
+            f"its config.json: {first_line(error)}. Set it to an encoder-decoder of transformers "
+            f"{version('transformers')}, or install a version that has it."
         ) from error
     check_size(model, folder, name, "policy.model")
+    check_weights(AutoModelForSeq2SeqLM, folder, name, "policy.model")
     return model
 
 
@@ -520,13 +560,15 @@ def check_classifier(config: ClassifierConfig, setting: str) -> None:
     Raises:
         ConfigError: it is not.
     """
+    from transformers import AutoModelForSequenceClassification
+
     from ray_detox.models.classifier import (
         check_vocabulary,
         load_model,
         load_tokenizer,
         read_head,
     )
-    from ray_detox.models.sizes import check_size
+    from ray_detox.models.sizes import check_size, check_weights
 
     name = f"{setting}.model"
     folder = local_folder(config.model, config.revision, name, weights=False)
@@ -542,6 +584,7 @@ def check_classifier(config: ClassifierConfig, setting: str) -> None:
     _check_tokenizer(folder, config.model, name)
     model = load_model(folder, config.model, name, weights=False)
     check_size(model, folder, config.model, name)
+    check_weights(AutoModelForSequenceClassification, folder, config.model, name)
     check_vocabulary(load_tokenizer(folder), model, config.model, name)
 
 
