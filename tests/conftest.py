@@ -47,8 +47,9 @@ if str(STARTUP) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, and what tests start inherits it
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Under nohup, or in the background of a script, these are ignored; what tests start would inherit it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # The same examples in every run, and no deadline: a slow machine must not fail a test.
 settings.register_profile("tests", max_examples=60, deadline=None, derandomize=True, database=None)
