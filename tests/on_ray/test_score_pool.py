@@ -271,7 +271,7 @@ def test_texts_that_kill_each_actor_end_scoring_with_a_one_line_error(config, tm
         "Reward actors died 2 times in a row while they scored the same texts"
     )
     assert "ray-detox check" in message
-    assert deaths == 2
+    assert deaths >= 2  # with a fast start, the actor has died again meanwhile
 
 
 def test_an_actor_that_is_dead_for_good_is_replaced_and_no_scores_are_lost(config, pool, expected):
