@@ -309,7 +309,13 @@ def _check_tokenizer(folder: Path, name: str, setting: str) -> Any:
 
     # Without these files transformers 5 does not fail: it returns a tokenizer with no vocabulary.
     described = read_if_there(folder / "tokenizer_config.json")
-    kind = parse_object(described).get("tokenizer_class") if described else None
+    try:
+        kind = parse_object(described).get("tokenizer_class") if described else None
+    except DamagedError as error:
+        raise ConfigError(
+            f"{setting} is {name!r}, and its tokenizer_config.json is damaged: {error}. Save the tokenizer "
+            "again with save_pretrained."
+        ) from None
     has_vocabulary = any(file for pattern in VOCABULARIES for file in folder.glob(pattern))
     if not has_vocabulary and kind not in WITHOUT_VOCABULARY:
         raise ConfigError(
