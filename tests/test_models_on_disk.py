@@ -300,7 +300,6 @@ def test_a_cache_without_weights_is_refused_while_the_hub_is_switched_off(tmp_pa
     (tmp_path / "models--a--b/refs/main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("ray_detox.models.sources._from_hub", lambda *arguments: snapshot)
 
     assert "the cache holds no weights, and the hub is switched off" in refusal("policy.model=a/b")
 

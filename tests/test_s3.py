@@ -1,6 +1,8 @@
 """Addresses of S3 work as with the `aws` command: keys, endpoints, profiles, and what fails is said."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import boto3
 import pytest
@@ -17,6 +19,8 @@ from ray_detox.data.files import check_rows, locate, peek
 from ray_detox.models.s3 import advice, in_words, open_s3, split_address
 from ray_detox.models.sources import local_folder
 from ray_detox.runs.storage import Storage, check_storage
+from ray_detox.store.dynamodb import DynamoDBStore
+from ray_detox.store.errors import StoreError
 from tests.emulators import emulator
 
 LINE = json.dumps({"dialogue": "#Person1#: Did you see the match? " * 9, "summary": "s"}) + "\n"
@@ -173,6 +177,43 @@ REFUSED = ClientError({"Error": {"Code": "AccessDenied"}}, "AssumeRole")
 )
 def test_credentials_that_cannot_be_had_are_described(error, expected):
     assert expected in in_words(error, "p")
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server of AWS that allows nobody to take a role."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        content = b"<ErrorResponse><Error><Code>AccessDenied</Code></Error></ErrorResponse>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_role_that_may_not_be_taken_is_named_for_files_and_results(tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config").write_text(
+        "[profile p]\nrole_arn = arn:aws:iam::123456789012:role/x\nsource_profile = base\n"
+        "region = us-east-1\n"
+        "[profile base]\naws_access_key_id = a\naws_secret_access_key = b\nregion = us-east-1\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "p")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{server.server_port}")
+        expected = r"AWS refused AssumeRole .*'p'"
+
+        with pytest.raises(ConfigError, match=expected):
+            locate(DataConfig(path="s3://b/k.jsonl"))
+        with pytest.raises(StoreError, match=expected):
+            DynamoDBStore("t", region="us-east-1").check()
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

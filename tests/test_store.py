@@ -904,6 +904,21 @@ def test_an_unknown_profile_is_named(endpoint, monkeypatch):
         DynamoDBStore("t", region=REGION, endpoint_url=endpoint).check()
 
 
+def test_a_sign_in_that_is_missing_is_named_with_its_command(endpoint, tmp_path, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    (tmp_path / "config").write_text(
+        "[profile p]\nsso_session = s\nsso_account_id = 123456789012\nsso_role_name = r\n"
+        "[sso-session s]\nsso_region = us-east-1\nsso_start_url = https://example.com/start\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "p")
+
+    with pytest.raises(StoreError, match="aws sso login --profile p"):
+        DynamoDBStore("t", region=REGION, endpoint_url=endpoint).check()
+
+
 def test_an_invalid_endpoint_is_named():
     with pytest.raises(StoreError, match=r"results\.endpoint_url is not a valid address"):
         DynamoDBStore("t", region=REGION, endpoint_url="localhost:8000").check()

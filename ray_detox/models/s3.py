@@ -164,6 +164,8 @@ def in_words(error: Exception, profile: str) -> str:
             f"the AWS profile {profile!r} does not exist. Set AWS_PROFILE to one of those that "
             "`aws configure list-profiles` shows"
         )
+    if kind == "NoRegionError":
+        return f"no AWS region is set. Set AWS_REGION, or region in the AWS profile {profile!r}"
     if "Invalid endpoint" in str(error):
         return (
             f"{first_line(error)}. Set AWS_ENDPOINT_URL, or endpoint_url of the AWS profile {profile!r}, to "

@@ -269,11 +269,11 @@ def _from_hub(name: str, revision: str | None, setting: str, weights: bool) -> P
         ) from error
     except Exception as error:  # the hub's client raises errors of httpx as well
         raise ConfigError(
-            f"{setting} is the hub id {name!r}, and {_why_not_from_hub(error)}"
+            f"{setting} is the hub id {name!r}, and {_why_not_from_hub(error, setting)}"
         ) from error
 
 
-def _why_not_from_hub(error: Exception) -> str:
+def _why_not_from_hub(error: Exception, setting: str) -> str:
     """Describe why a model could not be downloaded, and what helps; ends with a full stop."""
     from huggingface_hub import constants
 
@@ -287,11 +287,11 @@ def _why_not_from_hub(error: Exception) -> str:
             f"the cache cannot be written to ({error.strerror}: {error.filename or constants.HF_HUB_CACHE}). "
             "Set HF_HOME to a folder that you may write to."
         )
-    advice = "Download the model elsewhere and set the folder (or s3://bucket/prefix) in its place."
+    advice = f"Download the model elsewhere and set {setting}=/path/to/its/folder (or s3://bucket/prefix)."
     if constants.HF_HUB_OFFLINE:
         return (
             "it is not in the cache, and the hub is switched off (HF_HUB_OFFLINE). Unset it to "
-            f"download, or give a folder. {advice}"
+            f"download. {advice}"
         )
     proxies = [name for name in PROXIES if os.environ.get(name)]
     if proxies or "Proxy" in type(error).__name__:
