@@ -356,8 +356,8 @@ HUB = {
     "data.path": "knkarthick/dialogsum",
 }
 INSTEAD = {
-    "policy.model": "set the folder (or s3://bucket/prefix) in its place",
-    "reward.model": "set the folder (or s3://bucket/prefix) in its place",
+    "policy.model": "set policy.model=/path/to/its/folder (or s3://bucket/prefix)",
+    "reward.model": "set reward.model=/path/to/its/folder (or s3://bucket/prefix)",
     "data.path": "set data.path=/path/to/file.parquet (or .jsonl, .csv, s3://...)",
 }
 

@@ -37,11 +37,11 @@ def server():
             aws_access_key_id="a",
             aws_secret_access_key="b",
         )
-        s3.create_bucket(Bucket="bucket")
+        s3.create_bucket(Bucket="field")
         for key in KEYS:
-            s3.put_object(Bucket="bucket", Key=key, Body=LINE.encode())
+            s3.put_object(Bucket="field", Key=key, Body=LINE.encode())
         for file in lab.T5.iterdir():
-            s3.put_object(Bucket="bucket", Key=f"my model/{file.name}", Body=file.read_bytes())
+            s3.put_object(Bucket="field", Key=f"my model/{file.name}", Body=file.read_bytes())
         yield address
 
 
@@ -67,14 +67,14 @@ def suffix(request, server, tmp_path, monkeypatch):
 def test_data_models_and_storage_are_at_the_endpoint_that_aws_uses(suffix):
     for key in KEYS:
         for path in (key, key.rpartition("/")[0]):
-            config = DataConfig(path=f"s3://bucket/{path}{suffix}")
+            config = DataConfig(path=f"s3://field/{path}{suffix}")
             check_rows(locate(config), config)
             assert list(peek(locate(config), config)) == [json.loads(LINE)]
 
-    folder = local_folder(f"s3://bucket/my model{suffix}", None, "policy.model")
+    folder = local_folder(f"s3://field/my model{suffix}", None, "policy.model")
     assert {file.name for file in folder.iterdir()} >= {"config.json", "model.safetensors"}
 
-    address = f"s3://bucket/of runs{suffix}"
+    address = f"s3://field/of runs{suffix}"
     check_storage(address)
     Storage(address).write("a/b c", b"kept")
     assert Storage(address).read("a/b c") == b"kept"

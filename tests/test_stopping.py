@@ -19,6 +19,7 @@ from ray_detox.runs.checkpoint_store import CheckpointStore
 from ray_detox.runs.lease import read_record
 from ray_detox.runs.storage import Storage
 from tests.environment import python_path
+from tests.startup.template import raylet_of
 
 SHORT = [
     "train.steps=500",  # more than there is time for
@@ -38,9 +39,9 @@ ENVIRONMENT = {
 }
 
 
-def require_private(driver):
+def require_private(run):
     """Check that others reach nothing of a run: neither its ports over the network, nor its files."""
-    processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
+    processes = processes_of(run)
     listening = [
         (process.name(), address)
         for process in processes
@@ -78,8 +79,7 @@ def start(output, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Without a session of its own, a mistake of this test could end the tests.
-        start_new_session=True,
+        process_group=0,  # otherwise a mistake of this test could end the tests
     )
     assert run.stdout is not None
     printed = ""
@@ -90,9 +90,20 @@ def start(output, *words):
     return run, printed
 
 
+def processes_of(run):
+    """Return all processes of a run, also workers that the tests' template forked for its raylet."""
+    own = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    ids = {process.pid for process in own}
+    return own + [
+        process
+        for process in psutil.process_iter(["ppid"])
+        if process.pid not in ids and raylet_of(process.pid, process.info["ppid"]) in ids
+    ]
+
+
 def stop(run, printed, number, output):
     """Send a signal to all processes of a run; return the step with which it ended."""
-    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    processes = processes_of(run)
     for process in processes:
         process.send_signal(number)
     printed += run.communicate(timeout=200)[0]
@@ -126,7 +137,7 @@ def training_seconds(output):
 @pytest.mark.ray
 def test_a_run_that_is_ended_by_a_signal_keeps_its_last_step_and_goes_on(tmp_path):
     run, printed = start(tmp_path, "lab", *SHORT, "--run-id", "first")
-    outer = require_private(run.pid)
+    outer = require_private(run)
     terminated = stop(run, printed, signal.SIGTERM, tmp_path)
     assert newest_step(tmp_path) == terminated
     assert not (tmp_path / "first" / "ray-train").exists()
@@ -135,12 +146,9 @@ def test_a_run_that_is_ended_by_a_signal_keeps_its_last_step_and_goes_on(tmp_pat
     run, printed = start(tmp_path, "--resume", "first", "train.checkpoint_every=1")
     assert f"resuming from the checkpoint of step {terminated}\n" in printed
     assert f"step {terminated + 1:>3}/500" in printed
-    processes = psutil.Process(run.pid).children(recursive=True)
+    processes = processes_of(run)
     run.kill()
     run.communicate(timeout=60)
-    # Ray's agents report the end of their node for a minute to a GCS that has ended as well.
-    _, alive = psutil.wait_procs(processes, timeout=180)
-    assert not alive
     killed = newest_step(tmp_path)
     assert killed >= terminated
     seconds = training_seconds(tmp_path)
@@ -150,3 +158,6 @@ def test_a_run_that_is_ended_by_a_signal_keeps_its_last_step_and_goes_on(tmp_pat
     hung_up = stop(run, printed, signal.SIGHUP, tmp_path)
     assert newest_step(tmp_path) == hung_up > killed
     assert training_seconds(tmp_path) > seconds > 0
+    # Ray's agents report the end of their node for a minute to a GCS that has ended as well.
+    _, alive = psutil.wait_procs(processes, timeout=180)
+    assert not alive

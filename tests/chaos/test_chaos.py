@@ -43,10 +43,10 @@ def test_faults_of_every_kind_in_one_run_do_not_change_the_result(nodes):
 
 
 def test_a_run_continues_with_fewer_workers_and_grows_back(nodes, monkeypatch):
-    faults = [Fault("actor_node", 2, 0.3), Fault("controller", 4, 0.1), Fault("return", 5, 0.0)]
+    faults = [Fault("actor_node", 2, 0.3), Fault("controller", 4, 0.0), Fault("return", 9, 0.0)]
     monkeypatch.setattr(nodes, "return_s", 600.0)  # until the fault `return`
 
-    outcome = nodes.run("fewer", [*FEWER, *LARGE, *QUICK, "train.steps=20"], faults)
+    outcome = nodes.run("fewer", [*FEWER, *LARGE, *QUICK, "train.steps=32"], faults)
 
     assert outcome.codes == [0], outcome.text
     counts = [int(n) for n in re.findall(r"resuming from step \d+ with (\d) worker", outcome.text)]
@@ -54,7 +54,7 @@ def test_a_run_continues_with_fewer_workers_and_grows_back(nodes, monkeypatch):
     assert outcome.text.count("worker 1 on node") == 2  # at first, and at the end
     # The resources of a killed controller are released; otherwise no worker would fit.
     assert counts == [1, 1, 2]
-    assert [row["step"] for row in nodes.rows("fewer")] == list(range(1, 21))
+    assert [row["step"] for row in nodes.rows("fewer")] == list(range(1, 33))
 
 
 # ---- the schedule ------------------------------------------------------------------------------

@@ -58,7 +58,6 @@ LIBRARY_SETTINGS = (
     "GLOO_",
     "HF_",
     "HUGGINGFACE_",
-    "KMP_",
     "LD_",
     "MKL_",
     "NCCL_",
