@@ -377,7 +377,7 @@ def _reason(error: OSError) -> str:
     if error.strerror is None and error.args and isinstance(error.args[0], list):
         source, _, reason = error.args[0][
             0
-        ]  # from shutil.copytree: source, target and reason of each
+        ]  # shutil.copytree gives source, target and reason of each
         return f"{source}: {str(reason).partition('] ')[2] or reason}"
     return f"{error.filename}: {error.strerror}"
 

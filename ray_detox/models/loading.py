@@ -178,9 +178,7 @@ def _suit_version_4(file: Path) -> None:
         return
     settings = json.loads(file.read_text(encoding="utf-8"))
     changes: dict[str, Any] = {}
-    if (
-        settings.get("tokenizer_class") == "TokenizersBackend"
-    ):  # a class that version 4 does not know
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # version 4 does not know it
         changes["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):  # version 4 expects them by name
         changes["additional_special_tokens"] = settings["extra_special_tokens"]

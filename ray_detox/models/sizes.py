@@ -145,9 +145,7 @@ def check_weights(auto: Any, folder: Path, name: str, setting: str) -> None:
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
-    except (
-        Exception
-    ):  # a class that cannot be on the meta device; its errors show when it is loaded
+    except Exception:  # some classes fail on the meta device; loading them says why
         return
     check_loaded(info, name, setting)
 
